@@ -39,6 +39,7 @@ import os
 import queue
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -236,37 +237,42 @@ def task_at(tasks, index, seed):
 
 OUTPUT_KEPT = 100_000   # bytes of a command's output kept from its beginning and again from its end
 
-# Reads "MODE SECONDS BYTES\n" and a command of that many bytes; answers "EXIT_CODE BASE64(output)\n". The output goes
-# through a fifo to a reader that caps it, so that a job left in the background, holding stdout, cannot delay the answer.
-# Builtins wherever possible: every process counts when a thousand commands a minute share the machine with the learner.
+# Reads "MODE SECONDS BYTES\n" and a command of that many bytes; answers "EXIT_CODE BASE64(output)\n". A reader of its own
+# caps each command's output, so that a job left in the background, holding stdout, delays no answer and floods nothing.
+# Builtins wherever possible: hundreds of commands a minute share two cores with the learner in the tiny run.
 SHELL_LOOP = r"""
-state=$1 inner=$2 keep=$3 processes=$4 kilobytes=$5
+state=$1 inner=$2 keep=$3 processes=$4 kilobytes=$5 n=0 env=0
 for fd in /proc/$$/fd/*; do (( ${fd##*/} > 2 )) && eval "exec ${fd##*/}<&-"; done 2>/dev/null  # nothing of the host stays open
-for signal in HUP INT QUIT TERM USR1 USR2 PIPE ALRM; do trap : $signal; done  # a handler, so that children get the default back
-mkdir -p "$state" && mkfifo "$state/never" && exec 9<>"$state/never"
+for signal in HUP INT QUIT TERM USR1 USR2 PIPE ALRM; do trap : $signal; done  # a handler: children get the default back
+mkdir -p "$state" && mkfifo "$state/never" && exec 9<>"$state/never"          # never readable: `read -t` on it is a sleep
+echo ready
 while read -r mode seconds bytes; do
-  n=$((n + 1)) out=$state/out.$n pipe=$state/pipe.$n
+  n=$((n + 1)) new=$((1 - env)) saved=
   head -c "$bytes" >"$state/command"
-  mkfifo "$pipe"
-  { dd bs=64k count="$keep" iflag=count_bytes status=none; exec tail -c "$keep"; } <"$pipe" >"$out" 2>/dev/null & reader=$!
+  exec 8> >({ dd bs=64k count="$keep" iflag=count_bytes status=none
+              LC_ALL=C read -r -d '' -n 1 && exec tail -c "$keep"; } >"$state/out.$n" 2>/dev/null)
+  reader=$!
   ( ulimit -c 0 -u "$processes" -v "$kilobytes"; echo "$BASHPID" >"$state/group"
-    exec timeout -k 2 "$seconds" bash -c "$inner" bash "$state" "$mode" "$env" "$state/env.$n" 9<&- ) </dev/null >"$pipe" 2>&1
-  code=$?; (( code == 124 || code == 137 )) && read -r group <"$state/group" && kill -KILL -- "-$group" 2>/dev/null
-  for pause in .002 .004 .008 .016 .032 .064; do kill -0 "$reader" 2>/dev/null || break; read -t "$pause" -u 9; done
-  if [ -e "$state/env.$n.saved" ]; then stale=$env env=$state/env.$n; else stale=$state/env.$n; fi
-  printf '%s ' "$code"; base64 -w0 "$out"; echo
-  rm -f "$out" "$pipe" "$state/env.$n.saved" "$stale"
-done
+    exec timeout -k 2 "$seconds" bash -c "$inner" bash "$state" "$mode" "$env" "$new" "$n" ) </dev/null >&8 2>&1 8>&- 9>&-
+  code=$?
+  exec 8>&-
+  (( code == 124 || code == 137 )) && read -r group <"$state/group" && kill -KILL -- "-$group"
+  for pause in .001 .002 .004 .008 .016 .032 .064; do kill -0 "$reader" || break; read -t "$pause" -u 9; done
+  read -r saved <"$state/saved" && [ "$saved" = "$n" ] && env=$new
+  printf '%s ' "$code"; base64 -w0 "$state/out.$n"; echo
+  (( n % 16 )) || rm -f "$state"/out.*
+done 2>/dev/null
 """
 
 # Runs one command. Mode "agent" restores the state that the last command left and saves it again, at the end or from
 # an EXIT trap; mode "clean" knows nothing of the agent's variables and functions.
 SHELL_COMMAND = r"""
-__state=$1 __mode=$2 __old=$3 __new=$4; set --
+__state=$1 __mode=$2 __old=$1/env.$3 __new=$1/env.$4 __n=$5; set --
 __save() { { builtin declare -p; builtin declare -f; builtin umask -p; builtin printf 'builtin cd -- %q\n' "$PWD"; } >"$__new" &&
-           : >"$__new.saved"; } 2>/dev/null
+           builtin echo "$__n" >"$__state/saved"; } 2>/dev/null
 if [ "$__mode" = agent ]; then
-  [ "$__old" ] && { __restore=$__new; . "$__old"; __new=$__restore; } >/dev/null 2>&1
+  __now="__old=$__old __new=$__new __n=$__n"
+  [ -e "$__old" ] && { builtin set -- "$__now"; . "$__old"; builtin eval "$1"; builtin set --; } >/dev/null 2>&1
   trap __save EXIT
 fi
 eval "$(<"$__state/command")"
@@ -295,7 +301,7 @@ class Sandbox:
     uids = itertools.count(1_900_000_000)
 
     def __init__(self, task, cfg):
-        self.task, self.cfg, self.grading = task, cfg, ""
+        self.task, self.cfg, self.grading, self.process, self.ready = task, cfg, "", None, False
         # One thread for the sandbox's whole life: bubblewrap dies with the *thread* that started it, as is wanted.
         self.thread = ThreadPoolExecutor(1)
 
@@ -303,30 +309,39 @@ class Sandbox:
         try:
             await self._in_thread(self._open)
             if (self.task.path / "environment/seeds").is_dir():
-                await self._upload(self.task.path / "environment/seeds", "/workspace")
+                await self.run(self._unpack(self.task.path / "environment/seeds", "/workspace"), 60, mode="clean")
         except BaseException:
             await self.__aexit__()
             raise
         return self
 
     async def __aexit__(self, *_):
-        if process := getattr(self, "process", None):
-            process.kill()
-            await asyncio.shield(self._in_thread(process.communicate))
+        if self.ready:
+            self.process.kill()  # now, whatever the thread is waiting for
+        await asyncio.shield(self._in_thread(self._close))
         self.thread.shutdown(wait=False)
+
+    def _close(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            for pipe in (self.process.stdin, self.process.stdout):
+                with contextlib.suppress(OSError):  # a command that it did not take any more
+                    pipe.close()
 
     def _in_thread(self, function, *args):
         return asyncio.get_running_loop().run_in_executor(self.thread, function, *args)
 
     def _open(self):
         binary = os.open(bwrap_path(), os.O_RDONLY)  # by descriptor: the path may lie in a folder that the other uid cannot enter
-        other_uid = {} if os.getuid() else dict(user=(uid := next(self.uids)), group=uid, extra_groups=[])
+        uid = str(next(self.uids))
+        other_uid = [] if os.getuid() else ["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups"]
         system = [flag for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64") if os.path.lexists(path) for flag in
                   (("--symlink", os.readlink(path), path) if os.path.islink(path) else ("--ro-bind", path, path))]
         size = str(self.task.memory_mb << 20)
         try:
             self.process = subprocess.Popen(
-                [f"/proc/self/fd/{binary}", "--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL",
+                [*other_uid, f"/proc/self/fd/{binary}", "--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL",
                  "--die-with-parent", "--new-session", "--as-pid-1", "--uid", "0", "--gid", "0", "--hostname", "sandbox",
                  "--clearenv", "--setenv", "PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
                  "--setenv", "HOME", "/root", "--setenv", "LANG", "C.UTF-8",
@@ -336,12 +351,16 @@ class Sandbox:
                  "--perms", "1777", "--dir", "/tmp", *(f for d in ("root", "home", "opt", "var", "app", "workspace") for f in ("--dir", "/" + d)),
                  "--chdir", "/app", "bash", "--noprofile", "--norc", "-c", SHELL_LOOP, "bash", "/dev/shm/.shell", SHELL_COMMAND, str(OUTPUT_KEPT),
                  "256", str(self.task.memory_mb << 10)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[binary],
-                start_new_session=True, **other_uid)
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[binary])
         except OSError as error:
             raise SandboxLost(f"start: {error}") from error
         finally:
             os.close(binary)
+        # Not killed before it is up: bubblewrap arms its own end with its parent only late.
+        (answer := select.poll()).register(self.process.stdout, select.POLLIN)
+        self.ready = bool(answer.poll(60_000)) and self.process.stdout.readline() == b"ready\n"
+        if not self.ready:
+            raise SandboxLost("start")
 
     async def run(self, command, timeout=None, mode="agent"):
         """Run a bash command in the sandbox's shell; after `timeout` seconds it is stopped. Returns Output."""
@@ -365,36 +384,31 @@ class Sandbox:
             raise SandboxLost("died") from error
         return int(code), base64.b64decode(output)
 
-    async def _upload(self, folder, target):
-        """Replace `target` in the sandbox by a copy of a local folder."""
-        await self._upload_and_run(folder, target, "", 60)
-
-    async def _upload_and_run(self, folder, target, command, timeout):
+    def _unpack(self, folder, target):
+        """A command that copies a local folder to `target`."""
         archive = io.BytesIO()
-        with tarfile.open(fileobj=archive, mode="w:gz", compresslevel=1) as tar:
+        with tarfile.open(fileobj=archive, mode="w") as tar:
             tar.add(folder, arcname=".", filter=lambda info: info.replace(uid=0, gid=0, uname="", gname="", deep=False))
-        unpack = (f"cd /; rm -rf {target}; mkdir -p {target}; base64 -d <<'.' | tar -xzf - -C {target} || exit 125\n"
-                  f"{base64.b64encode(archive.getvalue()).decode()}\n.\n")
-        return await self.run(unpack + command, timeout, mode="clean")
+        return f"mkdir -p {target} && base64 -d <<'.' | tar -xf - -C {target}\n{base64.encodebytes(archive.getvalue()).decode()}.\n"
 
     async def grade(self):
         """Run the task's hidden tests and return the reward they wrote, clipped to [0, 1].
 
         /tests and /logs/verifier are made anew. No reward, or one that is no number, is 0; `self.grading` says why."""
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in self.task.verifier_env)
-        output = await self._upload_and_run(
-            self.task.path / "tests", "/tests",
-            f"rm -rf /logs/verifier; mkdir -p /logs/verifier\n{exports}cd /app 2>/dev/null || cd /workspace\nbash /tests/test.sh",
-            self.task.verifier_timeout)
-        self.grading = render_observation(*output[:2])
-        found = await self.run("cat /logs/verifier/reward.txt || cat /logs/verifier/reward.json", 10, mode="clean")
+        output = await self.run(
+            "rm -rf /tests /logs/verifier; mkdir -p /logs/verifier\n" + self._unpack(self.task.path / "tests", "/tests")
+            + f"{exports}cd /app 2>/dev/null || cd /workspace\nbash /tests/test.sh; echo; echo {MARKER}\n"
+            "cat /logs/verifier/reward.txt || cat /logs/verifier/reward.json", self.task.verifier_timeout, mode="clean")
+        said, _, found = output.text.rpartition(f"\n{MARKER}\n")
+        self.grading = render_observation(said or found, output.exit_code)
         try:
-            reward = json.loads(found.text)
+            reward = json.loads(found)
             reward = float(reward["reward"] if isinstance(reward, dict) else reward)
         except (ValueError, TypeError, KeyError):
             reward = math.nan
         if math.isnan(reward):
-            self.grading += f"\nno reward: {found.text[:200]!r}"
+            self.grading += f"\nno reward: {found[:200]!r}"
             return 0.0
         return min(1.0, max(0.0, reward))
 
@@ -1434,6 +1448,10 @@ def run(cfg):
         raise UserError("the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
                         "python tmax.py --tiny runs the same code on two CPU cores")
     check_sandbox(cfg)
+    if not torch.cuda.is_available():  # one share of the cores each: OpenMP threads that wait for a core spin, ten times slower
+        threads = max(1, len(os.sched_getaffinity(0)) // ((cfg.num_learners or 1) + (cfg.num_engines or 1)))
+        torch.set_num_threads(threads)
+        os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_CPU_OMP_THREADS_BIND="nobind")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     run_dir = make_run_dir(cfg)
     model, sources = cfg.model, cfg.tasks

