@@ -154,8 +154,8 @@ class Config:
 
 # Small groups of fields, the same recipe. bubblewrap, because a tiny task needs no image and a sandbox starts in 10 ms.
 TINY = dict(tiny=True, model="", tasks=[], max_prompt_tokens=512, max_turn_tokens=64, max_total_tokens=256, max_steps=6,
-            pack_length=4096, prompts_per_step=16, async_steps=1, bash_timeout=10.0, learning_rate=5e-4, warmup_steps=5,
-            training_steps=40, dtype="float32", gradient_checkpointing=False, max_concurrent_rollouts=64, sandbox="bwrap",
+            pack_length=4096, prompts_per_step=16, async_steps=1, bash_timeout=10.0, learning_rate=7e-4, warmup_steps=5,
+            training_steps=44, dtype="float32", gradient_checkpointing=False, max_concurrent_rollouts=64, sandbox="bwrap",
             save_every=1000)
 
 
@@ -235,7 +235,7 @@ def task_at(tasks, index, seed):
 # directory, variables and functions kept in a file, so that `exit`, `exec`, `set -e` or `kill -9 -1` end only a command.
 # ---------------------------------------------------------------------------------------------------------------------
 
-OUTPUT_KEPT = 100_000   # bytes of a command's output kept from its beginning and again from its end
+OUTPUT_KEPT = 20_000    # bytes of a command's output kept from its beginning and again from its end
 
 # Reads "MODE SECONDS BYTES\n" and a command of that many bytes; answers "EXIT_CODE BASE64(output)\n". A reader of its own
 # caps each command's output, so that a job left in the background, holding stdout, delays no answer and floods nothing.
@@ -249,8 +249,7 @@ echo ready
 while read -r mode seconds bytes; do
   n=$((n + 1)) new=$((1 - env)) saved=
   head -c "$bytes" >"$state/command"
-  exec 8> >({ dd bs=64k count="$keep" iflag=count_bytes status=none
-              LC_ALL=C read -r -d '' -n 1 && exec tail -c "$keep"; } >"$state/out.$n" 2>/dev/null)
+  exec 8> >({ dd bs=1 count="$keep"; LC_ALL=C read -r -d '' -n 1 && exec tail -c "$keep"; } >"$state/out.$n" 2>/dev/null)
   reader=$!
   ( ulimit -c 0 -u "$processes" -v "$kilobytes"; echo "$BASHPID" >"$state/group"
     exec timeout -k 2 "$seconds" bash -c "$inner" bash "$state" "$mode" "$env" "$new" "$n" ) </dev/null >&8 2>&1 8>&- 9>&-
@@ -308,8 +307,9 @@ class Sandbox:
     async def __aenter__(self):
         try:
             await self._in_thread(self._open)
-            if (self.task.path / "environment/seeds").is_dir():
-                await self.run(self._unpack(self.task.path / "environment/seeds", "/workspace"), 60, mode="clean")
+            seeds = self.task.path / "environment/seeds"
+            if seeds.is_dir() and any(seeds.iterdir()):
+                await self.run(self._unpack(seeds, "/workspace"), 60, mode="clean")
         except BaseException:
             await self.__aexit__()
             raise
@@ -389,7 +389,7 @@ class Sandbox:
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w") as tar:
             tar.add(folder, arcname=".", filter=lambda info: info.replace(uid=0, gid=0, uname="", gname="", deep=False))
-        return f"mkdir -p {target} && base64 -d <<'.' | tar -xf - -C {target}\n{base64.encodebytes(archive.getvalue()).decode()}.\n"
+        return f"[ -d {target} ] || mkdir -p {target}; base64 -d <<'.' | tar -xf - -C {target}\n{base64.encodebytes(archive.getvalue()).decode()}.\n"
 
     async def grade(self):
         """Run the task's hidden tests and return the reward they wrote, clipped to [0, 1].
@@ -397,9 +397,9 @@ class Sandbox:
         /tests and /logs/verifier are made anew. No reward, or one that is no number, is 0; `self.grading` says why."""
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in self.task.verifier_env)
         output = await self.run(
-            "rm -rf /tests /logs/verifier; mkdir -p /logs/verifier\n" + self._unpack(self.task.path / "tests", "/tests")
+            "rm -rf /tests /logs/verifier; mkdir -p /tests /logs/verifier\n" + self._unpack(self.task.path / "tests", "/tests")
             + f"{exports}cd /app 2>/dev/null || cd /workspace\nbash /tests/test.sh; echo; echo {MARKER}\n"
-            "cat /logs/verifier/reward.txt || cat /logs/verifier/reward.json", self.task.verifier_timeout, mode="clean")
+            "cat /logs/verifier/reward.txt 2>/dev/null || cat /logs/verifier/reward.json", self.task.verifier_timeout, mode="clean")
         said, _, found = output.text.rpartition(f"\n{MARKER}\n")
         self.grading = render_observation(said or found, output.exit_code)
         try:
@@ -908,9 +908,9 @@ class TokenLogprobs(torch.autograd.Function):
             rows = slice(i, i + chunk)
             logits = TokenLogprobs.matmul(hidden[rows], weight.T, dtype if fp32 else hidden.dtype).to(dtype).div_(temperature)
             logz[rows] = logits.logsumexp(-1)
-            logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - logz[rows]
-            probs = (logits - logz[rows, None]).exp_()
-            entropy[rows] = logz[rows] - torch.einsum("nv,nv->n", probs, logits)
+            logits.sub_(logz[rows, None])                                   # log probabilities from here on
+            logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0]
+            entropy[rows] = -torch.einsum("nv,nv->n", logits.exp(), logits)
         ctx.save_for_backward(hidden, weight, targets, logz)
         ctx.chunk, ctx.temperature, ctx.fp32 = chunk, temperature, fp32
         ctx.mark_non_differentiable(entropy)
@@ -1321,8 +1321,7 @@ TINY_TEMPLATE = r"""
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- "<|im_start|>assistant\n" }}{%- endif %}"""
-TINY_WORDS = ("amber birch cedar daisy ember fern grove hazel iris juniper kelp lilac maple nettle olive poppy quince reed sage "
-              "thyme umber violet willow yarrow").split()
+TINY_WORDS = "amber birch cedar daisy ember fern grove hazel iris juniper kelp lilac maple nettle olive poppy".split()
 
 
 def tiny_task(kind, first, second, folder=None):
@@ -1337,10 +1336,11 @@ def tiny_task(kind, first, second, folder=None):
     if folder:
         spec = ('version = "1.0"\n[agent]\ntimeout_sec = 60\n[verifier]\ntimeout_sec = 20\n'
                 '[environment]\nmemory_mb = 512\nnetwork_mode = "no-network"\n')
-        files = {"instruction.md": f"{instruction}\n", "task.toml": spec, "environment/seeds/.keep": "",
+        files = {"instruction.md": f"{instruction}\n", "task.toml": spec,
                  "tests/test.sh": f"if {test}; then echo 1; else echo 0; fi >/logs/verifier/reward.txt\n"}
+        (folder / "environment/seeds").mkdir(parents=True)
+        (folder / "tests").mkdir()
         for name, text in (files | {f"environment/seeds/{name}": text for name, text in seeds.items()}).items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)
     return instruction, solution
 
@@ -1400,7 +1400,7 @@ def demonstration_rollout(tokenizer, instruction, solution):
     return r
 
 
-def warm_start(folder, demonstrations, cfg, target=0.3):
+def warm_start(folder, demonstrations, cfg, target=0.2):
     """Supervised training until the policy solves held-out demonstrations with probability `target` (in the mean, when it
     samples): the probability of a demonstration is the product over its tokens. RL needs some successes to begin with."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -1413,7 +1413,7 @@ def warm_start(folder, demonstrations, cfg, target=0.3):
     draw = random.Random(cfg.seed)
     with tqdm(total=target, bar_format="warm start: solves {n:.3f} of held-out tasks, until {total} [{elapsed}]") as bar:
         for step in itertools.count():
-            if step % 5 == 0:
+            if step % 2 == 0:
                 with torch.no_grad():
                     logprobs, _ = policy.run(held_out)
                 bar.n = float(torch.stack([part.sum().exp() for part in logprobs.split(sampled)]).mean())
