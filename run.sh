@@ -99,7 +99,9 @@ ready || (
 export PATH="$PWD/.venv/bin:$PATH" # vLLM calls ninja by name
 case "${1-}" in
   setup) say "the $flavour installation in .venv is ready" ;;
-  test) shift && exec python -m pytest test_tmax.py "$@" ;;
+  test) # without -m: all but what is long; a -m of your own replaces this one
+    shift && exec python -m pytest test_tmax.py -m 'not slow and not bench' "$@" \
+      -o markers=$'slow: learning with three seeds\nbench: prints figures, asserts nothing\ngpu: needs a CUDA device' ;;
   tiny) shift && exec python tmax.py --tiny "$@" ;;
   '') if [ "$gpus" -ge 2 ]; then exec python tmax.py; else exec python tmax.py --tiny; fi ;;
   *) exec python tmax.py "$@" ;;

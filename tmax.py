@@ -58,6 +58,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -84,8 +85,8 @@ class RunFailed(Exception):
 
 def knob(default, why):
     """A Config field whose reason is its --help text."""
-    default = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**default, metadata={"help": why})
+    kind = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**kind, metadata={"help": why.replace("%", "%%")})  # argparse formats it
 
 
 @dataclass
@@ -155,7 +156,7 @@ class Config:
 # Small groups of fields, the same recipe. bubblewrap, because a tiny task needs no image and a sandbox starts in 10 ms.
 TINY = dict(tiny=True, model="", tasks=[], max_prompt_tokens=512, max_turn_tokens=64, max_total_tokens=256, max_steps=6,
             pack_length=4096, prompts_per_step=16, async_steps=1, bash_timeout=10.0, learning_rate=7e-4, warmup_steps=5,
-            training_steps=44, dtype="float32", gradient_checkpointing=False, max_concurrent_rollouts=64, sandbox="bwrap",
+            training_steps=32, dtype="float32", gradient_checkpointing=False, max_concurrent_rollouts=64, sandbox="bwrap",
             save_every=1000)
 
 
@@ -164,7 +165,7 @@ def parse_config(argv):
     parser = HfArgumentParser(Config, prog="tmax.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
                               epilog="--tiny changes these defaults: " + ", ".join(f"{k}={v!r}" for k, v in TINY.items()))
     parser.error = lambda message: (_ for _ in ()).throw(UserError(message.replace("argument ", "")))
-    if "--tiny" in argv:
+    if parser.parse_known_args(argv)[0].tiny:
         parser.set_defaults(**TINY)
     cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
@@ -192,7 +193,7 @@ def load_task(path):
     """Read one Harbor task folder. Raises ValueError with the reason when it is not usable."""
     for needed in ("instruction.md", "tests/test.sh"):
         if not (path / needed).is_file():
-            raise ValueError(f"no {needed} in {path}")
+            raise ValueError(f"there is no {needed}")
     toml = path / "task.toml"
     spec = tomllib.loads(toml.read_text()) if toml.is_file() else {}
     agent, verifier, environment = (spec.get(part, {}) for part in ("agent", "verifier", "environment"))
@@ -215,8 +216,8 @@ def load_tasks(source, cfg):
     for path in [root] if single else sorted(p for p in root.iterdir() if p.is_dir()):
         try:
             tasks.append(load_task(path))
-        except (ValueError, OSError) as reason:  # tomllib's and Unicode's errors are ValueErrors
-            refused.append(str(reason))
+        except (ValueError, OSError, TypeError, AttributeError, OverflowError) as reason:  # a value of task.toml may be of any type
+            refused.append(f"{path}: {reason}")
     if not tasks:
         raise UserError(f"--tasks: {refused[0] if refused else f'no instruction.md in {root}/*'}")
     for reason in refused:
@@ -247,15 +248,16 @@ for signal in HUP INT QUIT TERM USR1 USR2 PIPE ALRM; do trap : $signal; done  # 
 mkdir -p "$state" && mkfifo "$state/never" && exec 9<>"$state/never"          # never readable: `read -t` on it is a sleep
 echo ready
 while read -r mode seconds bytes; do
-  n=$((n + 1)) new=$((1 - env)) saved=
+  n=$((n + 1)) new=$((1 - env)) saved= start=$SECONDS
   head -c "$bytes" >"$state/command"
-  exec 8> >({ dd bs=1 count="$keep"; LC_ALL=C read -r -d '' -n 1 && exec tail -c "$keep"; } >"$state/out.$n" 2>/dev/null)
+  exec 8> >({ dd bs=1 count="$keep"; LC_ALL=C IFS= read -r -d '' -n 1 byte && printf %s "$byte" && exec tail -c "$keep"
+            } >"$state/out.$n" 2>/dev/null)
   reader=$!
   ( ulimit -c 0 -u "$processes" -v "$kilobytes"; echo "$BASHPID" >"$state/group"
     exec timeout -k 2 "$seconds" bash -c "$inner" bash "$state" "$mode" "$env" "$new" "$n" ) </dev/null >&8 2>&1 8>&- 9>&-
   code=$?
   exec 8>&-
-  (( code == 124 || code == 137 )) && read -r group <"$state/group" && kill -KILL -- "-$group"
+  (( (code == 124 || code == 137) && SECONDS - start >= ${seconds%.*} )) && read -r group <"$state/group" && kill -KILL -- "-$group"
   for pause in .001 .002 .004 .008 .016 .032 .064; do kill -0 "$reader" || break; read -t "$pause" -u 9; done
   read -r saved <"$state/saved" && [ "$saved" = "$n" ] && env=$new
   printf '%s ' "$code"; base64 -w0 "$state/out.$n"; echo
@@ -333,7 +335,10 @@ class Sandbox:
         return asyncio.get_running_loop().run_in_executor(self.thread, function, *args)
 
     def _open(self):
-        binary = os.open(bwrap_path(), os.O_RDONLY)  # by descriptor: the path may lie in a folder that the other uid cannot enter
+        try:
+            binary = os.open(bwrap_path(), os.O_RDONLY)  # by descriptor: the path may lie in a folder that the other uid cannot enter
+        except OSError as error:
+            raise SandboxLost(f"start: {error}") from error
         uid = str(next(self.uids))
         other_uid = [] if os.getuid() else ["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups"]
         system = [flag for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64") if os.path.lexists(path) for flag in
@@ -398,14 +403,16 @@ class Sandbox:
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in self.task.verifier_env)
         output = await self.run(
             "rm -rf /tests /logs/verifier; mkdir -p /tests /logs/verifier\n" + self._unpack(self.task.path / "tests", "/tests")
-            + f"{exports}cd /app 2>/dev/null || cd /workspace\nbash /tests/test.sh; echo; echo {MARKER}\n"
-            "cat /logs/verifier/reward.txt 2>/dev/null || cat /logs/verifier/reward.json", self.task.verifier_timeout, mode="clean")
-        said, _, found = output.text.rpartition(f"\n{MARKER}\n")
-        self.grading = render_observation(said or found, output.exit_code)
+            + f"{exports}cd /app 2>/dev/null || cd /workspace\nbash /tests/test.sh", self.task.verifier_timeout, mode="clean")
+        self.grading = render_observation(output.text, output.exit_code)
+        if output.timed_out:
+            self.grading += f"\nstopped after {self.task.verifier_timeout:g} s"
+            return 0.0
+        found = (await self.run("cd /logs/verifier; cat reward.txt 2>/dev/null || cat reward.json", 60, mode="clean")).text
         try:
-            reward = json.loads(found)
+            reward = json.loads(found) if found.lstrip().startswith("{") else found
             reward = float(reward["reward"] if isinstance(reward, dict) else reward)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             reward = math.nan
         if math.isnan(reward):
             self.grading += f"\nno reward: {found[:200]!r}"
@@ -453,7 +460,9 @@ BASH_TOOL = {"type": "function", "function": {
     "parameters": {"type": "object", "properties": {"command": {"type": "string", "description": "The bash command."}},
                    "required": ["command"]}}}
 OBSERVATION_LIMIT = 10_000  # characters
-XML_CALL = re.compile(r"\s*<function=([^>\s]+)>\s*<parameter=command>\n?(.*?)\n?</parameter>\s*</function>\s*</tool_call>", re.S)
+XML_CALL = re.compile(r"\s*<function=([^>\s]+)>\s*<parameter=command>\n?((?:(?!</parameter>\s*<parameter=).)*?)\n?</parameter>"
+                      r"\s*</function>\s*</tool_call>", re.S)
+TAG = re.compile(r"</?think>|<tool_call>")
 
 
 class FormatError(Exception):
@@ -464,27 +473,42 @@ def parse_tool_calls(text):
     """The bash commands of one assistant turn, in order; [] if it makes no call. Thinking is not looked at.
 
     Two forms: Hermes JSON (Qwen3) and Qwen XML (Qwen3.5). Raises FormatError if any call of the turn is malformed."""
-    text, commands, place = text.rpartition("</think>")[2].partition("<think>")[0], [], 0
-    while (place := text.find("<tool_call>", place)) >= 0:
-        place += len("<tool_call>")
-        if xml := XML_CALL.match(text, place):
-            name, arguments, place = xml[1], {"command": xml[2]}, xml.end()
+    commands, place = [], 0
+    while tag := TAG.search(text, place):
+        place = tag.end()
+        if tag[0] == "<think>":
+            place = len(text) - len(text[place:].partition("</think>")[2])  # unclosed: to the end
+        elif tag[0] == "</think>":  # the template opened it: what came before was thought, not done
+            commands = []
         else:
-            try:  # the decoder finds the call's end, so that a command may contain the closing tag
-                start = place + len(text[place:]) - len(text[place:].lstrip())
-                call, end = json.JSONDecoder(strict=False).raw_decode(text, start)
-                name, arguments = call["name"], call["arguments"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise FormatError(f"A tool call could not be read: {error}") from None
-            if not (closing := re.compile(r"\s*</tool_call>").match(text, end)):
-                raise FormatError("A tool call was not closed by </tool_call>.")
-            place = closing.end()
-        if name != "bash":
-            raise FormatError(f"There is no tool {name!r}; the only one is bash.")
-        if not isinstance(arguments, dict) or not isinstance(arguments.get("command"), str):
-            raise FormatError("bash takes one argument, command, a string.")
-        commands.append(arguments["command"])
+            try:
+                command, place = read_call(text, place)
+                commands.append(command)
+            except FormatError:
+                if "</think>" not in text[place:].partition("<think>")[0]:
+                    raise
     return commands
+
+
+def read_call(text, place):
+    """The command of the call whose opening tag ends at `place`, and where the call ends. Raises FormatError."""
+    if xml := XML_CALL.match(text, place):
+        name, arguments, place = xml[1], {"command": xml[2]}, xml.end()
+    else:
+        try:  # the decoder finds the call's end, so that a command may contain the closing tag
+            start = re.compile(r"\s*").match(text, place).end()
+            call, end = json.JSONDecoder(strict=False).raw_decode(text, start)
+            name, arguments = call["name"], call["arguments"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise FormatError(f"A tool call could not be read: {error}") from None
+        if not (closing := re.compile(r"\s*</tool_call>").match(text, end)):
+            raise FormatError("A tool call was not closed by </tool_call>.")
+        place = closing.end()
+    if name != "bash":
+        raise FormatError(f"There is no tool {name!r}; the only one is bash.")
+    if not isinstance(arguments, dict) or not isinstance(arguments.get("command"), str):
+        raise FormatError("bash takes one argument, command, a string.")
+    return arguments["command"], place
 
 
 def is_submission(command):
@@ -521,10 +545,13 @@ class ChatFormat:
             if {t["id"] for t in added} & set(self.plain.encode(token["content"]).ids):
                 raise UserError(f"--model: its tokenizer makes the control token {token['content']} out of plain text")
         said, first, second = "ASSISTANTSAID", "FIRSTOUTPUT", "SECONDOUTPUT"
-        text = tokenizer.apply_chat_template(
-            [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "assistant", "content": said},
-             {"role": "tool", "content": first}, {"role": "tool", "content": second}],
-            tools=[BASH_TOOL], tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(
+                [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "assistant", "content": said},
+                 {"role": "tool", "content": first}, {"role": "tool", "content": second}],
+                tools=[BASH_TOOL], tokenize=False, add_generation_prompt=True)
+        except (ValueError, jinja2.TemplateError) as error:  # there is none, or it refuses them
+            raise UserError(f"--model: its chat template does not render tool outputs: {error}".split("\n")[0]) from None
         found = re.fullmatch(rf".*{said}(.*?){first}(.*?){second}(.*)", text, re.S)
         if not found:
             raise UserError("--model: its chat template does not render tool outputs")
@@ -650,10 +677,14 @@ class Engine:
     """vLLM's AsyncLLM: token ids in, token ids with logprobs and policy versions out."""
 
     def __init__(self, model, cfg):
+        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1")
+        cpu = {}
+        if not torch.cuda.is_available():
+            os.environ.update(TORCH_COMPILE_DISABLE="1", HF_HUB_OFFLINE="1")
+            cpu = dict(enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_num_seqs=64)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
-        cpu = {} if torch.cuda.is_available() else dict(enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_num_seqs=64)
-        self.cfg, self.requests, self.lock = cfg, itertools.count(), asyncio.Lock()
+        self.cfg, self.requests = cfg, itertools.count()
         self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(
             model=str(model), dtype=cfg.dtype, max_model_len=cfg.max_prompt_tokens + cfg.max_total_tokens,
             data_parallel_size=cfg.num_engines or 1, enable_prefix_caching=True, disable_log_stats=True,
@@ -688,41 +719,42 @@ class Engine:
 def generator_main(cfg, model, tasks, run_dir, memory, pipe):
     """Entry of the generator process: leader of its own process group, which ends with its parent. Its output is a log file."""
     os.setpgid(0, 0)
-    os.environ.update(TMPDIR=str(memory / "tmp"), VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING",
-                      VLLM_NO_USAGE_STATS="1")
-    if not torch.cuda.is_available():
-        os.environ.update(TORCH_COMPILE_DISABLE="1", HF_HUB_OFFLINE="1")
+    os.environ["TMPDIR"] = str(memory / "tmp")  # vLLM's sockets
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     log = os.open(run_dir / "generator.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
     try:
-        asyncio.run(Generator(cfg, tasks, pipe).serve(model))
+        asyncio.run(Generator(cfg, tasks, pipe, memory).serve(model))
     except BaseException as error:
         traceback.print_exc()
         with contextlib.suppress(OSError):
             pipe.send(("failed", f"{type(error).__name__}: {error}"))
     finally:
-        shutil.rmtree(memory, ignore_errors=True)
-        os.killpg(0, signal.SIGKILL)  # engine processes and sandboxes too
+        end_generator(memory)
+
+
+def end_generator(memory):
+    """The last act of the generator's process group: engine processes and sandboxes end with it."""
+    shutil.rmtree(memory, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
 
 
 class Generator:
     """Starts groups as far as the learner allows, sends each finished one back, reloads weights when told to.
 
-    Messages in: ("allow", n) groups may have been started in all, ("weights", folder, version), None to stop (as does the
-    end of the pipe). Messages out: ("ready",), ("group", rollouts), ("too_long", task), ("loaded", seconds), ("failed", reason)."""
+    Messages in: ("allow", n) groups may have been started in all, ("weights", folder, version), None to stop. Messages out: ("ready",), ("group", rollouts), ("too_long", task), ("loaded", seconds), ("failed", reason)."""
 
-    def __init__(self, cfg, tasks, pipe):
-        self.cfg, self.tasks, self.pipe, self.started = cfg, tasks, pipe, 0
+    def __init__(self, cfg, tasks, pipe, memory):
+        self.cfg, self.tasks, self.pipe, self.memory, self.started = cfg, tasks, pipe, memory, 0
         self.rollouts = asyncio.Semaphore(cfg.max_concurrent_rollouts)
         self.too_long = set()
 
     async def serve(self, model):
+        inbox, self.running = asyncio.Queue(), set()
+        threading.Thread(target=self._read, args=(asyncio.get_running_loop(), inbox), daemon=True).start()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.engine = Engine(model, self.cfg)
         await self.engine.llm.update_weight_version("0")
-        inbox, self.running = asyncio.Queue(), set()
-        threading.Thread(target=self._read, args=(asyncio.get_running_loop(), inbox), daemon=True).start()
         self.pipe.send(("ready",))
         while True:
             message = asyncio.create_task(inbox.get())
@@ -746,8 +778,8 @@ class Generator:
         while message is not None:
             try:
                 message = self.pipe.recv()
-            except (EOFError, OSError):  # the learner is gone
-                message = None
+            except (EOFError, OSError):  # the learner is gone, without a word
+                end_generator(self.memory)
             loop.call_soon_threadsafe(inbox.put_nowait, message)
 
     async def _stop(self):
@@ -1453,13 +1485,12 @@ def run(cfg):
         torch.set_num_threads(threads)
         os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_CPU_OMP_THREADS_BIND="nobind")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model, tasks = cfg.model, [task for source in cfg.tasks for task in load_tasks(source, cfg)]
     run_dir = make_run_dir(cfg)
-    model, sources = cfg.model, cfg.tasks
-    if cfg.tiny:
+    if cfg.tiny and not model:
         model, folder, demonstrations = make_tiny(run_dir, cfg.seed)
         warm_start(model, demonstrations, cfg)
-        sources = sources or [str(folder)]
-    tasks = [task for source in sources for task in load_tasks(source, cfg)]
+        tasks = tasks or load_tasks(folder, cfg)
     print(f"{len(tasks)} tasks, run folder {run_dir}")
     train(cfg, run_dir, model, tasks)
 
