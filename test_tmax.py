@@ -15,12 +15,15 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import uuid
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +33,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings, strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 import tmax
 
@@ -939,6 +943,941 @@ def test_benchmark(request, capsys):
             print(f"  {name:28}{f['gib']:8.2f} GiB {f['seconds']:7.1f} s")
 
 
+FIELDS = {field.name: field.default for field in dataclasses.fields(tmax.Config)}
+CFG = tmax.Config(sandbox="bwrap", bash_timeout=100.0)
+MARKER = "COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
+SUBMIT = f"echo {MARKER}"
+
+
+def make_task(folder, test="echo 1 >/logs/verifier/reward.txt", instruction="Do it.", toml=None, seeds=None):
+    """Write a Harbor task folder; None leaves a file out."""
+    (folder / "tests").mkdir(parents=True)
+    for name, content in {"tests/test.sh": test, "instruction.md": instruction, "task.toml": toml}.items():
+        if content is not None:
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    for name, content in (seeds or {}).items():
+        (folder / "environment/seeds").mkdir(parents=True, exist_ok=True)
+        (folder / "environment/seeds" / name).write_text(content)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config and command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_defaults_are_the_cards_values():
+    """Each row of the model card is a field of Config."""
+    card = dict(model="allenai/tmax-sft-8b", tasks=["allenai/tmax-15k-open-instruct"], max_prompt_tokens=2048,
+                max_turn_tokens=16384, max_total_tokens=32768, pack_length=34816, packs_per_device=1, prompts_per_step=32,
+                samples_per_prompt=8, async_steps=4, max_steps=64, learning_rate=1e-6, warmup_steps=0, training_steps=500,
+                temperature=1.0, kl_beta=0.0, loss="dppo_tv", dppo_threshold=0.1, advantage="centered", fp32_lm_head=True,
+                max_grad_norm=1.0, gradient_checkpointing=True, dtype="bfloat16", bash_timeout=120.0)
+    cfg = tmax.parse_config([])
+    assert {name: getattr(cfg, name) for name in card} == card
+    assert cfg == tmax.Config()
+
+
+@pytest.mark.parametrize("argv, named", [
+    ("--lerning_rate 1", "--lerning_rate"), ("--learning 1", "--learning"), ("stray", "stray"),
+    ("--pack_length 0", "pack_length"), ("--pack_length 34815", "34816"), ("--tasks /nowhere", "/nowhere"),
+    ("--tasks", "--tasks"), ("--samples_per_prompt 1", "samples_per_prompt"), ("--packs_per_device 2", "packs_per_device"),
+    ("--loss foo", "--loss"), ("--advantage std", "--advantage"), ("--dtype int8", "--dtype"), ("--sandbox chroot", "--sandbox"),
+    ("--kl_beta 0.1", "kl_beta"), ("--kl_beta nan", "kl_beta"), ("--training_steps 1.5", "training_steps"),
+    ("--training_steps many", "training_steps"), ("--fp32_lm_head perhaps", "fp32_lm_head"), ("--name a/b", "name"),
+    *((f"--{name} {value}", name) for name in ("learning_rate", "temperature", "dppo_threshold", "max_grad_norm", "bash_timeout")
+      for value in ("nan", "inf", "0", "-1")),
+    *((f"--{name} -1", name) for name in ("max_prompt_tokens", "max_turn_tokens", "max_total_tokens", "max_steps", "async_steps",
+                                          "warmup_steps", "prompts_per_step", "training_steps", "num_learners", "num_engines",
+                                          "max_concurrent_rollouts", "save_every")),
+])
+def test_wrong_values_are_refused_by_name(argv, named):
+    """A wrong flag or value raises UserError with one line that names it."""
+    with pytest.raises(tmax.UserError, match=re.escape(named)) as error:
+        tmax.parse_config(argv.split())
+    assert "\n" not in str(error.value)
+
+
+def test_tiny_is_a_preset_and_given_flags_win():
+    """--tiny sets fields of Config and nothing else; a flag beside it wins, before or after it."""
+    assert set(tmax.TINY) <= set(FIELDS)
+    tiny = tmax.Config(**tmax.TINY)
+    for argv in (["--tiny"], ["--tiny", "true"], ["--tiny=True"]):
+        assert tmax.parse_config(argv) == tiny
+    wanted = dataclasses.replace(tiny, max_steps=3, loss="grpo", dtype="bfloat16", gradient_checkpointing=True)
+    flags = ["--max_steps", "3", "--loss", "grpo", "--dtype=bfloat16", "--gradient_checkpointing", "true"]
+    for place in (0, 2, 5, 7):
+        assert tmax.parse_config([*flags[:place], "--tiny", *flags[place:]]) == wanted
+    assert tmax.parse_config(["--tiny", "false"]) == tmax.Config()
+
+
+def test_help_names_every_field(monkeypatch, capsys):
+    """--help explains all fields and exits with 0, also if an explanation holds a percent sign."""
+    @dataclasses.dataclass
+    class More(tmax.Config):
+        share: float = tmax.knob(1.0, "100 % of it, 5%s")
+    monkeypatch.setattr(tmax, "Config", More)
+    with pytest.raises(SystemExit) as end:
+        tmax.parse_config(["--help"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and "100 % of it, 5%s" in said
+    assert all(f"--{name}" in said for name in FIELDS)
+
+
+def test_errors_are_one_line(tmp_path):
+    """`python tmax.py` with something the user can mend: exit code 1, one line on stderr, no traceback, no run folder."""
+    make_task(tmp_path / "untested/a", test=None)
+    table = [("--lerning_rate 1", ["--lerning_rate"]), ("", ["GPU", "--tiny"]), ("--tiny --tasks untested", ["tests/test.sh", "untested"])]
+    started = [subprocess.Popen([sys.executable, tmax.__file__, *argv.split()], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}) for argv, _ in table]
+    for process, (argv, wanted) in zip(started, table):
+        said = process.communicate()[1]
+        assert process.returncode == 1 and re.fullmatch(r"error: [^\n]+\n", said) and all(word in said for word in wanted), said
+    assert not (tmp_path / "runs").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+# ---------------------------------------------------------------------------------------------------------------------
+
+TOML = """[agent]\ntimeout_sec = 7\n[verifier]\ntimeout_sec = 8.5\n[verifier.env]\nKEY = "a b"\nN = 3\n[environment]\nmemory_mb = 99\n"""
+
+
+def test_task_toml_is_honoured(tmp_path):
+    """All that task.toml says, and defaults where it is absent."""
+    full = tmax.load_task(make_task(tmp_path / "full", toml=TOML, instruction="\n Grüße \n"))
+    assert full == tmax.Task("full", tmp_path / "full", "Grüße", 7.0, 8.5, (("KEY", "a b"), ("N", "3")), 99)
+    plain = tmax.load_task(make_task(tmp_path / "plain"))
+    assert plain == tmax.Task("plain", tmp_path / "plain", "Do it.", 3600.0, 600.0, (), 2048)
+
+
+def test_one_task_folder_or_a_folder_of_them(tmp_path):
+    """Both forms of --tasks; names in order; files beside the folders do not matter."""
+    for name in "cab":
+        make_task(tmp_path / name)
+    (tmp_path / "README.md").write_text("tasks")
+    assert [t.name for t in tmax.load_tasks(str(tmp_path), CFG)] == ["a", "b", "c"]
+    assert [t.name for t in tmax.load_tasks(str(tmp_path / "b"), CFG)] == ["b"]
+
+
+@pytest.mark.parametrize("broken", [
+    dict(test=None), dict(instruction=None), dict(instruction=b"caf\xe9"), dict(toml="[agent\n"), dict(toml=b"\xff = 1"),
+    dict(toml='agent = "soon"'), dict(toml="[verifier]\nenv = 3"), dict(toml='[agent]\ntimeout_sec = "soon"'),
+    dict(toml="[agent]\ntimeout_sec = [1]"), dict(toml="[environment]\nmemory_mb = inf"),
+], ids=str)
+def test_broken_tasks_are_left_out_and_said(tmp_path, capsys, broken):
+    """A broken task costs one line on stderr that names it; alone, it is a UserError."""
+    make_task(tmp_path / "good")
+    make_task(tmp_path / "broken", **broken)
+    assert [t.name for t in tmax.load_tasks(str(tmp_path), CFG)] == ["good"]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(tmp_path / "broken") in said
+    with pytest.raises(tmax.UserError, match=re.escape(str(tmp_path / "broken"))):
+        tmax.load_tasks(str(tmp_path / "broken"), CFG)
+
+
+def test_no_usable_task_is_an_error(tmp_path):
+    """Nothing there, an empty folder, folders without tests."""
+    (tmp_path / "empty").mkdir()
+    make_task(tmp_path / "untested/a", test=None)
+    for folder in ("nowhere", "empty", "untested"):
+        with pytest.raises(tmax.UserError, match=folder):
+            tmax.load_tasks(str(tmp_path / folder), CFG)
+
+
+def test_tests_are_not_read_at_load(tmp_path, monkeypatch):
+    """Hidden tests stay hidden until a rollout is graded: no file under tests/ is opened."""
+    make_task(tmp_path / "a")
+    opened = []
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+    tmax.load_tasks(str(tmp_path), CFG)
+    mine = [path for path in opened if path.startswith(str(tmp_path))]
+    assert mine and not [path for path in mine if "/tests/" in path]
+
+
+def test_task_order(tmp_path):
+    """Every epoch is a permutation, another one each time, and the same again for the same seed."""
+    tasks = [tmax.Task(str(i), tmp_path, "") for i in range(20)]
+    epochs = [[int(tmax.task_at(tasks, 20 * e + i, seed=1).name) for i in range(20)] for e in range(4)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and len(set(map(tuple, epochs))) == 4
+    assert epochs[2] == [int(tmax.task_at(tasks, 40 + i, seed=1).name) for i in range(20)]
+    assert epochs[0] != [int(tmax.task_at(tasks, i, seed=2).name) for i in range(20)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tool calls, submission, observations
+# ---------------------------------------------------------------------------------------------------------------------
+
+def hermes(command, ascii=True):
+    return f'<tool_call>\n{json.dumps({"name": "bash", "arguments": {"command": command}}, ensure_ascii=ascii)}\n</tool_call>'
+
+
+def xml(command):
+    return f"<tool_call>\n<function=bash>\n<parameter=command>\n{command}\n</parameter>\n</function>\n</tool_call>"
+
+
+BOTH = pytest.mark.parametrize("form", [hermes, xml])
+
+
+@BOTH
+@pytest.mark.parametrize("text, commands", [
+    ("no call at all", []), ("", []), ("A", ["a"]), ("first A then\n\nB end", ["a", "b"]),
+    ("<think>hm</think>\n\nA", ["a"]), ("<think>B</think>A", ["a"]), ("B</think>A", ["a"]), ("<think>A", []), ("<think>A</think>", []),
+    ("A<think>B", ["a"]), ("<think>B</think>A<think>B</think>A", ["a", "a"]), ("<think><tool_call>{</think>A", ["a"]),
+    ("<tool_call>{ or so</think>A", ["a"]),
+])
+def test_calls_are_found_outside_thinking(form, text, commands):
+    """Where A and B stand for calls: all that are not thought, closed or not, opened by the template or not."""
+    assert tmax.parse_tool_calls(text.replace("A", form("a")).replace("B", form("b"))) == commands
+
+
+@BOTH
+@pytest.mark.parametrize("command", [
+    "", "ls", "echo '</tool_call>'", "cat <<'X'\n  indented\n\nX", "\n\nls\n\n", "echo ünïcödé 🌲", 'echo "a\\n\'b\'" \\', "a\tb\r\nc\0d",
+    "grep '</think>' log", "grep '<think>' log", "echo '<tool_call>'", "echo '</parameter>' '</function>'", "echo '\ud800'",
+])
+def test_commands_come_back_as_they_were(form, command):
+    """Quoting, newlines, tags of the format itself and lone surrogates."""
+    assert tmax.parse_tool_calls("Well. " + form(command) + "\n" + form("pwd")) == [command, "pwd"]
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(st.lists(st.text(st.characters()) | st.sampled_from(
+    ["<tool_call>", "</tool_call>", "<think>", "</think>", "<function=bash>", "</function>", "<parameter=command>", "</parameter>",
+     "\n", " ", '"', "\\", "{", "}"])).map("".join), st.booleans())
+def test_any_command_comes_back(command, ascii):
+    """Round trip in both forms; XML has no escapes, so a command that closes its own parameter is left out there."""
+    assert tmax.parse_tool_calls(hermes(command, ascii)) == [command]
+    if not re.search(r"</parameter>\s*(</function>|<parameter=)", command):
+        assert tmax.parse_tool_calls(xml(command)) == [command]
+
+
+@pytest.mark.parametrize("text", [
+    hermes("ls")[:-len("</tool_call>")], xml("ls")[:-len("</tool_call>")], hermes("ls")[:30], xml("ls")[:50], "<tool_call>",
+    "<tool_call>\n</tool_call>", hermes("ls").replace("bash", "python"), xml("ls").replace("bash", "python"),
+    "<tool_call>ls</tool_call>", '<tool_call>["bash", "ls"]</tool_call>', '<tool_call>"bash"</tool_call>',
+    '<tool_call>{"name": "bash"}</tool_call>', '<tool_call>{"arguments": {"command": "ls"}}</tool_call>',
+    '<tool_call>{"name": "bash", "arguments": "ls"}</tool_call>', '<tool_call>{"name": "bash", "arguments": {}}</tool_call>',
+    '<tool_call>{"name": "bash", "arguments": {"command": ["ls"]}}</tool_call>',
+    '<tool_call>{"name": "bash", "arguments": {"command": null}}</tool_call>',
+    '<tool_call>{"name": ["bash"], "arguments": {"command": "ls"}}</tool_call>',
+    "<tool_call><function=bash></function></tool_call>",
+    xml("ls").replace("</function>", "<parameter=timeout>\n5\n</parameter>\n</function>"),
+    "<tool_call>" + "[" * 100_000, '<tool_call>{"name": ' + "9" * 10_000 + "}</tool_call>",
+    hermes("ls") + "<tool_call>", "<tool_call>oops</tool_call>" + xml("ls"),
+], ids=lambda text: text[:60])
+def test_malformed_calls_raise(text):
+    """A call that cannot be read, or whose tool or argument does not exist, spoils the turn."""
+    with pytest.raises(tmax.FormatError):
+        tmax.parse_tool_calls(text)
+
+
+@pytest.mark.parametrize("command, submits", [
+    (SUBMIT, True), (f"  {SUBMIT}\n", True), (f"\n\n{SUBMIT}", True), (f'echo "{MARKER}"', True), (f"echo '{MARKER}'", True),
+    (f"echo \t{MARKER}", True), (f"'echo' {MARKER[:9]}\"{MARKER[9:]}\"", True),
+    (MARKER, False), ("", False), ("echo", False), (f"{SUBMIT}; ls", False), (f"{SUBMIT};", False), (f"{SUBMIT} && ls", False),
+    (f"ls; {SUBMIT}", False), (f"ls\n{SUBMIT}", False), (f"{SUBMIT}\nls", False), (f"echo\n{MARKER}", False),
+    (f'echo "{MARKER}\n"', False), (f"echo -n {MARKER}", False), (f"echo {MARKER} {MARKER}", False), (f"echo x{MARKER}", False),
+    (f"echo {MARKER.lower()}", False), (f"cat <<< {MARKER}", False), ("cat prompt.txt", False), (f"printf {MARKER}", False),
+    (f'echo "{MARKER}', False), (f"echo '{MARKER}", False), (f"echo {MARKER}\\", False), (f"echo '{MARKER} '", False),
+    (f"echo {MARKER} > out", False), (f"# {SUBMIT}", False),
+])
+def test_only_the_exact_echo_submits(command, submits):
+    """The command, split as a shell would, is `echo` and the marker, nothing else."""
+    assert tmax.is_submission(command) is submits
+
+
+def test_observation_form():
+    """Short output as it is, (no output), the exit code at the end."""
+    assert tmax.render_observation("a\nb\n", 0) == "a\nb\n\n\n(exit_code=0)"
+    assert tmax.render_observation("", 137) == "(no output)\n\n(exit_code=137)"
+
+
+def test_observation_boundary():
+    """10,000 characters stand as they are; from 10,001 on a hint, the first and the last 5,000."""
+    assert tmax.render_observation("ü" * 10_000, 1) == "ü" * 10_000 + "\n\n(exit_code=1)"
+    text = tmax.render_observation("a" * 5_000 + "X" + "b" * 5_000, 1)
+    assert "X" not in text.replace("(exit", "") and text.endswith("b" * 5_000 + "\n\n(exit_code=1)")
+    hint, _, rest = text.partition("\n")
+    assert "5000 characters" in hint and rest.startswith("a" * 5_000) and text.count("b" * 5_000) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat format
+# ---------------------------------------------------------------------------------------------------------------------
+
+QWEN = """{%- if tools %}<|im_start|>system
+{{ messages[0].content }}
+
+Functions you may use:
+{%- for tool in tools %}{{ "\n" + (tool | tojson) }}{% endfor %}<|im_end|>
+{% else %}<|im_start|>system
+{{ messages[0].content }}<|im_end|>
+{% endif %}
+{%- for m in messages[1:] %}
+{%- if m.role == "tool" %}
+{%- if loop.previtem is not defined or loop.previtem.role != "tool" %}{{ "<|im_start|>user" }}{% endif %}
+{{- "\n<tool_response>\n" + m.content + "\n</tool_response>" }}
+{%- if loop.last or loop.nextitem.role != "tool" %}{{ "<|im_end|>\n" }}{% endif %}
+{%- else %}{{ "<|im_start|>" + m.role + "\n" + m.content + "<|im_end|>\n" }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% endif %}"""
+LLAMA = """{{- "<|begin_of_text|>" }}
+{%- for m in messages %}
+{{- "<|start_header_id|>" + ("ipython" if m.role == "tool" else m.role) + "<|end_header_id|>\n\n" }}
+{%- if loop.first and tools %}{% for tool in tools %}{{ (tool | tojson) + "\n\n" }}{% endfor %}{% endif %}
+{{- m.content + "<|eot_id|>" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|start_header_id|>assistant<|end_header_id|>\n\n" }}{% endif %}"""
+QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
+               "<think>", "</think>"]
+LLAMA_TOKENS = ["<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"]
+
+
+def small_tokenizer(template, special, eos):
+    """A byte-level tokenizer, trained on a few words; half of its added tokens are not `special`, as in Qwen3."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(["You solve tasks in a Linux terminal with the bash tool. (exit_code=0) (no output)"] * 3,
+                            trainers.BpeTrainer(vocab_size=330, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.add_special_tokens([AddedToken(t, special=True) for t in special if t.startswith("<|")])
+    bpe.add_tokens([AddedToken(t, special=False) for t in special if not t.startswith("<|")])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template, eos_token=eos, pad_token=special[0])
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """make_tiny's folders and demonstrations, without a warm start."""
+    return tmax.make_tiny(tmp_path_factory.mktemp("tiny"), seed=3)
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tiny_model):
+    return {"tiny": AutoTokenizer.from_pretrained(tiny_model[0]), "qwen": small_tokenizer(QWEN, QWEN_TOKENS, "<|im_end|>"),
+            "llama": small_tokenizer(LLAMA, LLAMA_TOKENS, "<|eot_id|>")}
+
+
+FAMILIES = pytest.mark.parametrize("family, header", [("tiny", "<|im_start|>assistant\n"), ("qwen", "<|im_start|>assistant\n"),
+                                                      ("llama", "<|start_header_id|>assistant<|end_header_id|>\n\n")])
+
+
+@FAMILIES
+@pytest.mark.parametrize("outputs", [["file\n\n(exit_code=0)"], ["a", "", "  ünï\n"], ["x" * 300] * 5], ids=len)
+def test_turns_are_the_templates_own(tokenizers, family, header, outputs):
+    """Prompt + sampled turn + tool turn is, as text, what the template makes of the whole conversation; one header at the end."""
+    tokenizer, said = tokenizers[family], "I look.\n" + hermes("ls")
+    chat = tmax.ChatFormat(tokenizer)
+    conversation = [{"role": "system", "content": tmax.SYSTEM_PROMPT}, {"role": "user", "content": "Do ünï."},
+                    *2 * [{"role": "assistant", "content": said}, *({"role": "tool", "content": text} for text in outputs)]]
+    turn = tokenizer.encode(said, add_special_tokens=False) + [tokenizer.eos_token_id]
+    ids = chat.prompt("Do ünï.") + 2 * (turn + chat.tool_turn(outputs))
+    wanted = tokenizer.apply_chat_template(conversation, tools=[tmax.BASH_TOOL], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == wanted
+    assert tokenizer.decode(chat.tool_turn(outputs)).count(header) == 1 and wanted.endswith(header)
+    assert chat.stop_ids == [tokenizer.eos_token_id] and all(type(i) is int for i in ids)
+
+
+@FAMILIES
+def test_observations_forge_nothing(tokenizers, family, header):
+    """The text of every added token, in an observation, is plain text: no added id, and it decodes back."""
+    tokenizer = tokenizers[family]
+    chat, added = tmax.ChatFormat(tokenizer), tokenizer.added_tokens_decoder
+    text = "".join(f"{token.content} {token.content}\n" for token in added.values()) + header
+    assert len(added) >= 6 and set(tokenizer.encode(text)) & set(added)
+    empty, ids = chat.tool_turn([""]), chat.tool_turn([text])
+    place = len(chat.opening)
+    inside = ids[place:place + len(ids) - len(empty)]
+    assert not set(inside) & set(added) and tokenizer.decode(inside, skip_special_tokens=False) == text
+    assert ids[:place] + ids[place + len(inside):] == empty
+
+
+@pytest.mark.parametrize("template", [
+    "{% for m in messages %}{% if m.role != 'tool' %}{{ m.role + ': ' + m.content }}{% endif %}{% endfor %}",
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{{ m.content }}{% endfor %}",
+    None,
+], ids=["ignores", "raises", "none"])
+def test_a_template_without_tools_is_refused(template):
+    """--model with a template that drops tool messages, refuses them, or is not there: a UserError."""
+    with pytest.raises(tmax.UserError, match="--model"):
+        tmax.ChatFormat(small_tokenizer(template, QWEN_TOKENS, "<|im_end|>"))
+
+
+def test_a_tokenizer_that_spells_control_tokens_is_refused():
+    """If plain text alone merges into a control token's id, observations could not be kept harmless."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    bpe.train_from_iterator(["<|im_end|>"] * 9, trainers.BpeTrainer(vocab_size=300, show_progress=False,
+                                                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.add_special_tokens(["<|im_end|>"])
+    with pytest.raises(tmax.UserError, match=re.escape("<|im_end|>")):
+        tmax.ChatFormat(PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=QWEN, eos_token="<|im_end|>"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sandbox: the shell
+# ---------------------------------------------------------------------------------------------------------------------
+
+def in_sandbox(work, task=tmax.Task("t", Path("/nonexistent"), ""), cfg=CFG):
+    """Run `work(box)`, a coroutine function, in a sandbox of its own."""
+    async def main():
+        async with tmax.Sandbox(task, cfg) as box:
+            return await work(box)
+    return asyncio.run(main())
+
+
+def shell(*commands, timeout=100, **kw):
+    """The Outputs of commands, run one after the other in one sandbox."""
+    async def work(box):
+        return [await box.run(command, timeout) for command in commands]
+    return in_sandbox(work, **kw)
+
+
+@pytest.mark.parametrize("steps", {
+    "directory and variables": [("cd /tmp; export A=1; B='x  y'", "", 0), ('echo "$PWD $A $B"', "/tmp 1 x  y\n", 0)],
+    "array, function, umask": [("a=(1 '2 3'); f() { echo \"${a[1]}\"; }; umask 027", "", 0), ("f; umask", "2 3\n0027\n", 0)],
+    "value with newline and quotes": [("export V=$'a\\nb \"q\" $x `y`'", "", 0), ('printf %s "$V"', 'a\nb "q" $x `y`', 0)],
+    "readonly": [("readonly R=1; export R", "", 0), ("echo $R", "1\n", 0), ("echo $R", "1\n", 0)],
+    "heredoc": [("cat <<'X' >/tmp/h\nline $A 'q' \"\nX\ncat /tmp/h", "line $A 'q' \"\n", 0)],
+    "exit": [("cd /usr; A=1; exit 3", "", 3), ("echo $PWD $A", "/usr 1\n", 0)],
+    "set -e": [("A=1; set -e; false; echo no", "", 1), ("false; echo $A", "1\n", 0)],
+    "set -u": [("set -u; echo $nothing; echo no", "unbound", None), ("echo [$nothing]", "[]\n", 0)],
+    "exec": [("export A=1", "", 0), ("cd /tmp; exec echo replaced", "replaced\n", 0), ("echo $A", "1\n", 0)],
+    "exec >/dev/null": [("exec >/dev/null; echo hidden", "", 0), ("echo shown", "shown\n", 0)],
+    "open quote": [("A=1", "", 0), ('echo "abc', "quote|matching|EOF", None), ("echo $A", "1\n", 0)],
+    "comment and backslash at the end": [("echo hi # c", "hi\n", 0), ("echo ho \\", "ho", 0), ("echo x", "x\n", 0)],
+    "own exit trap": [("trap 'echo bye' EXIT; cd /opt", "bye\n", 0), ("pwd", "/opt\n", 0)],
+    "kill of itself": [("A=1", "", 0), ("kill -9 $$", "", 137), ("echo $A", "1\n", 0)],
+    "kill of everything": [("A=1", "", 0), ("kill -9 -1", "", None), ("echo $A", "1\n", 0)],
+    "all signals to process 1": [("for s in {1..31}; do kill -$s 1; done 2>/dev/null; echo sent", "sent\n", 0), ("echo here", "here\n", 0)],
+    "no input": [("cat; read x; echo eof", "eof\n", 0), ("read -t 5 x </dev/tty; echo $?", "1\n", 0)],
+    "broken PATH": [("export PATH=/nonexistent", "", 0), ("echo hi", "hi\n", 0), ("ls", "not found", 127),
+                    ("export PATH=/usr/bin:/bin; ls /usr >/dev/null && echo fixed", "fixed\n", 0)],
+    "bytes": [(r"printf '\xff\x00z'", "\ufffd\0z", 0), (r"printf '\xe2\x82\xac'", "€", 0)],
+    "stderr in order": [("echo a; echo b >&2; echo c", "a\nb\nc\n", 0)],
+    "deleted directory": [("mkdir -p /tmp/gone; cd /tmp/gone; rmdir /tmp/gone", "", 0), ("echo ok 2>/dev/null", "ok\n$", 0)],
+    "huge variable": [("export BIG=$(head -c 3000000 /dev/zero | tr '\\0' x)", "", 0), ("echo ${#BIG}; ls /", "3000000\n", 126),
+                      ("unset BIG", "", 0), ("ls / >/dev/null && echo ok", "ok\n", 0)],
+    "background job does not talk into the next answer": [
+        ("(while :; do echo spam; sleep .1; done) & sleep .3", "spam\n", 0), ("sleep .5; echo clean", "clean\n", 0)],
+    "background job lives on": [("sleep 7777 >/dev/null 2>&1 & echo $! >/tmp/pid", "", 0), ("kill -0 $(cat /tmp/pid) && echo alive", "alive\n$", 0)],
+    "background job lives on after exit code 124": [
+        ("sleep 7777 >/dev/null 2>&1 & echo $! >/tmp/pid; timeout .2 sleep 9", "", 124), ("kill -0 $(cat /tmp/pid) && echo alive", "alive\n", 0)],
+    "150 KB": [("cat >/tmp/b <<'X'\n" + "y" * 150_000 + "\nX\nwc -c </tmp/b", "150001\n", 0)],
+    "10 MB": [("cat >/tmp/b <<'X'\n" + "y" * 10_000_000 + "\nX\nwc -c </tmp/b", "10000001\n", 0), ("echo ok", "ok\n", 0)],
+    "lone surrogate and NUL": [("echo 'a\ud800b'; echo 'c\0d'", "a\\?b\n", 0)],
+}.items(), ids=lambda steps: steps[0])
+def test_shell_keeps_its_state(steps):
+    """Rows of (command, what it prints, exit code or None), each row in one sandbox: state stays, whatever a command does."""
+    outputs = shell(*(command for command, _, _ in steps[1]))
+    for (command, text, code), output in zip(steps[1], outputs):
+        same = output.text == text or (text and re.search(text, output.text))
+        assert same and not output.timed_out, (command[:80], output.text[-300:], output.exit_code)
+        assert code is None or output.exit_code == code, (command[:80], output)
+
+
+@pytest.mark.parametrize("command", ["echo started; sleep 100", "echo started; trap '' TERM; sleep 100; sleep 100",
+                                     "echo started; sleep 100 & wait", "echo started; while :; do :; done"])
+def test_timeout_ends_a_command_only(command):
+    """What it printed is returned; directory, variables, files and a server that was started earlier stay."""
+    async def work(box):
+        await box.run("cd /var; A=1; echo kept >/tmp/f; sleep 7777 >/dev/null 2>&1 & echo $! >/tmp/pid")
+        return await box.run(command, 2), await box.run("kill -0 $(cat /tmp/pid) && echo $PWD $A $(cat /tmp/f)")
+    stopped, after = in_sandbox(work)
+    assert stopped.timed_out and stopped.text.startswith("started\n") and stopped.exit_code in (124, 137)
+    assert after == tmax.Output("/var 1 kept\n", 0, False)
+
+
+def test_own_exit_code_124_is_no_timeout():
+    """Nor is 137: only the clock says what timed out."""
+    assert shell("exit 124", "exit 137", "timeout .1 sleep 5") == [
+        tmax.Output("", 124, False), tmax.Output("", 137, False), tmax.Output("", 124, False)]
+
+
+def test_fork_bomb_is_survived():
+    """A fork bomb ends with its timeout; the shell answers afterwards."""
+    async def work(box):
+        await box.run("A=1")
+        await box.run("f() { f | f & }; f; sleep 20", 2)
+        return await box.run("echo $A", 100)
+    assert in_sandbox(work).text == "1\n"
+
+
+def test_small_writes_all_arrive():
+    """Three thousand writes, some of them late, from several processes: not one is missing."""
+    one, two = shell("for i in {1..3000}; do echo $i; done; (sleep .3; echo late); echo end >&2",
+                     "for k in 1 2 3; do (for i in {1..500}; do echo $k-$i; done) & done; wait")
+    assert one.text.split() == [*map(str, range(1, 3001)), "late", "end"]
+    assert sorted(two.text.split()) == sorted(f"{k}-{i}" for k in (1, 2, 3) for i in range(1, 501))
+
+
+@pytest.mark.parametrize("byte", ["\\0", "\\n", " ", "%%", "\\\\", "é", "x"])
+def test_the_byte_at_the_border(byte):
+    """Whatever stands where the beginning ends and the end begins arrives."""
+    output, = shell(f"printf '%{tmax.OUTPUT_KEPT}s{byte}%10s' '' '' | tr ' ' -; echo end")
+    text = {"\\0": "\0", "\\n": "\n", " ": "-", "%%": "%", "\\\\": "\\"}.get(byte, byte)
+    assert output.text == "-" * tmax.OUTPUT_KEPT + text + "-" * 10 + "end\n"
+
+
+@pytest.mark.parametrize("size", [0, 1, 19_999, 20_000, 20_001, 39_999, 40_000, 40_001, 70_000, 300_000])
+def test_output_of_any_size(size):
+    """Complete up to twice OUTPUT_KEPT, then its beginning and its end, at every border."""
+    text = "".join(f"{i:09}\n" for i in range(size // 10 + 1))[:size]
+    output, = shell(f"for ((i = 0; i < {size // 10 + 1}; i++)); do printf '%09d\\n' $i; done | head -c {size}")
+    if size <= 2 * tmax.OUTPUT_KEPT:
+        assert len(output.text) == size and output.text == text
+    else:
+        first, last = text[:tmax.OUTPUT_KEPT], text[-tmax.OUTPUT_KEPT:]
+        assert output.text.startswith(first) and output.text.endswith(last) and len(output.text) <= 2 * tmax.OUTPUT_KEPT + 1
+
+
+def test_output_is_complete_on_a_busy_machine():
+    """Sixteen sandboxes at once: an answer waits for the output's reader, however late that gets its turn."""
+    async def one():
+        async with tmax.Sandbox(tmax.Task("t", Path("/nonexistent"), ""), CFG) as box:
+            return [(await box.run("seq 1 3900")).text for _ in range(24)]
+
+    async def main():
+        return await asyncio.gather(*[one() for _ in range(16)])
+    texts = sum(asyncio.run(main()), [])
+    assert len(texts) == 384 and set(texts) == {"".join(f"{i}\n" for i in range(1, 3901))}
+
+
+def test_a_gigabyte_is_capped():
+    """1 GB of output: neither this process nor the sandbox keeps it; the observation has its first and last 5,000 characters."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    output, = shell("echo BEGIN; head -c 1000000000 /dev/zero | tr '\\0' x; echo END", timeout=400)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 50_000  # KiB
+    assert output.exit_code == 0 and len(output.text) <= 2 * tmax.OUTPUT_KEPT + 1
+    seen = tmax.render_observation(output.text, 0)
+    assert "BEGIN\n" + "x" * 4994 + "\n" in seen and "x" * 4996 + "END\n\n\n(exit_code=0)" in seen and len(seen) < 10_500
+
+
+def test_background_job_with_stdout_holds_nothing_up():
+    """The answer does not wait for a job that holds stdout: it comes long before the job's end."""
+    outputs = shell("sleep 300 & echo one", "(while sleep 1; do echo spam; done) & echo two", "echo three", timeout=200)
+    assert [o.text for o in outputs] == ["one\n", "two\n", "three\n"] and not any(o.timed_out for o in outputs)
+
+
+def test_seeds_and_start_directory(tmp_path):
+    """environment/seeds lies in /workspace; the shell starts in /app."""
+    task = tmax.load_task(make_task(tmp_path / "t", seeds={"a b.txt": "ünï", "ü": ""}))
+    assert shell("pwd; cat '/workspace/a b.txt'; ls /workspace | wc -l", task=task)[0].text == "/app\nünï2\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sandbox: isolation
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_no_host_file_is_seen(tmp_path):
+    """Nothing of the host's but its system folders; not even names."""
+    (tmp_path / "secret").write_text("s")
+    hidden = ["/etc/shadow", "/etc/passwd", "/etc/hostname", "/etc/resolv.conf", "/sys", "/run", "/mnt", "/srv", "/var/log", "/boot",
+              Path(tmax.__file__), Path(tmax.__file__).parent, Path.home() / ".bashrc", Path.cwd(), tmp_path / "secret"]
+    tests = "; ".join(f"[ -e '{path}' ] && echo '{path}'" for path in hidden if not str(path).startswith("/usr/"))
+    names, folders, inside = shell(tests, "ls -A /root /home /opt /var /app /workspace /tmp | grep -v ':$' | tr -d '\\n'", "uname -n; ls -A /etc")
+    assert names.text == "" and folders.text == ""
+    assert set(inside.text.split()) <= {"sandbox", "alternatives", "ld.so.cache"}
+
+
+def test_system_folders_cannot_be_written():
+    """/usr, /bin, /dev and what is kernel's are read-only, and cannot be mounted anew."""
+    for output in shell(*(f"echo x 2>/dev/null >{path}/x || mkdir {path}/y 2>/dev/null || rm -f /usr/bin/env 2>/dev/null || echo refused"
+                          for path in ("/usr", "/usr/bin", "/bin", "/lib", "/dev", "/proc", "/etc/alternatives"))):
+        assert output.text == "refused\n"
+    assert Path("/usr/bin/env").exists()
+
+
+def test_no_network():
+    """Only an empty loopback of its own: a server on the host's cannot be reached, by TCP or by abstract socket."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(f"\0tmax-{uuid.uuid4()}")
+        port = server.getsockname()[1]
+        reach, devices = shell(f"for host in 127.0.0.1 localhost 1.1.1.1; do (exec 3<>/dev/tcp/$host/{port}) 2>/dev/null && echo reached; done; "
+                               "echo tried", "tail -n +3 /proc/net/dev | cut -d: -f1; cat /proc/net/unix | grep -c '@' ")
+    assert reach.text == "tried\n"
+    assert devices.text.split() == ["lo", "0"]
+
+
+def test_no_host_process_is_seen():
+    """Process numbers are the sandbox's own: few, and none belongs to the host."""
+    pids, mine = shell("echo /proc/[0-9]*", f"ls -d /proc/{os.getpid()} 2>&1; cat /proc/1/comm")
+    assert len(pids.text.split()) < 10 and mine.text.endswith("bash\n")
+    if os.getpid() > 1000:
+        assert "No such file" in mine.text
+
+
+def test_nothing_is_inherited(monkeypatch):
+    """No variable and no open file of this process reaches a command."""
+    monkeypatch.setenv("HF_TOKEN", "secret-token")
+    with open(__file__) as file:
+        os.set_inheritable(file.fileno(), True)
+        env, fds = shell("env; tr '\\0' '\\n' </proc/1/environ", "for p in $$ 1; do for f in /proc/$p/fd/*; do readlink $f; done; done")
+    assert "secret-token" not in env.text and {line.split("=")[0] for line in env.text.split()} <= {
+        "PATH", "HOME", "LANG", "PWD", "SHLVL", "_", "OLDPWD"}
+    assert "test_" not in fds.text and "bwrap" not in fds.text and "socket" not in fds.text
+
+
+def test_sandboxes_do_not_see_each_other():
+    """Files and processes of one are not in the other."""
+    async def other(box):
+        await box.run("echo x >/tmp/mine; echo x >/app/mine; echo x >/dev/shm/mine; sleep 7777 >/dev/null 2>&1 &")
+        async with tmax.Sandbox(box.task, box.cfg) as second:
+            return await second.run("ls -A /tmp /app /dev/shm | grep mine; grep -l 7777 /proc/[0-9]*/cmdline | grep -v self; echo end")
+    assert in_sandbox(other).text.replace("/proc/", "").split()[-1] == "end"
+    assert "mine" not in in_sandbox(other).text
+
+
+def test_no_privileges():
+    """Not one capability, no setuid gain, no mount, no new namespaces, no raised limit."""
+    caps, = shell("grep -E '^(Cap(Inh|Prm|Eff|Bnd|Amb)|NoNewPrivs):' /proc/self/status")
+    assert re.sub(r"\s+", " ", caps.text) == " ".join(
+        [*(f"{name}: 0000000000000000" for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")), "NoNewPrivs: 1 "])
+    for output in shell("mount -t tmpfs none /tmp", "mount --bind /tmp /usr", "umount /proc", "mount -o remount,rw /usr", "unshare -Ur true",
+                        "unshare -m true", "unshare -n true", "chroot / true", "mknod /tmp/d c 1 1", "ulimit -u 100000", "hostname x"):
+        assert output.exit_code != 0, output
+
+
+def test_memory_is_limited():
+    """Neither files nor a single process pass the task's memory_mb."""
+    task = tmax.Task("t", Path("/nonexistent"), "", memory_mb=64)
+    file, process, after = shell("head -c 100000000 /dev/zero >/tmp/f", "x=$(head -c 200000000 /dev/zero | tr '\\0' x)",
+                                 "rm -f /tmp/f; echo ok", task=task)
+    assert file.exit_code != 0 and process.exit_code != 0 and after.text == "ok\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sandbox: its end
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def alive(monkeypatch):
+    """A function that counts the processes of this test's sandboxes, up to 20 s until none is left. Their command lines are marked."""
+    mark = f"mark-{uuid.uuid4()}"
+    for name in ("SHELL_LOOP", "SHELL_COMMAND"):
+        monkeypatch.setattr(tmax, name, f"{getattr(tmax, name)}\n# {mark}\n")
+
+    def count(wait=True):
+        end = time.monotonic() + 20
+        while True:
+            found = 0
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                try:
+                    found += mark.encode() in path.read_bytes()
+                except OSError:
+                    continue
+            if not (found and wait and time.monotonic() < end):
+                return found
+            time.sleep(0.05)
+    count.mark = mark
+    return count
+
+
+@pytest.mark.parametrize("how", ["return", "exception", "cancelled"])
+def test_no_process_is_left(alive, how):
+    """However `async with` ends, in the middle of a command too, background jobs, TERM-proof ones and all else are gone."""
+    async def main():
+        async with tmax.Sandbox(tmax.Task("t", Path("/nonexistent"), ""), CFG) as box:
+            await box.run(f"(trap '' TERM HUP; exec setsid bash -c 'exec -a {alive.mark} sleep 7777') >/dev/null 2>&1 &\n"
+                          f"until grep -q '^{alive.mark}' /proc/$!/cmdline; do sleep .05; done")
+            assert alive(wait=False) >= 3
+            if how == "exception":
+                raise KeyError
+            if how == "cancelled":
+                asyncio.get_running_loop().call_later(1, asyncio.current_task().cancel)
+                await box.run("trap '' TERM; while :; do sleep 1; done")
+    if how == "return":
+        asyncio.run(main())
+    else:
+        with pytest.raises(KeyError if how == "exception" else asyncio.CancelledError):
+            asyncio.run(main())
+    assert alive() == 0
+    assert not [t for t in threading.enumerate() if t.name.startswith("ThreadPool") and t.is_alive() and t.join(10)]
+
+
+@pytest.mark.parametrize("delay", [0, 0.003, 0.01, 0.03, 0.1])
+def test_cancelled_start_leaves_no_process(alive, delay):
+    """Cancelled at any point of its start."""
+    async def main():
+        async def hold():
+            async with tmax.Sandbox(tmax.Task("t", Path("/nonexistent"), ""), CFG):
+                await asyncio.sleep(100)
+        tasks = [asyncio.create_task(hold()) for _ in range(3)]
+        await asyncio.sleep(delay)
+        for task in tasks:
+            task.cancel()
+        assert all(isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*tasks, return_exceptions=True))
+    asyncio.run(main())
+    assert alive() == 0
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_killed_from_outside_is_lost(alive, busy):
+    """SandboxLost at once if it is killed during a command, at the next command else; nothing is started in its place."""
+    async def work(box):
+        if busy:
+            asyncio.get_running_loop().call_later(1, box.process.kill)
+            await box.run("sleep 7777", 300)
+        box.process.kill()
+        await box.run("echo still here")
+    with pytest.raises(tmax.SandboxLost):
+        in_sandbox(work)
+    assert alive() == 0
+
+
+def test_no_bubblewrap_is_one_line(monkeypatch):
+    """Where no sandbox can be made, check_sandbox says so before anything expensive happens."""
+    monkeypatch.setattr(tmax, "bwrap_path", lambda: "/usr/bin/false")
+    with pytest.raises(tmax.UserError, match="--sandbox") as error:
+        tmax.check_sandbox(CFG)
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(tmax, "bwrap_path", lambda: "/nonexistent/bwrap")
+    with pytest.raises(tmax.UserError, match="--sandbox"):
+        tmax.check_sandbox(CFG)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sandbox: grading
+# ---------------------------------------------------------------------------------------------------------------------
+
+def graded(folder, test, *commands, toml=None):
+    """Reward and verifier's words after the agent's commands, by a task with this tests/test.sh."""
+    async def work(box):
+        for command in commands:
+            await box.run(command)
+        return await box.grade(), box.grading
+    return in_sandbox(work, task=tmax.load_task(make_task(folder, test=test, toml=toml)))
+
+
+TXT, JSON = "/logs/verifier/reward.txt", "/logs/verifier/reward.json"
+
+
+@pytest.mark.parametrize("test, reward", [
+    (f"echo 1 >{TXT}", 1), (f"printf 0.25 >{TXT}", 0.25), (f"echo ' 0.5 ' >{TXT}", 0.5), (f"echo .5 >{TXT}", 0.5), (f"echo 0 >{TXT}", 0),
+    (f"echo 7.5 >{TXT}", 1), (f"echo -1 >{TXT}", 0), (f"echo NaN >{TXT}", 0), (f"echo nan >{TXT}", 0), (f"echo yes >{TXT}", 0),
+    (f": >{TXT}", 0), (f"echo 1 1 >{TXT}", 0), (f"printf '\\xff' >{TXT}", 0), (f"echo 1{'0' * 400} >{TXT}", 1),
+    (f"head -c 30000 /dev/zero | tr '\\0' '[' >{TXT}", 0), ("true", 0), ("echo 1", 0), (f"echo {MARKER}; echo 1", 0),
+    (f"echo '{{\"reward\": 0.75}}' >{JSON}", 0.75), (f"echo '{{\"reward\": \"x\"}}' >{JSON}", 0), (f"echo '{{\"score\": 1}}' >{JSON}", 0),
+    (f"echo '{{\"reward\": null}}' >{JSON}", 0), (f"echo 1 >{TXT}; exit 3", 1), (f"echo 1 >{TXT}; kill -9 $$", 1),
+    (f"set -e; cd \"$(dirname \"$0\")\"; [ $PWD = /tests ]; echo 1 >{TXT}", 1), (f"exec >/dev/null 2>&1; echo 1 >{TXT}", 1),
+    (f"sleep 300 & head -c 90000 /dev/zero | tr '\\0' x; echo 1 >{TXT}", 1),
+], ids=lambda value: str(value)[:50])
+def test_reward_is_what_the_tests_wrote(tmp_path, test, reward):
+    """reward.txt or reward.json, clipped to [0, 1]; anything else is 0. What the tests print or exit with does not matter."""
+    assert graded(tmp_path / "t", test)[0] == reward
+
+
+@pytest.mark.parametrize("test", ["sleep 300", "echo 1; sleep 300", f"echo 1 >{TXT}; sleep 300", f"echo {MARKER}; echo 1; sleep 300"])
+def test_verifier_timeout_is_zero(tmp_path, test):
+    """The task's own limit for tests, whatever they printed or wrote before."""
+    assert graded(tmp_path / "t", test, toml="[verifier]\ntimeout_sec = 2\n")[0] == 0
+
+
+def test_verifier_sees_its_environment(tmp_path):
+    """[verifier.env] reaches the tests as it is written, and not the agent."""
+    toml = '[verifier.env]\nKEY = "a  \'b\' $HOME \\"q\\""\nN = 3\n'
+    test = f"""printf '%s|%s' "$KEY" "$N"; [ ! -e /tmp/seen ] && echo 1 >{TXT}"""
+    reward, words = graded(tmp_path / "t", test, 'if [ -n "$KEY$N" ]; then touch /tmp/seen; fi', toml=toml)
+    assert reward == 1 and """a  'b' $HOME "q"|3""" in words
+
+
+@pytest.mark.parametrize("commands", [
+    [f"mkdir -p /logs/verifier; echo 1 >{TXT}; echo '{{\"reward\": 1}}' >{JSON}"],
+    ["mkdir -p /tmp/l; ln -s /tmp/l /logs; mkdir /logs/verifier; echo 1 >/logs/verifier/reward.txt"],
+    ["mkdir -p /logs /tmp/l; echo 1 >/tmp/l/reward.txt; ln -s /tmp/l /logs/verifier"],
+    ["mkdir -p /tmp/t; ln -s /tmp/t /tests; echo 'echo 1 >/logs/verifier/reward.txt' >/tmp/t/test.sh"],
+    ["mkdir /tests; echo 'echo 1 >/logs/verifier/reward.txt' >/tests/test.sh; touch /tests/extra"],
+    ["bash() { mkdir -p /logs/verifier; echo 1 >/logs/verifier/reward.txt; }; export -f bash; cat() { echo 1; }; export -f cat"],
+    ["mkdir /tmp/bin; printf '#!/bin/sh\\necho 1' >/tmp/bin/cat; cp /tmp/bin/cat /tmp/bin/bash; chmod +x /tmp/bin/*; export PATH=/tmp/bin:$PATH"],
+    ["echo 'echo 1 >/logs/verifier/reward.txt; exit' >/tmp/e; export BASH_ENV=/tmp/e ENV=/tmp/e"],
+    ["trap 'echo 1' EXIT DEBUG ERR; alias cat='echo 1'; shopt -s expand_aliases; set -e"],
+    ["exec() { echo 1; }; eval() { echo 1; }; export -f exec eval; readonly __state=1 __code=0"],
+], ids=["pre-written", "/logs linked", "/logs/verifier linked", "/tests linked", "own /tests", "functions", "PATH", "BASH_ENV", "traps", "builtins"])
+def test_agent_does_not_reach_the_tests(tmp_path, commands):
+    """Tests that give 0 still give 0, and find only their own files, whatever the agent left behind."""
+    reward, words = graded(tmp_path / "t", "ls -A /tests; echo $BASH_ENV; type cat; echo ran", *commands)
+    assert reward == 0 and words.startswith("test.sh\n\ncat is /usr/bin/cat\nran\n"), words
+
+
+def test_tests_are_hidden_before_grading(tmp_path):
+    """No /tests and no test.sh before grading; what the agent did, its files and its services, is there for the tests."""
+    test = f"[ -e /tmp/clean ] && [ -e /app/done ] && kill -0 $(cat /tmp/pid) && echo 1 >{TXT}"
+    assert graded(tmp_path / "t", test, "[ ! -e /tests ] && [ -z \"$(find / -xdev -name test.sh 2>/dev/null)\" ] && touch /tmp/clean",
+                  "touch /app/done; sleep 7777 >/dev/null 2>&1 & echo $! >/tmp/pid")[0] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollouts: a script in the model's place
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Script:
+    """An engine that says given texts, spelt letter by letter, as no tokenizer would: re-tokenising would show."""
+
+    def __init__(self, tokenizer, *says):
+        self.tokenizer, self.says, self.calls, self.sampled = tokenizer, list(says), [], []
+
+    async def generate(self, tokens, budget, stop_ids, engine_rank=0):
+        self.calls.append((list(tokens), budget, list(stop_ids), engine_rank))
+        said = self.says.pop(0)
+        if callable(said):
+            said = said()
+        ids = [i for part in re.split(r"(<\|?/?\w+\|?>)", said) for piece in ([part] if part.startswith("<") else part)
+               for i in self.tokenizer.encode(piece, add_special_tokens=False)] + [self.tokenizer.eos_token_id]
+        cut = len(ids) > budget
+        ids = ids[:budget]
+        n = sum(map(len, self.sampled))
+        self.sampled.append(ids)
+        return tmax.Turn(ids, [-0.25 * (n + i + 1) for i in range(len(ids))], [(n + i) // 7 for i in range(len(ids))], cut)
+
+
+def rolled_out(folder, tokenizer, *says, test=f"[ -e /tmp/done ] && echo 1 >{TXT}", toml=None, rank=0, **cfg):
+    """A Rollout of the script in a real sandbox, checked for what holds of each; and the Script."""
+    task = tmax.load_task(make_task(folder / "t", test=test, toml=toml))
+    engine = Script(tokenizer, *says)
+    cfg = dataclasses.replace(CFG, **cfg)
+    r = asyncio.run(tmax.rollout(engine, task, tokenizer, cfg, rank))
+    assert len(r.tokens) == len(r.mask) == len(r.logprobs) == len(r.versions) <= r.prompt_tokens + cfg.max_total_tokens
+    sampled = sum(engine.sampled, [])
+    assert [t for t, m in zip(r.tokens, r.mask) if m] == sampled and set(r.mask) <= {0, 1}
+    assert [x for x, m in zip(r.logprobs, r.mask) if m] == [-0.25 * (i + 1) for i in range(len(sampled))]
+    assert [x for x, m in zip(r.versions, r.mask) if m] == [i // 7 for i in range(len(sampled))]
+    assert all(lp == 0.0 and v == -1 for lp, v, m in zip(r.logprobs, r.versions, r.mask) if not m)
+    prompt = tmax.ChatFormat(tokenizer).prompt(task.instruction)
+    assert r.tokens[:r.prompt_tokens] == prompt == engine.calls[0][0] and not any(r.mask[:r.prompt_tokens])
+    end = 0
+    for (seen, budget, stop, at), ids in zip(engine.calls, engine.sampled):
+        assert r.tokens[:len(seen)] == seen and r.tokens[len(seen):len(seen) + len(ids)] == ids
+        assert budget == min(cfg.max_turn_tokens, cfg.max_total_tokens - (len(seen) - r.prompt_tokens)) >= 1
+        assert stop == [tokenizer.eos_token_id] and at == rank and len(seen) > end
+        end = len(seen) + len(ids)
+    assert r.task == "t" and r.void == r.finish.startswith("void") and r.advantage == 0
+    return r, engine
+
+
+@pytest.fixture(params=["tiny", "llama"])
+def tokenizer(request, tokenizers):
+    return tokenizers[request.param]
+
+
+def test_rollout_that_submits(tmp_path, tokenizer):
+    """Two turns and a submission: the reward is the tests'; the transcript tells what happened."""
+    r, engine = rolled_out(tmp_path, tokenizer, "First.\n" + hermes("cd /tmp; echo hello"), xml("touch done; exit 3"), hermes(SUBMIT), rank=2)
+    assert (r.finish, r.reward, r.steps, len(engine.calls)) == ("submitted", 1.0, 3, 3)
+    assert [m["role"] for m in r.transcript] == ["assistant", "tool", "assistant", "tool", "assistant", "verifier"]
+    assert r.transcript[0]["content"] == "First.\n" + hermes("cd /tmp; echo hello")
+    assert [m["content"] for m in r.transcript if m["role"] == "tool"] == ["hello\n\n\n(exit_code=0)", "(no output)\n\n(exit_code=3)"]
+    assert r.mask[-1] == 1 and r.tokens[-1] == tokenizer.eos_token_id and r.seconds_bash > 0
+    text = tokenizer.decode(r.tokens, skip_special_tokens=False)
+    conversation = [{"role": "system", "content": tmax.SYSTEM_PROMPT}, {"role": "user", "content": "Do it."},
+                    *({"role": m["role"], "content": m["content"]} for m in r.transcript[:-1])]
+    assert tokenizer.apply_chat_template(conversation, tools=[tmax.BASH_TOOL], tokenize=False).rstrip("\n") == text
+
+
+def test_submission_without_the_work_is_zero(tmp_path, tokenizers):
+    """Submitted, tests run, nothing done: reward 0, not void."""
+    r, _ = rolled_out(tmp_path, tokenizers["tiny"], hermes(SUBMIT))
+    assert (r.finish, r.reward, r.steps, r.void) == ("submitted", 0.0, 1, False)
+
+
+def test_several_calls_in_one_turn(tmp_path, tokenizer):
+    """They run in order, each counts as a step, and one assistant header follows the last observation."""
+    r, engine = rolled_out(tmp_path, tokenizer, hermes("echo 1 >/tmp/done") + "\n" + xml("cat /tmp/done") + hermes("pwd"), hermes(SUBMIT))
+    assert (r.finish, r.reward, r.steps, len(engine.calls)) == ("submitted", 1.0, 4, 2)
+    between = engine.calls[1][0][r.prompt_tokens + len(engine.sampled[0]):]
+    outputs = ["(no output)\n\n(exit_code=0)", "1\n\n\n(exit_code=0)", "/app\n\n\n(exit_code=0)"]
+    assert between == tmax.ChatFormat(tokenizer).tool_turn(outputs)
+    assert tokenizer.decode(between).count("assistant") == 1
+
+
+def test_calls_before_a_submission_in_the_same_turn_run(tmp_path, tokenizers):
+    """A turn that works and then submits; what stands after the submission does not run."""
+    test = f"[ -e /tmp/done ] && [ ! -e /tmp/late ] && echo 1 >{TXT}"
+    r, _ = rolled_out(tmp_path, tokenizers["tiny"], hermes("touch /tmp/done") + hermes(SUBMIT) + hermes("touch /tmp/late"), test=test)
+    assert (r.finish, r.reward, r.steps) == ("submitted", 1.0, 2)
+
+
+@pytest.mark.parametrize("last", ["I am done.", "", "<tool_call>{oops</tool_call>", hermes("ls") + "<tool_call>", hermes("ls").replace("bash", "sh"),
+                                  MARKER, SUBMIT])
+def test_a_turn_without_a_valid_call_ends_it(tmp_path, tokenizers, last):
+    """no_call: reward 0, tests not run, the turn stays in the batch."""
+    r, engine = rolled_out(tmp_path, tokenizers["tiny"], hermes("touch /tmp/done"), last)
+    assert (r.finish, r.reward, r.steps) == ("no_call", 0.0, 1)
+    assert "verifier" not in [m["role"] for m in r.transcript] and r.tokens[-len(engine.sampled[1]):] == engine.sampled[1]
+
+
+@pytest.mark.parametrize("command", [f"echo '{SUBMIT}' >/tmp/p; cat /tmp/p", f"{SUBMIT}; true", f"printf {MARKER}", f"echo {MARKER} x"])
+def test_marker_in_an_output_does_not_submit(tmp_path, tokenizers, command):
+    """A command that prints the marker is a command like any other."""
+    r, engine = rolled_out(tmp_path, tokenizers["tiny"], hermes(command), "stop")
+    assert (r.finish, len(engine.calls)) == ("no_call", 2) and MARKER in r.transcript[1]["content"]
+
+
+@pytest.mark.parametrize("says, steps, finish", [
+    ([hermes("touch /tmp/done")] * 3, 3, "max_steps"), ([hermes("true") * 5], 3, "max_steps"), ([hermes("true")] * 2 + [hermes(SUBMIT)], 3, "submitted"),
+])
+def test_steps_run_out(tmp_path, tokenizers, says, steps, finish):
+    """max_steps counts calls, not turns, and the last one may submit; else the tests do not run."""
+    r, _ = rolled_out(tmp_path, tokenizers["tiny"], *says, max_steps=3)
+    assert (r.finish, r.reward, r.steps) == (finish, 0.0, steps)
+    assert ("verifier" in [m["role"] for m in r.transcript]) == (finish == "submitted")
+
+
+@pytest.mark.parametrize("limits", [dict(max_turn_tokens=20), dict(max_total_tokens=20)], ids=str)
+def test_a_cut_turn_ends_it(tmp_path, tokenizers, limits):
+    """max_tokens, although what was said until then holds a whole call; all sampled tokens stay."""
+    r, engine = rolled_out(tmp_path, tokenizers["tiny"], hermes("ls") + "x" * 300, **limits)
+    assert (r.finish, r.reward, r.steps, sum(r.mask)) == ("max_tokens", 0.0, 0, 20)
+
+
+def test_an_observation_must_fit(tmp_path, tokenizers):
+    """It fits if one more token can be sampled after it; else the rollout ends without it."""
+    tokenizer, command = tokenizers["tiny"], hermes("echo hello")
+    chat = tmax.ChatFormat(tokenizer)
+    turn = len(rolled_out(tmp_path / "a", tokenizer, command, "")[1].sampled[0])
+    full = turn + len(chat.tool_turn(["hello\n\n\n(exit_code=0)"]))
+    r, engine = rolled_out(tmp_path / "b", tokenizer, command, max_total_tokens=full)
+    assert (r.finish, r.reward, len(r.tokens) - r.prompt_tokens) == ("max_tokens", 0.0, turn)
+    r, engine = rolled_out(tmp_path / "c", tokenizer, command, "too long", max_total_tokens=full + 1)
+    assert (r.finish, engine.calls[1][1], len(r.tokens) - r.prompt_tokens) == ("max_tokens", 1, full + 1)
+
+
+def test_a_slow_command_is_stopped_and_said(tmp_path, tokenizers):
+    """bash_timeout ends a command, not the rollout; the model sees what came and that it was stopped."""
+    r, _ = rolled_out(tmp_path, tokenizers["tiny"], hermes("echo before; sleep 300"), "end", bash_timeout=2.0)
+    assert r.finish == "no_call" and re.fullmatch(r"before\n\n\(stopped after 2 s\)\n\n\(exit_code=(124|137)\)", r.transcript[1]["content"])
+
+
+def test_the_agents_time_runs_out(tmp_path, tokenizers):
+    """[agent] timeout_sec bounds the commands of a rollout together."""
+    r, engine = rolled_out(tmp_path, tokenizers["tiny"], hermes("touch /tmp/done"), hermes("sleep 300"), hermes(SUBMIT),
+                           toml="[agent]\ntimeout_sec = 4\n")
+    assert r.finish == "timeout" and r.steps == 2 and len(engine.calls) == 2
+
+
+@pytest.mark.parametrize("when", ["before a command", "before grading"])
+def test_a_lost_sandbox_voids_the_rollout(tmp_path, tokenizers, monkeypatch, when):
+    """void:REASON, not a reward of 0, and no second sandbox in its place."""
+    boxes = []
+
+    class Recorded(tmax.Sandbox):
+        def __init__(self, *args):
+            super().__init__(*args)
+            boxes.append(self)
+    monkeypatch.setattr(tmax, "Sandbox", Recorded)
+
+    def kill():
+        boxes[0].process.kill()
+        boxes[0].process.wait()
+        return hermes("ls" if when == "before a command" else SUBMIT)
+    r, _ = rolled_out(tmp_path, tokenizers["tiny"], hermes("touch /tmp/done"), kill)
+    assert r.void and re.fullmatch("void:.+", r.finish) and r.reward == 0 and len(boxes) == 1
+
+
+def test_a_sandbox_that_does_not_start_voids_the_rollout(tmp_path, tokenizers, monkeypatch):
+    """Also if there never was one."""
+    monkeypatch.setattr(tmax, "bwrap_path", lambda: "/usr/bin/false")
+    r = asyncio.run(tmax.rollout(None, tmax.load_task(make_task(tmp_path / "t")), tokenizers["tiny"], CFG))
+    assert r.void and len(r.tokens) == len(r.mask) == r.prompt_tokens and not any(r.mask)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One real engine for these tests, in this process; and a whole tiny run, in processes of its own
 # ---------------------------------------------------------------------------------------------------------------------
@@ -959,10 +1898,10 @@ def ours():
     return alive
 
 
-def debris():
-    """What a run could leave behind: processes, shared memory, mounts, temporary files."""
-    names = lambda folder: set(os.listdir(folder))
-    return ours(), names("/dev/shm"), len(Path("/proc/mounts").read_text().splitlines()), names(tempfile.gettempdir())
+def debris(folder):
+    """What a run could leave behind: processes, shared memory, mounts, temporary files (they go to folder/tmp)."""
+    (folder / "tmp").mkdir(exist_ok=True)
+    return ours(), set(os.listdir("/dev/shm")), len(Path("/proc/mounts").read_text().splitlines()), os.listdir(folder / "tmp")
 
 
 def wait_for(condition, seconds=120):
@@ -974,10 +1913,11 @@ def wait_for(condition, seconds=120):
 
 
 def start_run(folder, *flags):
-    """`python tmax.py --tiny …` in an empty folder, as a user starts it."""
+    """`python tmax.py --tiny …` in a folder of its own, as a user starts it."""
+    (folder / "tmp").mkdir(exist_ok=True)
     log = (folder / f"log-{flags[1]}").open("w")
     return subprocess.Popen([sys.executable, tmax.__file__, "--tiny", *flags], cwd=folder, stdout=log, stderr=log,
-                            env=os.environ | {"TMAX_MARK": MARK})
+                            env=os.environ | {"TMAX_MARK": MARK, "TMPDIR": str(folder / "tmp")})
 
 
 def last_line(folder, name):
@@ -988,10 +1928,10 @@ def last_line(folder, name):
 def tiny_run(tmp_path_factory):
     """The folder of a short tiny run: run folder, tasks, warm-started model, checkpoint, metrics, transcripts."""
     folder = tmp_path_factory.mktemp("e2e")
-    before = debris()
+    before = debris(folder)
     run = start_run(folder, "--name", "e2e", "--training_steps", "6", "--prompts_per_step", "8")
     assert run.wait(600) == 0, last_line(folder, "e2e")
-    assert debris() == before
+    wait_for(lambda: debris(folder) == before, 10)
     return folder / "runs/e2e"
 
 
@@ -1064,7 +2004,7 @@ def test_checkpoint_is_a_hugging_face_folder(tiny_run):
 @pytest.mark.parametrize("victim", ["learner", "generator", "interrupt"])
 def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim):
     """SIGKILL of the learner, of the generator, or Ctrl-C: everything ends soon, metrics so far can be read."""
-    before = debris()
+    before = debris(tmp_path)
     flags = ("--model", str(tiny_run / "model"), "--tasks", str(tiny_run / "tasks"), "--prompts_per_step", "2")
     run = start_run(tmp_path, "--name", victim, *flags)
     steps = tmp_path / f"runs/{victim}/metrics.jsonl"
@@ -1078,7 +2018,7 @@ def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim):
         generator, = (int(p) for p in children if os.getpgid(int(p)) == int(p))
         os.kill(generator, signal.SIGKILL)
     assert run.wait(60) != 0
-    wait_for(lambda: debris() == before, 30)
+    wait_for(lambda: debris(tmp_path) == before, 30)
     assert all(json.loads(line)["step"] for line in steps.open())
     if victim == "generator":
         assert last_line(tmp_path, victim).startswith("error: generator:")

@@ -63,6 +63,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -216,7 +217,7 @@ def load_tasks(source, cfg):
     for path in [root] if single else sorted(p for p in root.iterdir() if p.is_dir()):
         try:
             tasks.append(load_task(path))
-        except (ValueError, OSError, TypeError, AttributeError, OverflowError) as reason:  # a value of task.toml may be of any type
+        except (ValueError, OSError, TypeError, AttributeError, OverflowError) as reason:  # task.toml may hold anything
             refused.append(f"{path}: {reason}")
     if not tasks:
         raise UserError(f"--tasks: {refused[0] if refused else f'no instruction.md in {root}/*'}")
@@ -236,6 +237,7 @@ def task_at(tasks, index, seed):
 # directory, variables and functions kept in a file, so that `exit`, `exec`, `set -e` or `kill -9 -1` end only a command.
 # ---------------------------------------------------------------------------------------------------------------------
 
+MAX_PROCESSES = 256
 OUTPUT_KEPT = 20_000    # bytes of a command's output kept from its beginning and again from its end
 
 # Reads "MODE SECONDS BYTES\n" and a command of that many bytes; answers "EXIT_CODE BASE64(output)\n". A reader of its own
@@ -250,15 +252,21 @@ echo ready
 while read -r mode seconds bytes; do
   n=$((n + 1)) new=$((1 - env)) saved= start=$SECONDS
   head -c "$bytes" >"$state/command"
-  exec 8> >({ dd bs=1 count="$keep"; LC_ALL=C IFS= read -r -d '' -n 1 byte && printf %s "$byte" && exec tail -c "$keep"
+  exec 8> >({ dd bs=1 count="$keep"; LC_ALL=C IFS= read -r -d '' -n 1 byte && printf "%b" "${byte:-\\0}" && exec tail -c "$keep"
             } >"$state/out.$n" 2>/dev/null)
-  reader=$!
+  reader=$!; exec 7</proc/self/fd/8  # readable while the reader has not read everything, and when nobody can write any more
   ( ulimit -c 0 -u "$processes" -v "$kilobytes"; echo "$BASHPID" >"$state/group"
-    exec timeout -k 2 "$seconds" bash -c "$inner" bash "$state" "$mode" "$env" "$new" "$n" ) </dev/null >&8 2>&1 8>&- 9>&-
+    exec timeout -k 2 "$seconds" bash -c "$inner" bash "$state" "$mode" "$env" "$new" "$n" ) </dev/null >&8 2>&1 7<&- 8>&- 9>&-
   code=$?
   exec 8>&-
-  (( (code == 124 || code == 137) && SECONDS - start >= ${seconds%.*} )) && read -r group <"$state/group" && kill -KILL -- "-$group"
-  for pause in .001 .002 .004 .008 .016 .032 .064; do kill -0 "$reader" || break; read -t "$pause" -u 9; done
+  (( (code == 124 || code == 137) && SECONDS - start >= ${seconds%.*} )) &&  # it ran out of time: end all of it
+    read -r group <"$state/group" && kill -KILL -- "-$group"
+  late=$((SECONDS + 5))  # for a job in the background that never stops writing
+  for pause in .001 .002 .004 .008 .016 .032 .064; do
+    while kill -0 "$reader" && read -t 0 -u 7 && (( SECONDS < late )); do read -t .002 -u 9; done
+    kill -0 "$reader" || break; read -t "$pause" -u 9
+  done
+  exec 7<&-
   read -r saved <"$state/saved" && [ "$saved" = "$n" ] && env=$new
   printf '%s ' "$code"; base64 -w0 "$state/out.$n"; echo
   (( n % 16 )) || rm -f "$state"/out.*
@@ -281,6 +289,15 @@ __code=$?; [ "$__mode" = agent ] && __save; exit $__code
 """
 
 
+# Without --cap-drop ALL and --disable-userns, a root that starts bubblewrap could be followed out through a remount of /usr.
+BWRAP_FLAGS = """--unshare-all --unshare-user --disable-userns --cap-drop ALL --die-with-parent --new-session --as-pid-1
+    --uid 0 --gid 0 --hostname sandbox --clearenv --setenv HOME /root --setenv LANG C.UTF-8
+    --setenv PATH /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+    --ro-bind /usr /usr --ro-bind-try /etc/alternatives /etc/alternatives --ro-bind-try /etc/ld.so.cache /etc/ld.so.cache
+    --proc /proc --dev /dev --size 67108864 --tmpfs /dev/shm --remount-ro /dev
+    --perms 1777 --dir /tmp --dir /root --dir /home --dir /opt --dir /var --dir /app --dir /workspace --chdir /app""".split()
+
+
 class Output(NamedTuple):
     text: str           # stdout and stderr as they came, decoded with replacement; the middle is missing past 2 * OUTPUT_KEPT
     exit_code: int
@@ -299,7 +316,7 @@ class Sandbox:
             reward = await box.grade()
 
     Everything it writes lies in memory (a tmpfs of limited size) and is gone with it. Raises SandboxLost."""
-    uids = itertools.count(1_900_000_000)
+    uids = itertools.count(1_900_000_000 + os.getpid() % 10_000 * 10_000)  # so that the limit on processes is each sandbox's own
 
     def __init__(self, task, cfg):
         self.task, self.cfg, self.grading, self.process, self.ready = task, cfg, "", None, False
@@ -336,26 +353,18 @@ class Sandbox:
 
     def _open(self):
         try:
-            binary = os.open(bwrap_path(), os.O_RDONLY)  # by descriptor: the path may lie in a folder that the other uid cannot enter
+            binary = os.open(bwrap_path(), os.O_RDONLY)  # by descriptor: the other uid may not be able to follow the path
         except OSError as error:
             raise SandboxLost(f"start: {error}") from error
-        uid = str(next(self.uids))
+        uid, memory = str(next(self.uids)), self.task.memory_mb
         other_uid = [] if os.getuid() else ["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups"]
         system = [flag for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64") if os.path.lexists(path) for flag in
                   (("--symlink", os.readlink(path), path) if os.path.islink(path) else ("--ro-bind", path, path))]
-        size = str(self.task.memory_mb << 20)
+        loop = ["bash", "--noprofile", "--norc", "-c", SHELL_LOOP, "bash", "/dev/shm/.shell", SHELL_COMMAND, str(OUTPUT_KEPT),
+                str(MAX_PROCESSES), str(memory << 10)]
         try:
             self.process = subprocess.Popen(
-                [*other_uid, f"/proc/self/fd/{binary}", "--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL",
-                 "--die-with-parent", "--new-session", "--as-pid-1", "--uid", "0", "--gid", "0", "--hostname", "sandbox",
-                 "--clearenv", "--setenv", "PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-                 "--setenv", "HOME", "/root", "--setenv", "LANG", "C.UTF-8",
-                 "--size", size, "--tmpfs", "/", "--ro-bind", "/usr", "/usr", *system, "--proc", "/proc",
-                 "--ro-bind-try", "/etc/alternatives", "/etc/alternatives", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache",
-                 "--dev", "/dev", "--size", str(64 << 20), "--tmpfs", "/dev/shm", "--remount-ro", "/dev",
-                 "--perms", "1777", "--dir", "/tmp", *(f for d in ("root", "home", "opt", "var", "app", "workspace") for f in ("--dir", "/" + d)),
-                 "--chdir", "/app", "bash", "--noprofile", "--norc", "-c", SHELL_LOOP, "bash", "/dev/shm/.shell", SHELL_COMMAND, str(OUTPUT_KEPT),
-                 "256", str(self.task.memory_mb << 10)],
+                [*other_uid, f"/proc/self/fd/{binary}", "--size", str(memory << 20), "--tmpfs", "/", *system, *BWRAP_FLAGS, *loop],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[binary])
         except OSError as error:
             raise SandboxLost(f"start: {error}") from error
@@ -394,7 +403,8 @@ class Sandbox:
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w") as tar:
             tar.add(folder, arcname=".", filter=lambda info: info.replace(uid=0, gid=0, uname="", gname="", deep=False))
-        return f"[ -d {target} ] || mkdir -p {target}; base64 -d <<'.' | tar -xf - -C {target}\n{base64.encodebytes(archive.getvalue()).decode()}.\n"
+        data = base64.encodebytes(archive.getvalue()).decode()
+        return f"[ -d {target} ] || mkdir -p {target}; base64 -d <<'.' | tar -xf - -C {target}\n{data}.\n"
 
     async def grade(self):
         """Run the task's hidden tests and return the reward they wrote, clipped to [0, 1].
@@ -1310,12 +1320,11 @@ def report(m, cfg, run_dir):
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(m) + "\n")
     show = lambda key, form: "-" if m.get(key) is None else format(m[key], form)
-    few = f" (only {m['groups_kept']} useful of {m['groups_tried']} tried)" if m["groups_kept"] < cfg.prompts_per_step else ""
-    tqdm.write(f"step {m['step']:>3}  reward {show('reward', '.3f')}  groups {m['groups_kept']} kept {m['groups_zero_spread']} flat "
-               f"{m['groups_stale']} stale {m['groups_void']} void{few}  tokens {show('tokens', 'd')}  "
-               f"kept {show('kept_fraction', '.3f')}  mismatch {show('mismatch_max', '.0e')}  drift {show('drift_max', '.1e')}  "
-               f"stale {show('staleness_max', '.0f')}  generate {m['seconds_generate']:.1f} s  train {m['seconds_train']:.1f} s  "
-               f"reload {show('seconds_reload', '.2f')} s")
+    few = f" (only these useful of {m['groups_tried']})" if m["groups_kept"] < cfg.prompts_per_step else ""
+    tqdm.write(f"step {m['step']:>3}  reward {show('reward', '.3f')}  groups {m['groups_kept']} kept{few} {m['groups_zero_spread']} flat "
+               f"{m['groups_stale']} stale {m['groups_void']} void  tokens {show('tokens', 'd')} ({show('kept_fraction', '.3f')} kept)  "
+               f"mismatch {show('mismatch_max', '.0e')} drift {show('drift_max', '.0e')} lag {show('staleness_max', '.0f')}  "
+               f"generate {m['seconds_generate']:.1f} train {m['seconds_train']:.1f} reload {show('seconds_reload', '.2f')} s")
 
 
 def summarize(history, run_dir):
@@ -1443,19 +1452,20 @@ def warm_start(folder, demonstrations, cfg, target=0.2):
     held_out, examples = examples[:96], examples[96:]
     held_out, sampled = build_pack(held_out), [sum(r.mask) for r in held_out]
     draw = random.Random(cfg.seed)
-    with tqdm(total=target, bar_format="warm start: solves {n:.3f} of held-out tasks, until {total} [{elapsed}]") as bar:
+    with tqdm(total=target, bar_format="warm start: solves {n:.3f} of held-out tasks, until {total} [{elapsed}]", disable=None) as bar:
         for step in itertools.count():
             if step % 2 == 0:
                 with torch.no_grad():
                     logprobs, _ = policy.run(held_out)
-                bar.n = float(torch.stack([part.sum().exp() for part in logprobs.split(sampled)]).mean())
+                bar.n = solved = float(torch.stack([part.sum().exp() for part in logprobs.split(sampled)]).mean())
                 bar.refresh()
-                if bar.n >= target:
+                if solved >= target:
                     break
             logprobs, _ = policy.run(build_pack(draw.sample(examples, 16)))
             (-logprobs.mean()).backward()
             optimizer.step()
             optimizer.zero_grad()
+    print(f"warm start: {step} supervised steps, solves {solved:.2f} of the held-out tasks")
     policy.lm.save_pretrained(folder)
 
 
@@ -1491,12 +1501,14 @@ def run(cfg):
         model, folder, demonstrations = make_tiny(run_dir, cfg.seed)
         warm_start(model, demonstrations, cfg)
         tasks = tasks or load_tasks(folder, cfg)
-    print(f"{len(tasks)} tasks, run folder {run_dir}")
+    print(f"{len(tasks)} tasks, run folder {run_dir}; vLLM is starting")
     train(cfg, run_dir, model, tasks)
 
 
 def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.stdout.reconfigure(line_buffering=True)
+    transformers.utils.logging.disable_progress_bar()
     try:
         run(parse_config(sys.argv[1:]))
     except (UserError, RunFailed) as error:
