@@ -28,7 +28,6 @@ What was left out of the usual policy-gradient trainer, and why:
 import asyncio
 import base64
 import contextlib
-import dataclasses
 import functools
 import io
 import itertools
@@ -39,14 +38,15 @@ import os
 import queue
 import random
 import re
+import resource
 import select
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import tomllib
@@ -54,7 +54,6 @@ import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -68,7 +67,7 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser,
+from transformers import (AttentionInterface, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser,
                           PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
 
@@ -143,6 +142,7 @@ class Config:
         for name in ("temperature", "bash_timeout", "learning_rate", "max_grad_norm", "dppo_threshold"):
             need(name, 0 < getattr(self, name) < math.inf, "a positive number")
         need("samples_per_prompt", self.samples_per_prompt >= 2, "at least 2: a group is compared with its own mean")
+        need("num_learners", self.num_learners <= 1, "0 or 1: several learners are not there yet")
         need("packs_per_device", self.packs_per_device == 1, "1")
         need("kl_beta", self.kl_beta == 0, "0: this recipe has no reference model")
         need("pack_length", self.pack_length >= self.max_prompt_tokens + self.max_total_tokens,
@@ -328,7 +328,8 @@ class Sandbox:
             await self._in_thread(self._open)
             seeds = self.task.path / "environment/seeds"
             if seeds.is_dir() and any(seeds.iterdir()):
-                await self.run(self._unpack(seeds, "/workspace"), 60, mode="clean")
+                if (await self.run(self._unpack(seeds, "/workspace"), 60, mode="clean")).exit_code:
+                    raise SandboxLost("upload")
         except BaseException:
             await self.__aexit__()
             raise
@@ -402,9 +403,9 @@ class Sandbox:
         """A command that copies a local folder to `target`."""
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w") as tar:
-            tar.add(folder, arcname=".", filter=lambda info: info.replace(uid=0, gid=0, uname="", gname="", deep=False))
+            tar.add(folder, arcname=".")
         data = base64.encodebytes(archive.getvalue()).decode()
-        return f"[ -d {target} ] || mkdir -p {target}; base64 -d <<'.' | tar -xf - -C {target}\n{data}.\n"
+        return f"[ -d {target} ] || mkdir -p {target}; base64 -d <<'.' | tar -xf - --no-same-owner -C {target} || exit 125\n{data}.\n"
 
     async def grade(self):
         """Run the task's hidden tests and return the reward they wrote, clipped to [0, 1].
@@ -546,7 +547,7 @@ class ChatFormat:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.stop_ids = sorted({tokenizer.eos_token_id} | set(getattr(tokenizer, "stop_ids", [])))
+        self.stop_ids = [tokenizer.eos_token_id]
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         added, spec["added_tokens"], spec["post_processor"] = spec["added_tokens"], [], None
         self.plain = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
@@ -657,9 +658,10 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
                 return "submitted"
             left = box.task.agent_timeout - r.seconds_bash  # waiting for the model costs a rollout none of its time
             start = time.monotonic()
-            output = await box.run(command, min(cfg.bash_timeout, max(left, 0.1)))
+            limit = min(cfg.bash_timeout, max(left, 0.1))
+            output = await box.run(command, limit)
             r.seconds_bash += time.monotonic() - start
-            said = output.text + (f"\n(stopped after {cfg.bash_timeout:g} s)" if output.timed_out else "")
+            said = output.text + (f"\n(stopped after {limit:.0f} s)" if output.timed_out else "")
             observations.append(render_observation(said, output.exit_code))
             r.transcript.append({"role": "tool", "content": observations[-1]})
             if r.seconds_bash >= box.task.agent_timeout:
@@ -687,7 +689,8 @@ class Engine:
     """vLLM's AsyncLLM: token ids in, token ids with logprobs and policy versions out."""
 
     def __init__(self, model, cfg):
-        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1")
+        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1",
+                          VLLM_WORKER_MULTIPROC_METHOD="spawn")
         cpu = {}
         if not torch.cuda.is_available():
             os.environ.update(TORCH_COMPILE_DISABLE="1", HF_HUB_OFFLINE="1")
@@ -729,12 +732,15 @@ class Engine:
 def generator_main(cfg, model, tasks, run_dir, memory, pipe):
     """Entry of the generator process: leader of its own process group, which ends with its parent. Its output is a log file."""
     os.setpgid(0, 0)
-    os.environ["TMPDIR"] = str(memory / "tmp")  # vLLM's sockets
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), end_generator(memory)), daemon=True).start()
+    tempfile.tempdir = os.environ["TMPDIR"] = os.environ["VLLM_RPC_BASE_PATH"] = str(memory)  # vLLM's sockets
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # pipes of hundreds of sandboxes
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     log = os.open(run_dir / "generator.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
     try:
-        asyncio.run(Generator(cfg, tasks, pipe, memory).serve(model))
+        asyncio.run(Generator(cfg, tasks, pipe).serve(model))
     except BaseException as error:
         traceback.print_exc()
         with contextlib.suppress(OSError):
@@ -754,8 +760,8 @@ class Generator:
 
     Messages in: ("allow", n) groups may have been started in all, ("weights", folder, version), None to stop. Messages out: ("ready",), ("group", rollouts), ("too_long", task), ("loaded", seconds), ("failed", reason)."""
 
-    def __init__(self, cfg, tasks, pipe, memory):
-        self.cfg, self.tasks, self.pipe, self.memory, self.started = cfg, tasks, pipe, memory, 0
+    def __init__(self, cfg, tasks, pipe):
+        self.cfg, self.tasks, self.pipe, self.started = cfg, tasks, pipe, 0
         self.rollouts = asyncio.Semaphore(cfg.max_concurrent_rollouts)
         self.too_long = set()
 
@@ -777,7 +783,10 @@ class Generator:
                 case None:
                     return await self._stop()
                 case ("weights", folder, version):
-                    self.pipe.send(("loaded", await asyncio.wait_for(self.engine.reload(folder, version), 600)))
+                    try:
+                        self.pipe.send(("loaded", await asyncio.wait_for(self.engine.reload(folder, version), 600)))
+                    except TimeoutError:
+                        raise RunFailed(f"vLLM did not take over weights {version} within 600 s") from None
                 case ("allow", allowed):
                     while self.started < allowed:
                         self.running.add(asyncio.create_task(self._group(self.started)))
@@ -788,8 +797,8 @@ class Generator:
         while message is not None:
             try:
                 message = self.pipe.recv()
-            except (EOFError, OSError):  # the learner is gone, without a word
-                end_generator(self.memory)
+            except (EOFError, OSError):
+                return
             loop.call_soon_threadsafe(inbox.put_nowait, message)
 
     async def _stop(self):
@@ -1083,6 +1092,10 @@ def backward_packs(policy, packs, num_tokens, cfg, scale=1.0):
     return dict(zip(("loss", "logprobs", "rollout_logprobs", "advantages", "entropy", "kept", "versions"), torch.cat(seen, 1)))
 
 
+UPDATE_METRICS = ("tokens loss grad_norm kept_fraction kept_fraction_positive kept_fraction_negative entropy mismatch_max drift_max "
+                  "divergence_mean divergence_max ratio_max staleness_mean staleness_max").split()     # null without an update
+
+
 def step_metrics(seen, version):
     """Figures of the update over the whole step, all packs and ranks (a collective). `version`: the weights that trained.
 
@@ -1176,9 +1189,11 @@ class Rollouts:
 
     def __init__(self, cfg, model, tasks, run_dir):
         self.cfg, self.tasks, self.log = cfg, tasks, (run_dir / "rollouts.jsonl").open("a")
-        self.memory = Path("/dev/shm") / f"tmax-{os.getpid()}"      # weights on their way, and vLLM's sockets
-        (self.memory / "tmp").mkdir(parents=True)
-        self.closed, self.training, self.too_long, self.reload_seconds = 0, 0, set(), None
+        for left in Path("/dev/shm").glob("tmax-*"):        # by runs that were killed with their generators
+            if not Path("/proc", left.name.split("-")[1]).exists():
+                shutil.rmtree(left, ignore_errors=True)
+        self.memory = Path(tempfile.mkdtemp(prefix=f"tmax-{os.getpid()}-", dir="/dev/shm"))     # weights on their way; sockets
+        self.closed, self.training, self.too_long, self.reload_seconds, self.failure = 0, 0, set(), None, None
         self.inbox, self.loaded = queue.Queue(), threading.Event()
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
@@ -1196,10 +1211,13 @@ class Rollouts:
                 if message[0] == "loaded":
                     self.reload_seconds = message[1]
                     self.loaded.set()
+                elif message[0] == "failed":
+                    self.failure = message[1]
                 else:
                     self.inbox.put(message)
         except (EOFError, OSError):
-            self.inbox.put(("failed", "the generator process ended unexpectedly"))
+            self.failure = self.failure or "the process ended unexpectedly"
+            self.inbox.put(("failed",))
             self.loaded.set()
 
     def _allow(self):
@@ -1216,12 +1234,12 @@ class Rollouts:
         batch, tried, counts, finished = [], 0, {}, []
         bar = tqdm(total=wanted, desc=f"step {step}: groups", leave=False, disable=None)
         while len(batch) < wanted and tried < 4 * wanted:
-            match self.inbox.get():
-                case ("failed", reason):
-                    raise RunFailed(f"generator: {reason}")
+            message = self.inbox.get()
+            self.check()
+            match message:
                 case ("too_long", name):
                     self.too_long.add(name)
-                    if len(self.too_long) == len(self.tasks):
+                    if len(self.too_long) == len({task.name for task in self.tasks}):
                         raise UserError(f"--max_prompt_tokens: the prompts of all {len(self.tasks)} tasks are longer")
                     useful, more = [], {}
                 case ("group", group):
@@ -1243,6 +1261,11 @@ class Rollouts:
         return batch, dict(reward=float(np.mean(graded)) if graded else None, **counts, groups_tried=tried,
                            prompts_too_long=len(self.too_long), finish=dict(Counter(r.finish for r in finished)))
 
+    def check(self):
+        """Raise RunFailed if the generator is no more."""
+        if self.failure:
+            raise RunFailed(f"generator: {self.failure} (see generator.log)")
+
     def _write(self, group, step):
         for r in group:
             seen = sorted({v for v in r.versions if v >= 0})
@@ -1258,9 +1281,12 @@ class Rollouts:
             self.pipe.send(("weights", self.memory / "weights", version))
 
     def close(self):
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not stop the cleaning up
+            signal.signal(number, signal.SIG_IGN)
         with contextlib.suppress(OSError):
             self.pipe.send(None)
         self.process.join(5)
+        self.process.kill()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.join()
@@ -1290,12 +1316,13 @@ def train(cfg, run_dir, model, tasks):
             dist.scatter_object_list(mine, share)
             packs, folder = mine[0]
             trained = written = time.monotonic()
-            update = {}
+            update = dict.fromkeys(UPDATE_METRICS)
             if packs:  # without a useful group there is no update, and the weights stay as they are
                 update = learner.update(packs)
                 trained = time.monotonic()
                 if first:
                     rollouts.loaded.wait()
+                    rollouts.check()
                 learner.save_weights(folder)
                 if first:
                     rollouts.publish(learner.version)
@@ -1461,6 +1488,8 @@ def warm_start(folder, demonstrations, cfg, target=0.2):
                 bar.refresh()
                 if solved >= target:
                     break
+                if step > 2000:
+                    raise RunFailed(f"warm start: solves {solved:.3f} of the held-out tasks after {step} steps; try another --seed")
             logprobs, _ = policy.run(build_pack(draw.sample(examples, 16)))
             (-logprobs.mean()).backward()
             optimizer.step()
@@ -1509,12 +1538,15 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.stdout.reconfigure(line_buffering=True)
     transformers.utils.logging.disable_progress_bar()
+    # vLLM's processes are ended by force; who then frees their semaphores need not say so.
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
     try:
         run(parse_config(sys.argv[1:]))
     except (UserError, RunFailed) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped")
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
