@@ -157,7 +157,7 @@ class Config:
 # Small groups of fields, the same recipe. bubblewrap, because a tiny task needs no image and a sandbox starts in 10 ms.
 TINY = dict(tiny=True, model="", tasks=[], max_prompt_tokens=512, max_turn_tokens=64, max_total_tokens=256, max_steps=6,
             pack_length=4096, prompts_per_step=16, async_steps=1, bash_timeout=10.0, learning_rate=7e-4, warmup_steps=5,
-            training_steps=32, dtype="float32", gradient_checkpointing=False, max_concurrent_rollouts=64, sandbox="bwrap",
+            training_steps=28, dtype="float32", gradient_checkpointing=False, max_concurrent_rollouts=64, sandbox="bwrap",
             save_every=1000)
 
 
@@ -234,7 +234,7 @@ def task_at(tasks, index, seed):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sandbox: one per rollout. A bash loop is process 1 of its own namespaces; it starts a fresh bash for every command, with
-# directory, variables and functions kept in a file, so that `exit`, `exec`, `set -e` or `kill -9 -1` end only a command.
+# directory, variables, functions and umask kept in a file, so that `exit`, `exec`, `set -e` or `kill -9 -1` end only a command.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_PROCESSES = 256
@@ -243,25 +243,29 @@ OUTPUT_KEPT = 20_000    # bytes of a command's output kept from its beginning an
 # Reads "MODE SECONDS BYTES\n" and a command of that many bytes; answers "EXIT_CODE BASE64(output)\n". A reader of its own
 # caps each command's output, so that a job left in the background, holding stdout, delays no answer and floods nothing.
 # Builtins wherever possible: hundreds of commands a minute share two cores with the learner in the tiny run.
+#   fd 8  a command's stdout and stderr, on their way to the reader (dd for the beginning, tail for the end)
+#   fd 7  the same pipe's other end: `read -t 0` on it tells whether the reader still has something to read
+#   fd 9  a fifo that never holds anything: `read -t` on it sleeps without a process
+#   env   which of two files holds the last saved state; a command that dies in the middle of saving spoils only the other
 SHELL_LOOP = r"""
-state=$1 inner=$2 keep=$3 processes=$4 kilobytes=$5 n=0 env=0
+state=$1 run_command=$2 keep=$3 processes=$4 kilobytes=$5 n=0 env=0
 for fd in /proc/$$/fd/*; do (( ${fd##*/} > 2 )) && eval "exec ${fd##*/}<&-"; done 2>/dev/null  # nothing of the host stays open
 for signal in HUP INT QUIT TERM USR1 USR2 PIPE ALRM; do trap : $signal; done  # a handler: children get the default back
-mkdir -p "$state" && mkfifo "$state/never" && exec 9<>"$state/never"          # never readable: `read -t` on it is a sleep
+mkdir -p "$state" && mkfifo "$state/never" && exec 9<>"$state/never"
 echo ready
 while read -r mode seconds bytes; do
   n=$((n + 1)) new=$((1 - env)) saved= start=$SECONDS
   head -c "$bytes" >"$state/command"
   exec 8> >({ dd bs=1 count="$keep"; LC_ALL=C IFS= read -r -d '' -n 1 byte && printf "%b" "${byte:-\\0}" && exec tail -c "$keep"
             } >"$state/out.$n" 2>/dev/null)
-  reader=$!; exec 7</proc/self/fd/8  # readable while the reader has not read everything, and when nobody can write any more
+  reader=$!; exec 7</proc/self/fd/8
   ( ulimit -c 0 -u "$processes" -v "$kilobytes"; echo "$BASHPID" >"$state/group"
-    exec timeout -k 2 "$seconds" bash -c "$inner" bash "$state" "$mode" "$env" "$new" "$n" ) </dev/null >&8 2>&1 7<&- 8>&- 9>&-
+    exec timeout -k 2 "$seconds" bash -c "$run_command" bash "$state" "$mode" "$env" "$new" "$n" ) </dev/null >&8 2>&1 7<&- 8>&- 9>&-
   code=$?
   exec 8>&-
   (( (code == 124 || code == 137) && SECONDS - start >= ${seconds%.*} )) &&  # it ran out of time: end all of it
     read -r group <"$state/group" && kill -KILL -- "-$group"
-  late=$((SECONDS + 5))  # for a job in the background that never stops writing
+  late=$((SECONDS + 5))  # for a job in the background that never stops writing; one that only holds the pipe costs 127 ms
   for pause in .001 .002 .004 .008 .016 .032 .064; do
     while kill -0 "$reader" && read -t 0 -u 7 && (( SECONDS < late )); do read -t .002 -u 9; done
     kill -0 "$reader" || break; read -t "$pause" -u 9
@@ -269,7 +273,7 @@ while read -r mode seconds bytes; do
   exec 7<&-
   read -r saved <"$state/saved" && [ "$saved" = "$n" ] && env=$new
   printf '%s ' "$code"; base64 -w0 "$state/out.$n"; echo
-  (( n % 16 )) || rm -f "$state"/out.*
+  (( n % 16 )) || rm -f "$state"/out.*  # a process for every sixteenth command only
 done 2>/dev/null
 """
 
@@ -371,7 +375,7 @@ class Sandbox:
             raise SandboxLost(f"start: {error}") from error
         finally:
             os.close(binary)
-        # Not killed before it is up: bubblewrap arms its own end with its parent only late.
+        # Never killed before it is up: bubblewrap ties its child's life to its own only late, so a child would survive it.
         (answer := select.poll()).register(self.process.stdout, select.POLLIN)
         self.ready = bool(answer.poll(60_000)) and self.process.stdout.readline() == b"ready\n"
         if not self.ready:
@@ -941,8 +945,10 @@ AttentionInterface.register("packed", packed_attention)
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy, without the [N, vocab] logits: forward in
-    chunks of rows, backward in slices of the vocabulary that recompute the logits, so that every gradient is written once."""
+    """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy, without the [N, vocab] logits.
+
+    The forward pass takes chunks of rows. The backward pass recomputes the logits in slices of the vocabulary over all rows:
+    so every row of the weight's gradient is written once, instead of adding up a [vocab, d] matrix for every chunk."""
 
     @staticmethod
     def matmul(a, b, dtype):
@@ -1468,9 +1474,12 @@ def demonstration_rollout(tokenizer, instruction, solution):
     return r
 
 
-def warm_start(folder, demonstrations, cfg, target=0.2):
+def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
     """Supervised training until the policy solves held-out demonstrations with probability `target` (in the mean, when it
-    samples): the probability of a demonstration is the product over its tokens. RL needs some successes to begin with."""
+    samples): the probability of a demonstration is the product over its tokens. RL needs some successes to begin with.
+
+    A share of the targets is random, so that the policy learns every word and yet hesitates everywhere: sampling then fails now
+    and then in every task, from which RL can learn, and not always in some tasks and never in the others."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     policy = load_policy(folder, cfg, "cpu", sharded=False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, weight_decay=0.0)
@@ -1478,7 +1487,7 @@ def warm_start(folder, demonstrations, cfg, target=0.2):
     random.Random(cfg.seed).shuffle(examples)
     held_out, examples = examples[:96], examples[96:]
     held_out, sampled = build_pack(held_out), [sum(r.mask) for r in held_out]
-    draw = random.Random(cfg.seed)
+    draw, slips = random.Random(cfg.seed), np.random.default_rng(cfg.seed)
     with tqdm(total=target, bar_format="warm start: solves {n:.3f} of held-out tasks, until {total} [{elapsed}]", disable=None) as bar:
         for step in itertools.count():
             if step % 2 == 0:
@@ -1490,7 +1499,10 @@ def warm_start(folder, demonstrations, cfg, target=0.2):
                     break
                 if step > 2000:
                     raise RunFailed(f"warm start: solves {solved:.3f} of the held-out tasks after {step} steps; try another --seed")
-            logprobs, _ = policy.run(build_pack(draw.sample(examples, 16)))
+            pack = build_pack(draw.sample(examples, 16))
+            wrong = slips.random(len(pack.targets)) < noise
+            pack.targets[wrong] = slips.integers(len(tokenizer), size=wrong.sum())
+            logprobs, _ = policy.run(pack)
             (-logprobs.mean()).backward()
             optimizer.step()
             optimizer.zero_grad()
