@@ -32,8 +32,7 @@ ready() { [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && .venv/bin/python -c '
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
 install() {
-  # Not compiling saves minutes: Python compiles what it imports.
-  local python='' name index=() options=(--no-compile) check='import torch, transformers, vllm'
+  local python='' name index=() options=() check='import torch, transformers, vllm'
   for name in "${PYTHON:-python3}" python3 python3.12 python3.13 python3.11 python3.14; do
     # The range is vLLM's.
     if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then
