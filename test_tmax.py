@@ -1436,7 +1436,7 @@ def test_output_is_complete_on_a_busy_machine():
             return [(await box.run("seq 1 3900")).text for _ in range(24)]
 
     async def main():
-        return await asyncio.gather(*[one() for _ in range(16)])
+        return await asyncio.gather(*[one() for _ in range(48)])
     texts = sum(asyncio.run(main()), [])
     assert len(texts) == 384 and set(texts) == {"".join(f"{i}\n" for i in range(1, 3901))}
 
@@ -1883,7 +1883,7 @@ def test_a_sandbox_that_does_not_start_voids_the_rollout(tmp_path, tokenizers, m
 # ---------------------------------------------------------------------------------------------------------------------
 
 TINY = tmax.Config(**tmax.TINY)
-HOT = dataclasses.replace(TINY, temperature=8.0)     # nearly uniform, so that turns run to their full length
+HOT = dataclasses.replace(TINY, temperature=2.0)     # so that some turns are long
 MARK = f"tmax-test-{os.getpid()}"      # in the environment of everything that a test starts
 
 
@@ -2078,8 +2078,8 @@ def test_logprobs_match_before_and_after_a_reload(live, tiny_run):
 def test_rollout_in_flight_goes_on_under_new_weights(live, tiny_run):
     """A turn that spans a reload has tokens of two versions, each with the logprobs of its own weights."""
     async def both():
-        requests = [asyncio.create_task(live.engine.generate(PROMPT, 256, [])) for _ in range(16)]
-        await asyncio.sleep(1)
+        requests = [asyncio.create_task(live.engine.generate(PROMPT, 256, [])) for _ in range(48)]
+        await asyncio.sleep(0.1)
         await live.engine.reload(tiny_run / "checkpoint-6", 7)
         return await asyncio.gather(*requests)
     live.call(live.engine.reload(tiny_run / "model", 6))
@@ -2108,6 +2108,7 @@ def test_rollout_with_engine_and_sandbox(live, tiny_run):
     assert all((v >= 0) == bool(m) for m, v in zip(r.mask, r.versions))
 
 
+@pytest.mark.slow
 def test_long_prompts_are_dropped_and_counted(tiny_run, tmp_path):
     """A task over --max_prompt_tokens is never rolled out; if all are, the run says so."""
     prompt = len(tmax.chat_format(AutoTokenizer.from_pretrained(tiny_run / "model")).prompt("short"))

@@ -139,8 +139,9 @@ class Config:
             need(name, getattr(self, name) >= 1, "a positive number")
         for name in ("async_steps", "warmup_steps", "num_learners", "num_engines"):
             need(name, getattr(self, name) >= 0, "zero or a positive number")
-        for name in ("temperature", "bash_timeout", "learning_rate", "max_grad_norm", "dppo_threshold"):
+        for name in ("bash_timeout", "learning_rate", "max_grad_norm", "dppo_threshold"):
             need(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        need("temperature", 0 < self.temperature <= 2, "above 0 and at most 2")
         need("samples_per_prompt", self.samples_per_prompt >= 2, "at least 2: a group is compared with its own mean")
         need("num_learners", self.num_learners <= 1, "0 or 1: several learners are not there yet")
         need("packs_per_device", self.packs_per_device == 1, "1")
