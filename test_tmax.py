@@ -2108,22 +2108,16 @@ def test_rollout_with_engine_and_sandbox(live, tiny_run):
     assert all((v >= 0) == bool(m) for m, v in zip(r.mask, r.versions))
 
 
-@pytest.mark.slow
-def test_long_prompts_are_dropped_and_counted(tiny_run, tmp_path):
-    """A task over --max_prompt_tokens is never rolled out; if all are, the run says so."""
-    prompt = len(tmax.chat_format(AutoTokenizer.from_pretrained(tiny_run / "model")).prompt("short"))
-    for name, words in (("long", 400), ("short", 1)):
-        for part in ("tests", "environment"):
-            (tmp_path / "tasks" / name / part).mkdir(parents=True)
-        (tmp_path / "tasks" / name / "instruction.md").write_text("short " * words)
-        (tmp_path / "tasks" / name / "tests/test.sh").write_text("echo $RANDOM >/logs/verifier/reward.txt")
-    flags = ("--model", str(tiny_run / "model"), "--prompts_per_step", "1", "--training_steps", "1")
-    run = start_run(tmp_path, "--name", "some", *flags, "--tasks", str(tmp_path / "tasks"))
-    assert run.wait(200) == 0, last_line(tmp_path, "some")
-    assert json.loads((tmp_path / "runs/some/metrics.jsonl").read_text())["prompts_too_long"] == 1
-    run = start_run(tmp_path, "--name", "none", *flags, "--tasks", str(tmp_path / "tasks/long"))
-    assert run.wait(200) == 1 and last_line(tmp_path, "none").startswith("error: --max_prompt_tokens")
-    assert prompt < TINY.max_prompt_tokens
+def test_long_prompts_are_dropped_and_counted(tiny_run, capsys):
+    """A task over --max_prompt_tokens is left out before the run starts; if all are, the run does not start."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run / "model")
+    short = tmax.Task("short", Path("/nonexistent"), "Write the word amber")
+    size = len(tmax.chat_format(tokenizer).prompt(short.instruction))
+    fits, too_small = dataclasses.replace(TINY, max_prompt_tokens=size), dataclasses.replace(TINY, max_prompt_tokens=size - 1)
+    assert tmax.drop_long_prompts([short, dataclasses.replace(short, instruction=short.instruction + " amber")], tokenizer, fits) == [short]
+    assert capsys.readouterr().out == f"1 of 2 tasks dropped: their prompts are longer than {size} tokens\n"
+    with pytest.raises(tmax.UserError, match="--max_prompt_tokens: the prompts of all 1 tasks are longer"):
+        tmax.drop_long_prompts([short], tokenizer, too_small)
 
 
 @pytest.mark.slow

@@ -185,10 +185,15 @@ class Task:
     name: str
     path: Path
     instruction: str
+    image: str = ""                     # container image, [environment] docker_image; "": --image or environment/Dockerfile
     agent_timeout: float = 3600.0       # seconds of bash in one rollout, [agent] timeout_sec
     verifier_timeout: float = 600.0     # seconds for tests/test.sh, [verifier] timeout_sec
     verifier_env: tuple = ()            # ((name, value), …) for tests/test.sh, [verifier.env]
     memory_mb: int = 2048               # [environment] memory_mb
+    cpus: float = 1.0                   # [environment] cpus
+    network: str = "public"             # [environment] network_mode: public | no-network
+    user: str = ""                      # [agent] user; "": the image's
+    build_timeout: float = 600.0        # seconds for environment/Dockerfile, [environment] build_timeout_sec
 
 
 def load_task(path):
@@ -591,6 +596,16 @@ class ChatFormat:
 chat_format = functools.lru_cache(ChatFormat)
 
 
+def drop_long_prompts(tasks, tokenizer, cfg):
+    """The tasks whose prompts have at most max_prompt_tokens; how many were dropped is printed. Raises UserError if all were."""
+    kept = [task for task in tasks if len(chat_format(tokenizer).prompt(task.instruction)) <= cfg.max_prompt_tokens]
+    if dropped := len(tasks) - len(kept):
+        print(f"{dropped} of {len(tasks)} tasks dropped: their prompts are longer than {cfg.max_prompt_tokens} tokens")
+    if not kept:
+        raise UserError(f"--max_prompt_tokens: the prompts of all {len(tasks)} tasks are longer")
+    return kept
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rollout: the agent's loop. Token in, token out: what was sampled is appended as it is and never tokenised again.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -763,12 +778,12 @@ def end_generator(memory):
 class Generator:
     """Starts groups as far as the learner allows, sends each finished one back, reloads weights when told to.
 
-    Messages in: ("allow", n) groups may have been started in all, ("weights", folder, version), None to stop. Messages out: ("ready",), ("group", rollouts), ("too_long", task), ("loaded", seconds), ("failed", reason)."""
+    Messages in: ("allow", n) groups may have been started in all, ("weights", folder, version), None to stop.
+    Messages out: ("ready",), ("group", rollouts), ("loaded", seconds), ("failed", reason)."""
 
     def __init__(self, cfg, tasks, pipe):
         self.cfg, self.tasks, self.pipe, self.started = cfg, tasks, pipe, 0
         self.rollouts = asyncio.Semaphore(cfg.max_concurrent_rollouts)
-        self.too_long = set()
 
     async def serve(self, model):
         inbox, self.running = asyncio.Queue(), set()
@@ -815,10 +830,6 @@ class Generator:
     async def _group(self, index):
         """The rollouts of one task, all on the same engine, for its prefix cache."""
         task = task_at(self.tasks, index, self.cfg.seed)
-        if task.name not in self.too_long and len(chat_format(self.tokenizer).prompt(task.instruction)) > self.cfg.max_prompt_tokens:
-            self.too_long.add(task.name)
-        if task.name in self.too_long:
-            return self.pipe.send(("too_long", task.name))
 
         async def one():
             async with self.rollouts:
@@ -1189,18 +1200,18 @@ class Learner:
 # Train: the loop reads like the recipe.
 # ---------------------------------------------------------------------------------------------------------------------
 
-class Rollouts:
+class GeneratorClient:
     """The learner's end of the generator process: collects batches, hands over weights, holds the bound on staleness.
 
     Groups started - (trained + rejected) <= (async_steps + 1) * prompts_per_step, the batch in training counted."""
 
     def __init__(self, cfg, model, tasks, run_dir):
-        self.cfg, self.tasks, self.log = cfg, tasks, (run_dir / "rollouts.jsonl").open("a")
+        self.cfg, self.log = cfg, (run_dir / "rollouts.jsonl").open("a")
         for left in Path("/dev/shm").glob("tmax-*"):        # by runs that were killed with their generators
             if not Path("/proc", left.name.split("-")[1]).exists():
                 shutil.rmtree(left, ignore_errors=True)
         self.memory = Path(tempfile.mkdtemp(prefix=f"tmax-{os.getpid()}-", dir="/dev/shm"))     # weights on their way; sockets
-        self.closed, self.training, self.too_long, self.reload_seconds, self.failure = 0, 0, set(), None, None
+        self.closed, self.training, self.reload_seconds, self.failure = 0, 0, None, None
         self.inbox, self.loaded = queue.Queue(), threading.Event()
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
@@ -1243,19 +1254,13 @@ class Rollouts:
         while len(batch) < wanted and tried < 4 * wanted:
             message = self.inbox.get()
             self.check()
-            match message:
-                case ("too_long", name):
-                    self.too_long.add(name)
-                    if len(self.too_long) == len({task.name for task in self.tasks}):
-                        raise UserError(f"--max_prompt_tokens: the prompts of all {len(self.tasks)} tasks are longer")
-                    useful, more = [], {}
-                case ("group", group):
-                    tried += 1
-                    useful, more = select_groups([group], version, self.cfg)
-                    finished += group
-                    self._write(group, step)
-                case _:
-                    continue
+            if message[0] != "group":
+                continue
+            group = message[1]
+            tried += 1
+            useful, more = select_groups([group], version, self.cfg)
+            finished += group
+            self._write(group, step)
             counts = {key: counts.get(key, 0) + more.get(key, 0) for key in counts | more}
             batch += useful
             bar.update(len(useful))
@@ -1266,7 +1271,7 @@ class Rollouts:
         self.training = len(batch)
         graded = [r.reward for r in finished if not r.void]
         return batch, dict(reward=float(np.mean(graded)) if graded else None, **counts, groups_tried=tried,
-                           prompts_too_long=len(self.too_long), finish=dict(Counter(r.finish for r in finished)))
+                           finish=dict(Counter(r.finish for r in finished)))
 
     def check(self):
         """Raise RunFailed if the generator is no more."""
@@ -1305,19 +1310,19 @@ def train(cfg, run_dir, model, tasks):
     """The recipe: collect, select, compare, pack, update, reload. Runs on every rank; rank 0 owns generator and files."""
     first = dist.get_rank() == 0
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rollouts = Rollouts(cfg, model, tasks, run_dir) if first else None
+    generator = GeneratorClient(cfg, model, tasks, run_dir) if first else None
     try:
         learner, history = Learner(cfg, model), []
         for step in range(1, cfg.training_steps + 1):
             start = time.monotonic()
             share = [None] * dist.get_world_size()
             if first:
-                groups, metrics = rollouts.collect(step, learner.version)
+                groups, metrics = generator.collect(step, learner.version)
                 for group in groups:
                     for r, advantage in zip(group, centered_advantages([r.reward for r in group])):
                         r.advantage = float(advantage)
                 rows = pack(sum(groups, []), cfg.pack_length, len(share))
-                share = [(row if groups else None, rollouts.memory / "weights") for row in rows]
+                share = [(row if groups else None, generator.memory / "weights") for row in rows]
             generated = time.monotonic()
             mine = [None]
             dist.scatter_object_list(mine, share)
@@ -1328,16 +1333,16 @@ def train(cfg, run_dir, model, tasks):
                 update = learner.update(packs)
                 trained = time.monotonic()
                 if first:
-                    rollouts.loaded.wait()
-                    rollouts.check()
+                    generator.loaded.wait()
+                    generator.check()
                 learner.save_weights(folder)
                 if first:
-                    rollouts.publish(learner.version)
+                    generator.publish(learner.version)
                 written = time.monotonic()
             if first:
                 metrics = dict(step=step, **metrics, **update, updated=bool(packs), version=learner.version,
                                seconds_generate=generated - start, seconds_train=trained - generated,
-                               seconds_write=written - trained, seconds_reload=rollouts.reload_seconds)
+                               seconds_write=written - trained, seconds_reload=generator.reload_seconds)
                 history.append(metrics)
                 report(metrics, cfg, run_dir)
             if step % cfg.save_every == 0 or step == cfg.training_steps:
@@ -1346,7 +1351,7 @@ def train(cfg, run_dir, model, tasks):
             summarize(history, run_dir)
     finally:
         if first:
-            rollouts.close()
+            generator.close()
 
 
 def report(m, cfg, run_dir):
@@ -1543,6 +1548,7 @@ def run(cfg):
         model, folder, demonstrations = make_tiny(run_dir, cfg.seed)
         warm_start(model, demonstrations, cfg)
         tasks = tasks or load_tasks(folder, cfg)
+    tasks = drop_long_prompts(tasks, AutoTokenizer.from_pretrained(model), cfg)
     print(f"{len(tasks)} tasks, run folder {run_dir}; vLLM is starting")
     train(cfg, run_dir, model, tasks)
 
