@@ -1408,7 +1408,7 @@ def tiny_task(kind, first, second, folder=None):
     """A task about two words: its instruction and its solution as [(command, output), …]; written to `folder` if given."""
     a, b = f"/workspace/{first}", f"/workspace/{second}"
     instruction, seeds, solution, test = {
-        "write": (f"Write the word {first} to the file {b}", {}, [(f"echo {first} > {b}", "")], f'[ "$(cat {b})" = {first} ]'),
+        "write": (f"Write the line /{first} to the file {b}", {}, [(f"echo /{first} > {b}", "")], f'[ "$(cat {b})" = /{first} ]'),
         "rename": (f"Rename the file {a} to {b}", {first: ""}, [(f"mv {a} {b}", "")], f"[ -e {b} ] && [ ! -e {a} ]"),
         "follow": (f"Read the file {a} and make the file that it names", {first: f"{b}\n"},
                    [(f"cat {a}", f"{b}\n"), (f"touch {b}", "")], f"[ -e {b} ]"),
