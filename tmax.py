@@ -134,6 +134,8 @@ class Config:
     num_engines: int = knob(0, "vLLM engines; 0: the other half of the GPUs, or one on a CPU")
     max_concurrent_rollouts: int = knob(256, "rollouts, and so sandboxes, at once")
     sandbox: Literal["auto", "bwrap", "docker"] = knob("auto", "docker where an engine answers, else bubblewrap")
+    eval: bool = knob(False, "evaluate instead of training")
+    oracle: bool = knob(False, "with --eval: each task's own solution instead of a model, to tell sound tasks from broken ones")
     name: str = knob("", "the run's folder is runs/NAME; default: made from the time")
     save_every: int = knob(50, "steps between checkpoints; the last step is always saved")
     tiny: bool = knob(False, "a preset of the fields above for two CPU cores")
@@ -157,6 +159,8 @@ class Config:
         need("kl_beta", self.kl_beta == 0, "0: this recipe has no reference model")
         need("pack_length", self.pack_length >= self.max_prompt_tokens + self.max_total_tokens,
              f"at least max_prompt_tokens + max_total_tokens = {self.max_prompt_tokens + self.max_total_tokens}")
+        if self.oracle and not (self.eval and self.tasks):
+            raise UserError("--oracle: needs --eval and --tasks")
         need("name", "/" not in self.name, "the name of one folder")
         for source in self.tasks:
             if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
@@ -838,6 +842,26 @@ async def rollout(engine, task, tokenizer, cfg, engine_rank=0):
             if r.finish in ("submitted", "timeout"):
                 r.reward = await box.grade()
                 r.transcript.append({"role": "verifier", "content": box.grading})
+    except SandboxLost as reason:
+        r.finish = f"void:{reason}"
+    return r
+
+
+async def oracle_rollout(task, cfg):
+    """A rollout in which the task's own solution/solve.sh works in place of a model."""
+    r = Rollout(task.name, [], [], [], [], 0)
+    if not (task.path / "solution/solve.sh").is_file():
+        r.finish = "no_solution"
+        return r
+    try:
+        async with Sandbox(task, cfg) as box:
+            start = time.monotonic()
+            await box.run(box._unpack(task.path / "solution", "/solution"), 60, mode="clean")
+            output = await box.run("bash /solution/solve.sh", task.agent_timeout)
+            r.finish, r.seconds_bash = "timeout" if output.timed_out else "submitted", time.monotonic() - start
+            r.transcript.append({"role": "tool", "content": render_observation(output.text, output.exit_code)})
+            r.reward = await box.grade()
+            r.transcript.append({"role": "verifier", "content": box.grading})
     except SandboxLost as reason:
         r.finish = f"void:{reason}"
     return r
@@ -1722,8 +1746,27 @@ def make_run_dir(cfg):
     return run_dir
 
 
+async def run_oracle(cfg, tasks, run_dir):
+    """--eval --oracle: grade every task's own solution, to tell sound tasks from broken ones. Prints them, writes oracle.json."""
+    free = asyncio.Semaphore(cfg.max_concurrent_rollouts)
+
+    async def one(task):
+        async with free:
+            r = await oracle_rollout(task, cfg)
+        print(f"{'pass' if r.reward >= 1 else 'FAIL'}  reward {r.reward:.2f}  {r.finish:<12} {r.task}")
+        return dict(task=r.task, reward=r.reward, finish=r.finish, seconds_bash=round(r.seconds_bash, 3), transcript=r.transcript)
+    results = await asyncio.gather(*map(one, tasks))
+    passed, finish = sum(r["reward"] >= 1 for r in results), dict(Counter(r["finish"] for r in results))
+    (run_dir / "oracle.json").write_text(json.dumps(dict(passed=passed, finish=finish, tasks=results), indent=2))
+    print(f"\n{passed} of {len(tasks)} tasks are solved by their own solution; ends: {finish}\ntranscripts  {run_dir}/oracle.json")
+
+
 def run(cfg):
     """Make what is missing, then train."""
+    if cfg.oracle:
+        check_sandbox(cfg)
+        tasks = [task for source in cfg.tasks for task in load_tasks(source, cfg)]
+        return asyncio.run(run_oracle(cfg, tasks, make_run_dir(cfg)))
     if not cfg.tiny and not torch.cuda.is_available():
         raise UserError("the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
                         "python tmax.py --tiny runs the same code on two CPU cores")
