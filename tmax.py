@@ -210,11 +210,16 @@ class Task:
     user: str = ""                      # [agent] user; "": the image's
     build_timeout: float = 600.0        # seconds to pull or build the image, [environment] build_timeout_sec
 
+    @property
+    def builds(self):
+        """Whether its image is to be built."""
+        return not self.image and (self.path / "environment/Dockerfile").is_file()
 
-def load_task(path, cfg, image=""):
+
+def load_task(path, image=""):
     """Read one task folder; `image` is its container image according to the data set's row. Raises ValueError with the reason
     when the task is broken or asks for something that the sandboxes here do not have."""
-    toml, dockerfile = path / "task.toml", path / "environment/Dockerfile"
+    toml = path / "task.toml"
     spec = tomllib.loads(toml.read_text("utf-8")) if toml.is_file() else {}
     agent, verifier, environment = parts = [spec.get(part, {}) for part in ("agent", "verifier", "environment")]
     verifier_env = verifier.get("env", {}) if isinstance(verifier, dict) else None
@@ -228,7 +233,8 @@ def load_task(path, cfg, image=""):
         "compose services": any((path / "environment" / f"docker-compose.{end}").exists() for end in ("yaml", "yml")),
         f"the operating system {environment.get('os')}": environment.get("os", "linux") != "linux",
         "GPUs": environment.get("gpus") or environment.get("tpu"),
-        f"the network {network}": network not in ("public", "no-network") or any(part.get("allowed_hosts") for part in parts),
+        f"the network {network}": network not in ("public", "no-network"),
+        "a list of allowed hosts": any(part.get("allowed_hosts") for part in parts),
         "a network of its own for agent or tests": any(part.get("network_mode") not in (None, network) for part in parts),
         "a container of its own for the tests": verifier.get("environment") or verifier.get("environment_mode") == "separate",
         "a user for the tests": verifier.get("user") not in (None, 0, "root"),
@@ -248,25 +254,21 @@ def load_task(path, cfg, image=""):
     image = environment.get("docker_image") or image
     if not image and (path / "image.txt").is_file():
         image = (path / "image.txt").read_text("utf-8").strip()
-    if cfg.sandbox == "bwrap" and (image or dockerfile.is_file()):
-        raise ValueError("needs a container image, and bubblewrap has none: --sandbox docker")
-    memory = environment.get("memory_mb")
-    if memory is None and (size := re.fullmatch(r"([\d.]+)([GMK])", str(environment.get("memory", "")).strip().upper())):
-        memory = float(size[1]) * {"G": 1024, "M": 1, "K": 1 / 1024}[size[2]]
+    if size := re.fullmatch(r"([\d.]+)([GMK])", str(environment.get("memory", "")).upper()):  # in older files: "2G"
+        environment["memory"] = float(size[1]) * {"G": 1024, "M": 1, "K": 1 / 1024}[size[2]]
 
-    def positive(value, default):
-        if value is None:
-            return default
-        if isinstance(value, bool) or not 0 < float(value) < math.inf:
-            raise ValueError(f"task.toml: {value} is not a positive number")
-        return float(value)
+    def positive(table, key, default):
+        value = table.get(key, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(f"task.toml: {key} = {value!r} is not a positive number")
+        return value
     return Task(path.name, path, instruction, str(image),
-                agent_timeout=positive(agent.get("timeout_sec"), Task.agent_timeout),
-                verifier_timeout=positive(verifier.get("timeout_sec"), Task.verifier_timeout),
+                agent_timeout=positive(agent, "timeout_sec", Task.agent_timeout),
+                verifier_timeout=positive(verifier, "timeout_sec", Task.verifier_timeout),
                 verifier_env=tuple((name, str(value)) for name, value in verifier_env.items()),
-                memory_mb=math.ceil(positive(memory, Task.memory_mb)), cpus=positive(environment.get("cpus"), Task.cpus),
-                network=network, user=str(agent.get("user", "")),
-                build_timeout=positive(environment.get("build_timeout_sec"), Task.build_timeout))
+                memory_mb=math.ceil(positive(environment, "memory_mb", positive(environment, "memory", Task.memory_mb))),
+                cpus=positive(environment, "cpus", Task.cpus), network=network, user=str(agent.get("user", "")),
+                build_timeout=positive(environment, "build_timeout_sec", Task.build_timeout))
 
 
 def load_tasks(source, cfg):
@@ -293,12 +295,15 @@ def load_tasks(source, cfg):
         try:
             if name not in there:  # also keeps a row's name from leading elsewhere
                 raise ValueError("there is no folder for this row")
-            tasks.append(load_task(root / name, cfg, images.get(name, "")))
-        except (ValueError, OSError, TypeError, AttributeError, OverflowError) as reason:  # task.toml may hold anything
+            task = load_task(root / name, images.get(name, ""))
+            if cfg.sandbox == "bwrap" and (task.image or task.builds):
+                raise ValueError("needs a container image, and bubblewrap has none: --sandbox docker")
+            tasks.append(task)
+        except (ValueError, OSError, TypeError, AttributeError) as reason:  # task.toml may hold anything
             refused.setdefault(str(reason).replace(f"{root / name}/", ""), []).append(name)
     if chosen and not tasks or not names:
-        reason = max(refused, key=lambda reason: len(refused[reason]), default=f"no instruction.md in {root}/*")
-        raise UserError(f"--tasks: no task of {source} can be used: {reason}" + f" ({refused[reason][0]})" * bool(refused))
+        reason, (name, *_) = max(refused.items(), key=lambda item: len(item[1]), default=("there is no task folder", [root]))
+        raise UserError(f"--tasks: no task of {source} can be used: {reason} ({name})")
     print(f"{source}: {len(tasks)} tasks taken, {len(chosen) - len(tasks)} left out"
           + f", {len(names) - len(chosen)} not chosen" * (len(names) > len(chosen)))
     for reason, names in sorted(refused.items(), key=lambda item: -len(item[1])):
@@ -356,22 +361,23 @@ def cached(key, make):
 
 def unpack(archive, folder):
     """Unpack a tar archive that may be hostile: files, folders, links that stay inside. Raises UserError naming the member."""
-    links, member = [], None
+    links, place = [], "not an archive"
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
+                place = member.name
                 for name in (member.name, member.linkname) if member.islnk() else (member.name,):
                     path = PurePosixPath(name)
                     if path.is_absolute() or ".." in path.parts or any(link in (path, *path.parents) for link in links):
-                        raise tarfile.TarError(f"{name} leads out of the archive")
+                        raise tarfile.TarError(f"{name} leads out of it")
                 if member.issym():
-                    links.append(PurePosixPath(member.name))
+                    links.append(PurePosixPath(place))
                 tar.extract(member, folder, filter="data")
-        for link in links:  # now that all are there: one may lead out through another
-            if not (folder / link).resolve(strict=True).is_relative_to(folder.resolve()):
-                raise tarfile.TarError(f"{link} leads out of the archive")
+        for place in links:  # now that all are there: one may lead out through another
+            if not (folder / place).resolve(strict=True).is_relative_to(folder.resolve()):
+                raise tarfile.TarError("leads out of it")
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"--tasks: {archive}: {member.name if member else 'not unpacked'}: {error}") from None
+        raise UserError(f"--tasks: {archive}: {place}: {error}") from None
 
 
 @functools.lru_cache(4)
@@ -406,8 +412,7 @@ def image_of(client, task, cfg):
 
     Blocking, any number of threads. Raises SandboxLost("image"); runs/NAME/images/ has the log. After three failures the image
     is not tried again, and so its tasks are set aside. The docker program does the work because the SDK knows no BuildKit."""
-    build = not task.image and (task.path / "environment/Dockerfile").is_file()
-    name = f"tmax-build:{content_hash(task.path / 'environment')}" if build else task.image or cfg.image
+    name = f"tmax-build:{content_hash(task.path / 'environment')}" if task.builds else task.image or cfg.image
     state = image_states.setdefault(name, SimpleNamespace(lock=threading.Lock(), failures=0, again=0.0))
     with state.lock:
         with contextlib.suppress(docker.errors.APIError):
@@ -415,11 +420,11 @@ def image_of(client, task, cfg):
         if state.failures < 3 and time.monotonic() >= state.again:
             log = Path("runs", cfg.name, "images", re.sub(r"[^\w.-]", "_", name)[-100:] + ".log")
             log.parent.mkdir(parents=True, exist_ok=True)
-            command = ["build", "--tag", name, "--", str(task.path / "environment")] if build else ["pull", "--", name]
+            command = ["build", "--tag", name, "--", str(task.path / "environment")] if task.builds else ["pull", "--", name]
             # The program would go by its own context where DOCKER_HOST is not set, and the SDK does not.
             env = {"DOCKER_HOST": "unix:///var/run/docker.sock", **os.environ}
             with image_slots, log.open("ab") as file:
-                for pause in (0,) if build else (0, 2, 10):
+                for pause in (0,) if task.builds else (0, 2, 10):
                     time.sleep(pause)
                     file.write(f"{time.ctime()}: {task.name}: docker {shlex.join(command)}\n".encode())
                     file.flush()
@@ -1747,18 +1752,19 @@ def make_run_dir(cfg):
 
 
 async def run_oracle(cfg, tasks, run_dir):
-    """--eval --oracle: grade every task's own solution, to tell sound tasks from broken ones. Prints them, writes oracle.json."""
+    """--eval --oracle: grade each task's own solution, to tell sound tasks from broken ones. Prints them, writes oracle.json."""
     free = asyncio.Semaphore(cfg.max_concurrent_rollouts)
 
     async def one(task):
         async with free:
             r = await oracle_rollout(task, cfg)
         print(f"{'pass' if r.reward >= 1 else 'FAIL'}  reward {r.reward:.2f}  {r.finish:<12} {r.task}")
-        return dict(task=r.task, reward=r.reward, finish=r.finish, seconds_bash=round(r.seconds_bash, 3), transcript=r.transcript)
+        return dict(task=r.task, reward=r.reward, finish=r.finish, seconds_bash=r.seconds_bash, transcript=r.transcript)
     results = await asyncio.gather(*map(one, tasks))
     passed, finish = sum(r["reward"] >= 1 for r in results), dict(Counter(r["finish"] for r in results))
     (run_dir / "oracle.json").write_text(json.dumps(dict(passed=passed, finish=finish, tasks=results), indent=2))
-    print(f"\n{passed} of {len(tasks)} tasks are solved by their own solution; ends: {finish}\ntranscripts  {run_dir}/oracle.json")
+    print(f"\n{passed} of {len(tasks)} tasks are solved by their own solution; ends: {finish}\n"
+          f"transcripts  {run_dir}/oracle.json")
 
 
 def run(cfg):
