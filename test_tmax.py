@@ -9,6 +9,8 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
+import functools
+import io
 import json
 import math
 import multiprocessing
@@ -20,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -28,7 +31,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import torch.distributed as dist
@@ -949,15 +955,14 @@ MARKER = "COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
 SUBMIT = f"echo {MARKER}"
 
 
-def make_task(folder, test="echo 1 >/logs/verifier/reward.txt", instruction="Do it.", toml=None, seeds=None):
+def make_task(folder, test="echo 1 >/logs/verifier/reward.txt", instruction="Do it.", toml=None, seeds=None, files=None):
     """Write a Harbor task folder; None leaves a file out."""
     (folder / "tests").mkdir(parents=True)
-    for name, content in {"tests/test.sh": test, "instruction.md": instruction, "task.toml": toml}.items():
+    content = {"tests/test.sh": test, "instruction.md": instruction, "task.toml": toml} | (files or {})
+    for name, content in {**content, **{f"environment/seeds/{name}": text for name, text in (seeds or {}).items()}}.items():
         if content is not None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    for name, content in (seeds or {}).items():
-        (folder / "environment/seeds").mkdir(parents=True, exist_ok=True)
-        (folder / "environment/seeds" / name).write_text(content)
     return folder
 
 
@@ -1039,40 +1044,103 @@ def test_errors_are_one_line(tmp_path):
 # Tasks
 # ---------------------------------------------------------------------------------------------------------------------
 
-TOML = """[agent]\ntimeout_sec = 7\n[verifier]\ntimeout_sec = 8.5\n[verifier.env]\nKEY = "a b"\nN = 3\n[environment]\nmemory_mb = 99\n"""
+DOCKER = dataclasses.replace(CFG, sandbox="docker")
+FULL = """version = "1.0"
+[metadata]\ndifficulty = "easy"
+[agent]\ntimeout_sec = 7\nuser = 1000
+[verifier]\ntimeout_sec = 8.5\nuser = "root"\nenvironment_mode = "shared"
+[verifier.env]\nKEY = "a b"\nN = 3
+[solution.env]
+[environment]\nbuild_timeout_sec = 9\ndocker_image = "image:1"\nos = "linux"\ncpus = 2\nmemory_mb = 99\nstorage_mb = 5\ngpus = 0
+network_mode = "no-network"\nmcp_servers = []\nunknown = 1
+[environment.env]\n"""
+ALL = dict(instruction="Grüße", image="image:1", agent_timeout=7.0, verifier_timeout=8.5, verifier_env=(("KEY", "a b"), ("N", "3")),
+           memory_mb=99, cpus=2.0, network="no-network", user="1000", build_timeout=9.0)
+# What a task folder holds (keywords of make_task) -> the fields that differ from a Task's defaults, or the reason against it.
+ZOO = [
+    (dict(), {}), (dict(toml=""), {}), (dict(toml='version = "1.0"'), {}), (dict(toml='schema_version = "1.4"'), {}),
+    (dict(instruction="\n Grüße \n", toml=FULL), ALL),
+    (dict(toml='[environment]\nmemory = "3G"'), dict(memory_mb=3072)), (dict(toml='[environment]\nmemory = "512m"'), dict(memory_mb=512)),
+    (dict(toml="[environment]\nmemory_mb = 0.5"), dict(memory_mb=1)), (dict(toml="[environment]\ncpus = 0.5"), dict(cpus=0.5)),
+    (dict(toml="[environment]\nallow_internet = true"), {}), (dict(toml='[environment]\nnetwork_mode = "public"'), {}),
+    (dict(toml="[environment]\nallow_internet = false"), dict(network="no-network")),
+    (dict(toml='[environment]\nallow_internet = false\n[agent]\nnetwork_mode = "no-network"'), dict(network="no-network")),
+    (dict(toml='[environment]\nworkdir = "/app"'), {}), (dict(seeds={"a": "x"}), {}),
+    (dict(files={"image.txt": "image:2\n"}), dict(image="image:2")), (dict(files={"environment/Dockerfile": "FROM x"}), {}),
+    (dict(files={"image.txt": "image:2"}, toml='[environment]\ndocker_image = "image:3"'), dict(image="image:3")),
+    (dict(test=None), "no tests/test.sh"), (dict(instruction=None), "no instruction.md"), (dict(instruction=" \n"), "empty"),
+    (dict(instruction=b"caf\xe9"), "utf-8"), (dict(toml=b"\xff = 1"), "utf-8"), (dict(toml="[agent\n"), "line 1"),
+    (dict(toml='agent = "soon"'), "tables"), (dict(toml="[verifier]\nenv = 3"), "tables"), (dict(toml="verifier = 1"), "tables"),
+    (dict(toml='[agent]\ntimeout_sec = "soon"'), "timeout_sec = 'soon' is not"), (dict(toml="[agent]\ntimeout_sec = [1]"), "[1] is not"),
+    (dict(toml="[agent]\ntimeout_sec = 0"), "timeout_sec = 0 is not a positive number"), (dict(toml="[verifier]\ntimeout_sec = nan"), "nan is not"),
+    (dict(toml="[environment]\nmemory_mb = inf"), "inf is not"), (dict(toml="[environment]\ncpus = -1"), "-1 is not"),
+    (dict(toml="[environment]\nbuild_timeout_sec = true"), "True is not"), (dict(toml='[environment]\nmemory = "5X"'), "memory = '5X' is not"),
+    (dict(toml='version = "2.0"'), "schema version 2.0"), (dict(toml='[[steps]]\nname = "a"', instruction=None), "several steps"),
+    (dict(files={"environment/docker-compose.yaml": "services: {}"}), "compose"),
+    (dict(files={"environment/docker-compose.yml": "services: {}"}), "compose"),
+    (dict(toml="[environment]\ngpus = 1"), "GPUs"), (dict(toml='[environment.tpu]\ntype = "v6e"'), "GPUs"),
+    (dict(toml='[environment]\nos = "windows"'), "operating system windows"),
+    (dict(toml='[environment]\nnetwork_mode = "allowlist"\nallowed_hosts = ["a.b"]'), "network allowlist"),
+    (dict(toml='[verifier]\nallowed_hosts = ["a.b"]'), "allowed hosts"), (dict(toml='[agent]\nnetwork_mode = "no-network"'), "network of its own"),
+    (dict(toml='[verifier]\nenvironment_mode = "separate"'), "container of its own"), (dict(toml='[verifier]\nuser = "bob"'), "user"),
+    (dict(toml='[environment]\nworkdir = "/srv"'), "working directory"), (dict(toml='[environment.env]\nA = "1"'), "variables"),
+    (dict(toml='[verifier.env]\nTOKEN = "${TOKEN}"'), "host's"), (dict(toml='[[environment.mcp_servers]]\nname = "m"'), "MCP"),
+    (dict(toml='[environment.healthcheck]\ncommand = "true"'), "health check"),
+]
 
 
-def test_task_toml_is_honoured(tmp_path):
-    """All that task.toml says, and defaults where it is absent."""
-    full = tmax.load_task(make_task(tmp_path / "full", toml=TOML, instruction="\n Grüße \n"))
-    assert full == tmax.Task("full", tmp_path / "full", "Grüße", 7.0, 8.5, (("KEY", "a b"), ("N", "3")), 99)
-    plain = tmax.load_task(make_task(tmp_path / "plain"))
-    assert plain == tmax.Task("plain", tmp_path / "plain", "Do it.", 3600.0, 600.0, (), 2048)
+def test_zoo_of_task_folders(tmp_path, capsys):
+    """Every feature and every fault, in one folder: tasks have what their task.toml says, the others are left out, each with its
+    reason, and the summary counts them. One by one they come out the same, and a fault is then a UserError."""
+    wanted, reasons = {}, {}
+    for i, (holds, outcome) in enumerate(ZOO):
+        make_task(tmp_path / f"{i:02}", **holds)
+        (wanted if isinstance(outcome, dict) else reasons)[f"{i:02}"] = outcome
+    tasks = {t.name: t for t in tmax.load_tasks(str(tmp_path), DOCKER)}
+    plain = tmax.Task("", tmp_path, "Do it.")
+    assert tasks == {name: dataclasses.replace(plain, name=name, path=tmp_path / name, **changes) for name, changes in wanted.items()}
+    summary = capsys.readouterr().out
+    assert f"{len(wanted)} tasks taken, {len(reasons)} left out" in summary
+    assert sum(int(line.split()[0]) for line in summary.splitlines()[1:]) == len(reasons)
+    for name in tasks:
+        assert tmax.load_tasks(str(tmp_path / name), DOCKER) == [tasks[name]]
+    for name, reason in reasons.items():
+        with pytest.raises(tmax.UserError, match=re.escape(str(tmp_path / name))) as error:
+            tmax.load_tasks(str(tmp_path / name), DOCKER)
+        assert reason in str(error.value) and "\n" not in str(error.value), error.value
 
 
-def test_one_task_folder_or_a_folder_of_them(tmp_path):
-    """Both forms of --tasks; names in order; files beside the folders do not matter."""
+def test_bubblewrap_takes_no_task_that_needs_an_image(tmp_path, capsys):
+    """docker_image, image.txt and a Dockerfile are three ways to need one; seeds alone are not."""
+    make_task(tmp_path / "plain", seeds={"a": "x"})
+    make_task(tmp_path / "toml", toml='[environment]\ndocker_image = "i"')
+    make_task(tmp_path / "txt", files={"image.txt": "i"})
+    make_task(tmp_path / "file", files={"environment/Dockerfile": "FROM i"})
+    assert [t.name for t in tmax.load_tasks(str(tmp_path), CFG)] == ["plain"]
+    assert re.search(r"3  needs a container image.*--sandbox docker \(file, toml, txt\)", capsys.readouterr().out)
+
+
+def test_one_task_folder_or_a_folder_of_them(tmp_path, monkeypatch):
+    """Both forms of --tasks; names in order; files and hidden folders beside the tasks do not matter; `.` is a name too."""
     for name in "cab":
         make_task(tmp_path / name)
     (tmp_path / "README.md").write_text("tasks")
+    (tmp_path / ".git").mkdir()
     assert [t.name for t in tmax.load_tasks(str(tmp_path), CFG)] == ["a", "b", "c"]
-    assert [t.name for t in tmax.load_tasks(str(tmp_path / "b"), CFG)] == ["b"]
+    monkeypatch.chdir(tmp_path / "b")
+    assert [(t.name, t.path) for t in tmax.load_tasks(".", CFG)] == [("b", tmp_path / "b")]
 
 
-@pytest.mark.parametrize("broken", [
-    dict(test=None), dict(instruction=None), dict(instruction=b"caf\xe9"), dict(toml="[agent\n"), dict(toml=b"\xff = 1"),
-    dict(toml='agent = "soon"'), dict(toml="[verifier]\nenv = 3"), dict(toml='[agent]\ntimeout_sec = "soon"'),
-    dict(toml="[agent]\ntimeout_sec = [1]"), dict(toml="[environment]\nmemory_mb = inf"),
+@pytest.mark.parametrize("flags, left", [
+    (dict(include=["a*", "b2"]), ["a1", "a2", "b2"]), (dict(exclude=["*2"]), ["a1", "b1"]),
+    (dict(include=["a*"], exclude=["?1"]), ["a2"]), (dict(include=["c"]), []), (dict(exclude=["*"]), []),
 ], ids=str)
-def test_broken_tasks_are_left_out_and_said(tmp_path, capsys, broken):
-    """A broken task costs one line on stderr that names it; alone, it is a UserError."""
-    make_task(tmp_path / "good")
-    make_task(tmp_path / "broken", **broken)
-    assert [t.name for t in tmax.load_tasks(str(tmp_path), CFG)] == ["good"]
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and str(tmp_path / "broken") in said
-    with pytest.raises(tmax.UserError, match=re.escape(str(tmp_path / "broken"))):
-        tmax.load_tasks(str(tmp_path / "broken"), CFG)
+def test_include_and_exclude(tmp_path, capsys, flags, left):
+    """Name patterns choose tasks; what they leave out is counted, and is not read, so it may be broken."""
+    for name in ("a1", "a2", "b1", "b2"):
+        make_task(tmp_path / name, test="exit" if name in left else None)
+    assert [t.name for t in tmax.load_tasks(str(tmp_path), dataclasses.replace(CFG, **flags))] == left
+    assert f"{len(left)} tasks taken, 0 left out, {4 - len(left)} not chosen" in capsys.readouterr().out
 
 
 def test_no_usable_task_is_an_error(tmp_path):
@@ -1101,6 +1169,194 @@ def test_task_order(tmp_path):
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and len(set(map(tuple, epochs))) == 4
     assert epochs[2] == [int(tmax.task_at(tasks, 40 + i, seed=1).name) for i in range(20)]
     assert epochs[0] != [int(tmax.task_at(tasks, i, seed=2).name) for i in range(20)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets and archives
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty Hugging Face cache, offline."""
+    assets = functools.partial(huggingface_hub.cached_assets_path, assets_dir=tmp_path / "assets")
+    monkeypatch.setattr(huggingface_hub, "cached_assets_path", assets)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def as_snapshot(hub, folder, name="o/tasks", revision="main", commit="c" * 40):
+    """Lay a folder out as the hub's client does in its cache: files named by hashes, links to them in a snapshot."""
+    repo = hub / f"datasets--{name.replace('/', '--')}"
+    for i, file in enumerate(sorted(p for p in folder.rglob("*") if p.is_file())):
+        link = repo / "snapshots" / commit / file.relative_to(folder)
+        for parent in (link.parent, repo / "blobs", repo / "refs"):
+            parent.mkdir(parents=True, exist_ok=True)
+        (repo / "blobs" / f"{commit}{i}").write_bytes(file.read_bytes())
+        link.symlink_to(os.path.relpath(repo / "blobs" / f"{commit}{i}", link.parent))
+    (repo / "refs" / revision).write_text(commit)
+
+
+def make_dataset(folder, form="parquet", ids=("t1", "t2"), rows=("t1", "t2", "gone")):
+    """The form of tmax-15k-open-instruct: rows with the card's columns, and task-data.tar.gz with the folders."""
+    (folder / "data").mkdir(parents=True)
+    table = [dict(messages=[dict(role="user", content="x")], ground_truth=name, dataset="passthrough", source="s",
+                  env_config=dict(env_name="sandbox", task_id=name, image=f"image:{name}" if name != "t2" else None)) for name in rows]
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), folder / "data/train-00000-of-00001.parquet")
+    else:
+        (folder / "data/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    with tarfile.open(folder / "task-data.tar.gz", "w:gz") as tar:
+        for name in ids:
+            tar.add(make_task(folder.with_name(f"{folder.name}-{name}"), seeds={"s": "x"}, files={"image.txt": f"own:{name}"}), arcname=name)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_dataset_with_rows_and_archive(hub, tmp_path, capsys, form):
+    """A stand-in for tmax-15k-open-instruct with the card's columns, offline, from the hub's cache and as a local copy: a row's
+    image goes before image.txt, a row without a folder is left out, a folder without a row is no task."""
+    local = make_dataset(tmp_path / "local", form, ids=("t1", "t2", "rowless"))
+    as_snapshot(hub, local, "allenai/tmax-15k-open-instruct")
+    for source in ("allenai/tmax-15k-open-instruct", "allenai/tmax-15k-open-instruct@main", str(local)):
+        tasks = tmax.load_tasks(source, DOCKER)
+        assert [(t.name, t.image) for t in tasks] == [("t1", "image:t1"), ("t2", "own:t2")]
+        assert (tasks[0].path / "environment/seeds/s").read_text() == "x"
+        assert "1  there is no folder for this row (gone)" in capsys.readouterr().out
+    with pytest.raises(tmax.UserError, match="nothing@here"):
+        tmax.load_tasks("o/nothing@here", DOCKER)
+
+
+def test_dataset_of_folders(hub, tmp_path):
+    """A data set of loose Harbor folders, at two revisions: its files are files, not links into the hub's cache, whose targets
+    would be missing in a sandbox and in an image build."""
+    for revision, commit in (("main", "a" * 40), ("old", "b" * 40)):
+        make_task(tmp_path / revision / "t", instruction=revision, seeds={"s": "x"})
+        as_snapshot(hub, tmp_path / revision, revision=revision, commit=commit)
+    new, = tmax.load_tasks("o/tasks", CFG)
+    old, = tmax.load_tasks("o/tasks@old", CFG)
+    assert (new.instruction, old.instruction) == ("main", "old")
+    assert (new.path / "tests/test.sh").is_file() and not [p for p in new.path.rglob("*") if p.is_symlink()]
+
+
+@pytest.mark.parametrize("rows", ["", "no parquet", '{"env_config": null}', '{"env_config": {"image": "i"}}', '{"a": 1}', "{"])
+def test_rows_that_cannot_be_read_are_named(hub, tmp_path, rows):
+    """A broken file of rows is a UserError in one line that names it; rows that lead out are left out."""
+    make_dataset(tmp_path / "d", "jsonl", rows=())
+    file = tmp_path / "d" / ("rows.jsonl" if rows.startswith("{") else "rows.parquet")
+    file.write_text(rows)
+    with pytest.raises(tmax.UserError, match=re.escape(str(file))) as error:
+        tmax.load_tasks(str(tmp_path / "d"), DOCKER)
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_leads_nowhere_else(hub, tmp_path):
+    """A task id is the name of a folder in the archive and nothing else."""
+    make_task(tmp_path / "outside")
+    make_dataset(tmp_path / "d", rows=("../outside", str(tmp_path / "outside"), ".", "", "t1/../t1", "t1"))
+    assert [t.name for t in tmax.load_tasks(str(tmp_path / "d"), DOCKER)] == ["t1"]
+
+
+def member(name, kind=tarfile.REGTYPE, link="", data=b""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, len(data)
+    return info, io.BytesIO(data)
+
+
+SYM, HARD = tarfile.SYMTYPE, tarfile.LNKTYPE
+
+
+@pytest.mark.parametrize("members, named", [
+    ([("../out",)], "../out"), ([("t1/../../out",)], "t1/../../out"), ([("/tmp/out",)], "/tmp/out"), ([("//out",)], "//out"),
+    ([("t1/a", SYM, "/etc/passwd")], "t1/a"), ([("t1/a", SYM, "../../out")], "t1/a"), ([("t1/a", HARD, "../out")], "t1/a"),
+    ([("t1/a", HARD, "/etc/passwd")], "t1/a"), ([("t1/a", SYM, "gone")], "t1/a"),
+    ([("t1/a", SYM, "d/../../x"), ("t1/d", SYM, ".")], "t1/a"),                         # out, once d is there
+    ([("t1/d", SYM, "."), ("t1/d/f",)], "t1/d/f"), ([("t1/d", SYM, "f"), ("t1/d",)], "t1/d"),
+    ([("s", SYM, "t1/.."), ("t1/a/h", HARD, "s")], "t1/a/h"),
+    ([("t1/n", tarfile.CHRTYPE)], "t1/n"), ([("t1/n", tarfile.BLKTYPE)], "t1/n"), ([("t1/n", tarfile.FIFOTYPE)], "t1/n"),
+], ids=str)
+def test_hostile_archives_are_refused(hub, tmp_path, members, named):
+    """Paths and links out, directly or through one another, and devices: a UserError names the member, and nothing was written
+    outside, and nothing is taken for unpacked at the next start."""
+    make_dataset(tmp_path / "d", ids=())
+    with tarfile.open(tmp_path / "d/task-data.tar.gz", "w:gz") as tar:
+        for entry in [("t1/instruction.md",), *members]:
+            tar.addfile(*member(*entry))
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    for _ in range(2):
+        with pytest.raises(tmax.UserError, match=re.escape(named)):
+            tmax.load_tasks(str(tmp_path / "d"), DOCKER)
+    assert [p for p in sorted(str(p) for p in tmp_path.rglob("*")) if p not in before and "/assets" not in p] == []
+    assert not list((tmp_path / "assets").rglob("tasks/t1")) and not Path("/tmp/out").exists()
+
+
+def test_links_that_stay_inside_are_kept(hub, tmp_path):
+    """A link to a file beside it, and a second name of a file."""
+    make_dataset(tmp_path / "d", ids=())
+    with tarfile.open(tmp_path / "d/task-data.tar.gz", "w:gz") as tar:
+        tar.add(make_task(tmp_path / "t"), arcname="./t1")
+        tar.addfile(*member("./t1/link", SYM, "instruction.md"))
+        tar.addfile(*member("./t1/hard", HARD, "./t1/instruction.md"))
+    task, = tmax.load_tasks(str(tmp_path / "d"), DOCKER)
+    assert (task.path / "link").read_text() == (task.path / "hard").read_text() == "Do it."
+
+
+def test_a_cut_archive_is_refused(hub, tmp_path):
+    """Half a download, or no archive at all."""
+    archive = make_dataset(tmp_path / "d") / "task-data.tar.gz"
+    for data in (archive.read_bytes()[:-100], b"", b"<html>"):
+        archive.write_bytes(data)
+        with pytest.raises(tmax.UserError, match="task-data.tar.gz"):
+            tmax.load_tasks(str(tmp_path / "d"), DOCKER)
+
+
+def test_unpacking_is_shared_and_repaired(hub, tmp_path, monkeypatch):
+    """One start is killed in the middle of unpacking; two more at once then make it whole, once; the next finds it there."""
+    ids = [f"t{i:04}" for i in range(400)]
+    data = make_dataset(tmp_path / "d", ids=(), rows=ids)
+    with tarfile.open(data / "task-data.tar.gz", "w:gz") as tar:
+        source = make_task(tmp_path / "t", files={"image.txt": "i"})
+        for name in ids:
+            tar.add(source, arcname=name)
+
+    def load(members):
+        made, unpack, extract = [], tmax.unpack, tarfile.TarFile.extract
+        left = iter(range(members))
+        tarfile.TarFile.extract = lambda *args, **kw: extract(*args, **kw) if next(left, None) is not None else os.kill(os.getpid(), 9)
+        tmax.unpack = lambda *args: (made.append(1), unpack(*args))
+        names = [t.name for t in tmax.load_tasks(str(data), DOCKER)]
+        (tmp_path / f"loaded-{os.getpid()}").write_text(json.dumps([names, len(made)]))
+
+    def start(members=10_000):
+        (process := multiprocessing.get_context("fork").Process(target=load, args=(members,))).start()
+        return process
+    start(members=500).join()
+    assert len(list((tmp_path / "assets").glob("*/*/*/partial/*"))) > 90 and not list((tmp_path / "assets").glob("*/*/*/tasks"))
+    for process in [start(), start()]:
+        process.join()
+    loaded = [json.loads(file.read_text()) for file in tmp_path.glob("loaded-*")]
+    assert [names for names, _ in loaded] == [ids, ids] and sum(made for _, made in loaded) == 1
+    monkeypatch.setattr(tmax, "unpack", lambda *_: pytest.fail("unpacked again"))
+    assert len(tmax.load_tasks(str(data), DOCKER)) == 400
+
+
+def bench_load(folder):
+    """Load all tasks: seconds, how many, and the most memory of the process before and after, in MiB."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, time.monotonic()
+    count = len(tmax.load_tasks(folder, DOCKER))
+    return dict(seconds=time.monotonic() - start, count=count, before=before, after=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+
+
+@pytest.mark.bench
+def test_benchmark_load(tmp_path, capsys):
+    """15,000 task folders of the usual form, with 3,000 characters of instruction each, loaded in a fresh process."""
+    files = {"environment/Dockerfile": "FROM x", "tests/test_outputs.py": "assert True\n" * 200, "solution/solve.sh": "true"}
+    for i in range(15_000):
+        make_task(tmp_path / f"task-{i:05}", toml=FULL, instruction=f"{i} " * 500, files=files)
+    figures = [in_fresh_process(bench_load, str(tmp_path)) for _ in range(3)]
+    with capsys.disabled():
+        for f in figures:
+            print("\nload_tasks: {count} tasks in {seconds:.1f} s, most memory {before} MiB before, {after} MiB after".format(**f), end="")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

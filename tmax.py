@@ -28,7 +28,10 @@ What was left out of the usual policy-gradient trainer, and why:
 import asyncio
 import base64
 import contextlib
+import fcntl
+import fnmatch
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -51,12 +54,16 @@ import threading
 import time
 import tomllib
 import traceback
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
+import docker
+import huggingface_hub
 import jinja2
 import numpy as np
 import torch
@@ -93,7 +100,9 @@ def knob(default, why):
 class Config:
     # data
     model: str = knob("allenai/tmax-sft-8b", "Hugging Face id or folder; RL starts from the SFT model")
-    tasks: list[str] = knob(["allenai/tmax-15k-open-instruct"], "folders of Harbor tasks, or one task folder")
+    tasks: list[str] = knob(["allenai/tmax-15k-open-instruct"], "folders of Harbor tasks, or data sets, OWNER/NAME[@REVISION]")
+    include: list[str] = knob([], "only tasks whose names match one of these patterns, as in train-*")
+    exclude: list[str] = knob([], "no task whose name matches one of these patterns")
     seed: int = knob(1, "order of the tasks and (tiny) initial weights; sampling itself is never seeded")
     # rollout (section 3 of the recipe)
     max_prompt_tokens: int = knob(2048, "a task with a longer prompt is dropped and counted")
@@ -125,6 +134,8 @@ class Config:
     num_engines: int = knob(0, "vLLM engines; 0: the other half of the GPUs, or one on a CPU")
     max_concurrent_rollouts: int = knob(256, "rollouts, and so sandboxes, at once")
     sandbox: Literal["auto", "bwrap", "docker"] = knob("auto", "docker where an engine answers, else bubblewrap")
+    eval: bool = knob(False, "evaluate instead of training")
+    oracle: bool = knob(False, "with --eval: each task's own solution instead of a model, to tell sound tasks from broken ones")
     name: str = knob("", "the run's folder is runs/NAME; default: made from the time")
     save_every: int = knob(50, "steps between checkpoints; the last step is always saved")
     tiny: bool = knob(False, "a preset of the fields above for two CPU cores")
@@ -148,6 +159,8 @@ class Config:
         need("kl_beta", self.kl_beta == 0, "0: this recipe has no reference model")
         need("pack_length", self.pack_length >= self.max_prompt_tokens + self.max_total_tokens,
              f"at least max_prompt_tokens + max_total_tokens = {self.max_prompt_tokens + self.max_total_tokens}")
+        if self.oracle and not (self.eval and self.tasks):
+            raise UserError("--oracle: needs --eval and --tasks")
         need("name", "/" not in self.name, "the name of one folder")
         for source in self.tasks:
             if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
@@ -176,16 +189,18 @@ def parse_config(argv):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tasks: folders in Harbor's form. Tests are read only when a rollout is graded.
+# Tasks: folders in Harbor's form (schema 1.x), here or in a Hugging Face data set. Tests are read only when a rollout is
+# graded.
 # ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Task:
-    """One task folder: instruction.md, tests/test.sh, optional task.toml and environment/seeds/ (copied to /workspace)."""
+    """One task folder: instruction.md, tests/test.sh; optional task.toml, environment/Dockerfile, environment/seeds/ (copied to
+    /workspace), image.txt, solution/solve.sh."""
     name: str
     path: Path
     instruction: str
-    image: str = ""                     # container image, [environment] docker_image; "": --image or environment/Dockerfile
+    image: str = ""                     # container image to pull; "": built from environment/Dockerfile, or --image
     agent_timeout: float = 3600.0       # seconds of bash in one rollout, [agent] timeout_sec
     verifier_timeout: float = 600.0     # seconds for tests/test.sh, [verifier] timeout_sec
     verifier_env: tuple = ()            # ((name, value), …) for tests/test.sh, [verifier.env]
@@ -193,49 +208,233 @@ class Task:
     cpus: float = 1.0                   # [environment] cpus
     network: str = "public"             # [environment] network_mode: public | no-network
     user: str = ""                      # [agent] user; "": the image's
-    build_timeout: float = 600.0        # seconds for environment/Dockerfile, [environment] build_timeout_sec
+    build_timeout: float = 600.0        # seconds to pull or build the image, [environment] build_timeout_sec
+
+    @property
+    def builds(self):
+        """Whether its image is to be built."""
+        return not self.image and (self.path / "environment/Dockerfile").is_file()
 
 
-def load_task(path):
-    """Read one Harbor task folder. Raises ValueError with the reason when it is not usable."""
+def load_task(path, image=""):
+    """Read one task folder; `image` is its container image according to the data set's row. Raises ValueError with the reason
+    when the task is broken or asks for something that the sandboxes here do not have."""
+    toml = path / "task.toml"
+    spec = tomllib.loads(toml.read_text("utf-8")) if toml.is_file() else {}
+    agent, verifier, environment = parts = [spec.get(part, {}) for part in ("agent", "verifier", "environment")]
+    verifier_env = verifier.get("env", {}) if isinstance(verifier, dict) else None
+    if not all(isinstance(table, dict) for table in (*parts, verifier_env)):
+        raise ValueError("task.toml: agent, verifier, environment and verifier.env are tables")
+    version = str(spec.get("schema_version", spec.get("version", "1.0")))
+    network = environment.get("network_mode") or ("public" if environment.get("allow_internet", True) else "no-network")
+    unsupported = {
+        f"schema version {version}": version.split(".")[0] != "1",
+        "several steps": "steps" in spec,
+        "compose services": any((path / "environment" / f"docker-compose.{end}").exists() for end in ("yaml", "yml")),
+        f"the operating system {environment.get('os')}": environment.get("os", "linux") != "linux",
+        "GPUs": environment.get("gpus") or environment.get("tpu"),
+        f"the network {network}": network not in ("public", "no-network"),
+        "a list of allowed hosts": any(part.get("allowed_hosts") for part in parts),
+        "a network of its own for agent or tests": any(part.get("network_mode") not in (None, network) for part in parts),
+        "a container of its own for the tests": verifier.get("environment") or verifier.get("environment_mode") == "separate",
+        "a user for the tests": verifier.get("user") not in (None, 0, "root"),
+        "a working directory": environment.get("workdir") not in (None, "/app"),
+        "environment variables": environment.get("env"),
+        "values from the host's environment": any("${" in str(value) for value in verifier_env.values()),
+        "MCP servers or a health check": environment.get("mcp_servers") or environment.get("healthcheck"),
+    }
+    for what, asked in unsupported.items():
+        if asked:
+            raise ValueError(f"asks for {what}: not supported")
     for needed in ("instruction.md", "tests/test.sh"):
         if not (path / needed).is_file():
             raise ValueError(f"there is no {needed}")
-    toml = path / "task.toml"
-    spec = tomllib.loads(toml.read_text()) if toml.is_file() else {}
-    agent, verifier, environment = (spec.get(part, {}) for part in ("agent", "verifier", "environment"))
-    return Task(path.name, path, (path / "instruction.md").read_text().strip(),
-                agent_timeout=float(agent.get("timeout_sec", Task.agent_timeout)),
-                verifier_timeout=float(verifier.get("timeout_sec", Task.verifier_timeout)),
-                verifier_env=tuple((k, str(v)) for k, v in verifier.get("env", {}).items()),
-                memory_mb=int(environment.get("memory_mb", Task.memory_mb)))
+    if not (instruction := (path / "instruction.md").read_text("utf-8").strip()):
+        raise ValueError("instruction.md is empty")
+    image = environment.get("docker_image") or image
+    if not image and (path / "image.txt").is_file():
+        image = (path / "image.txt").read_text("utf-8").strip()
+    if size := re.fullmatch(r"([\d.]+)([GMK])", str(environment.get("memory", "")).upper()):  # in older files: "2G"
+        environment["memory"] = float(size[1]) * {"G": 1024, "M": 1, "K": 1 / 1024}[size[2]]
+
+    def positive(table, key, default):
+        value = table.get(key, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(f"task.toml: {key} = {value!r} is not a positive number")
+        return value
+    return Task(path.name, path, instruction, str(image),
+                agent_timeout=positive(agent, "timeout_sec", Task.agent_timeout),
+                verifier_timeout=positive(verifier, "timeout_sec", Task.verifier_timeout),
+                verifier_env=tuple((name, str(value)) for name, value in verifier_env.items()),
+                memory_mb=math.ceil(positive(environment, "memory_mb", positive(environment, "memory", Task.memory_mb))),
+                cpus=positive(environment, "cpus", Task.cpus), network=network, user=str(agent.get("user", "")),
+                build_timeout=positive(environment, "build_timeout_sec", Task.build_timeout))
 
 
 def load_tasks(source, cfg):
-    """All tasks of a folder of task folders, or of one single task folder, in order of their names.
+    """The tasks of a source that --include and --exclude leave, in order of their names; [] if they leave none.
 
-    A broken task is left out and said; a folder without a usable task raises UserError."""
-    root = Path(source).expanduser()
-    if not root.is_dir():
-        raise UserError(f"--tasks: {source} is not a folder here")
-    single = (root / "instruction.md").exists() or (root / "task.toml").exists() or (root / "tests").exists()
-    tasks, refused = [], []
-    for path in [root] if single else sorted(p for p in root.iterdir() if p.is_dir()):
+    A source is a folder of task folders, one task folder, a folder with task-data.tar.gz and its rows (data/*.parquet or
+    *.jsonl), or a Hugging Face data set of these forms, OWNER/NAME[@REVISION]. Prints how many tasks were taken and why others
+    were not; raises UserError if none can be used."""
+    root = find_source(source)
+    archive, images = root / "task-data.tar.gz", {}
+    if archive.is_file():
+        images = read_rows(root)
+        with archive.open("rb") as file:
+            root = cached(hashlib.file_digest(file, "sha256").hexdigest()[:32], functools.partial(unpack, archive))
+    if any((root / name).exists() for name in ("instruction.md", "task.toml", "tests")):
+        root, names, there = root.parent, [root.name], {root.name}
+    else:
+        there = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")}
+        names = sorted(images or there)
+    matches = lambda name, patterns: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    chosen = [name for name in names if (not cfg.include or matches(name, cfg.include)) and not matches(name, cfg.exclude)]
+    tasks, refused = [], {}
+    for name in chosen:
         try:
-            tasks.append(load_task(path))
-        except (ValueError, OSError, TypeError, AttributeError, OverflowError) as reason:  # task.toml may hold anything
-            refused.append(f"{path}: {reason}")
-    if not tasks:
-        raise UserError(f"--tasks: {refused[0] if refused else f'no instruction.md in {root}/*'}")
-    for reason in refused:
-        print(f"task left out: {reason}", file=sys.stderr)
+            if name not in there:  # also keeps a row's name from leading elsewhere
+                raise ValueError("there is no folder for this row")
+            task = load_task(root / name, images.get(name, ""))
+            if cfg.sandbox == "bwrap" and (task.image or task.builds):
+                raise ValueError("needs a container image, and bubblewrap has none: --sandbox docker")
+            tasks.append(task)
+        except (ValueError, OSError, TypeError, AttributeError) as reason:  # task.toml may hold anything
+            refused.setdefault(str(reason).replace(f"{root / name}/", ""), []).append(name)
+    if chosen and not tasks or not names:
+        reason, (name, *_) = max(refused.items(), key=lambda item: len(item[1]), default=("there is no task folder", [root]))
+        raise UserError(f"--tasks: no task of {source} can be used: {reason} ({name})")
+    print(f"{source}: {len(tasks)} tasks taken, {len(chosen) - len(tasks)} left out"
+          + f", {len(names) - len(chosen)} not chosen" * (len(names) > len(chosen)))
+    for reason, names in sorted(refused.items(), key=lambda item: -len(item[1])):
+        print(f"  {len(names):>5}  {reason} ({', '.join(names[:3])}{', …' * (len(names) > 3)})")
     return tasks
+
+
+def find_source(source):
+    """The folder that a --tasks value means: one here, or the snapshot of a Hugging Face data set. Raises UserError."""
+    root = Path(source).expanduser().absolute()
+    if root.is_dir():
+        return root
+    name, _, revision = source.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"--tasks: there is no folder {source}")
+    try:
+        root = Path(huggingface_hub.snapshot_download(name, repo_type="dataset", revision=revision or None))
+    except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
+        raise UserError(f"--tasks: {source} is no folder here, and no data set: {str(error).splitlines()[0]}") from None
+    if (root / "task-data.tar.gz").is_file():
+        return root
+    # The hub's cache holds links to files named by their hashes; sandboxes and image builds need the files themselves.
+    return cached(root.name, functools.partial(shutil.copytree, root))
+
+
+def read_rows(root):
+    """Task ids and images {id: image or ""} of a data set's rows: column env_config {task_id, image}. Raises UserError."""
+    images = {}
+    for file in sorted(file for form in ("*.parquet", "*.jsonl") for file in [*root.glob(form), *root.glob(f"data/{form}")]):
+        try:
+            if file.suffix == ".parquet":
+                import pyarrow.parquet
+                rows = pyarrow.parquet.read_table(file, columns=["env_config"])["env_config"].to_pylist()
+            else:
+                rows = [json.loads(line)["env_config"] for line in file.open(encoding="utf-8")]
+            images.update((str(row["task_id"]), row.get("image") or "") for row in rows)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--tasks: {file}: no column env_config with task_id and image: {error}".splitlines()[0]) from None
+    return images
+
+
+def cached(key, make):
+    """The folder `key` of the cache. make(folder) fills it if it is not there or was broken off; other starts wait meanwhile."""
+    folder = huggingface_hub.cached_assets_path("tmax", "tasks", key)
+    partial, done = folder / "partial", folder / "tasks"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            print(f"unpacking into {done}")
+            shutil.rmtree(partial, ignore_errors=True)
+            make(partial)
+            partial.rename(done)
+    return done
+
+
+def unpack(archive, folder):
+    """Unpack a tar archive that may be hostile: files, folders, links that stay inside. Raises UserError naming the member."""
+    links, place = [], "not an archive"
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                place = member.name
+                for name in (member.name, member.linkname) if member.islnk() else (member.name,):
+                    path = PurePosixPath(name)
+                    if path.is_absolute() or ".." in path.parts or any(link in (path, *path.parents) for link in links):
+                        raise tarfile.TarError(f"{name} leads out of it")
+                if member.issym():
+                    links.append(PurePosixPath(place))
+                tar.extract(member, folder, filter="data")
+        for place in links:  # now that all are there: one may lead out through another
+            if not (folder / place).resolve(strict=True).is_relative_to(folder.resolve()):
+                raise tarfile.TarError("leads out of it")
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"--tasks: {archive}: {place}: {error}") from None
+
+
+@functools.lru_cache(4)
+def epoch_order(n, seed, epoch):
+    """A shuffle of range(n), another for every epoch."""
+    return random.Random(f"{seed}/{epoch}").sample(range(n), n)
 
 
 def task_at(tasks, index, seed):
     """The task of the index-th group: every epoch is a new shuffle, without replacement within an epoch."""
     epoch, place = divmod(index, len(tasks))
-    return tasks[random.Random(f"{seed}/{epoch}").sample(range(len(tasks)), len(tasks))[place]]
+    return tasks[epoch_order(len(tasks), seed, epoch)[place]]
+
+
+@functools.lru_cache(None)
+def content_hash(folder):
+    """Names, modes and contents of all that is in a folder, as 32 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        data = os.readlink(path).encode() if path.is_symlink() else path.read_bytes() if path.is_file() else b""
+        digest.update(f"{path.relative_to(folder)}\0{path.lstat().st_mode}\0{len(data)}\0".encode() + data)
+    return digest.hexdigest()[:32]
+
+
+IMAGE_PAUSE = 60.0                      # seconds before what failed is tried again: the rollouts of a group share one try
+image_slots = threading.Semaphore(4)    # pulls and builds at once
+image_states = {}                       # image name -> lock, number of failures, earliest time of the next try
+
+
+def image_of(client, task, cfg):
+    """The name of the task's container image, which the engine then has: pulled, or built once for a content of environment/.
+
+    Blocking, any number of threads. Raises SandboxLost("image"); runs/NAME/images/ has the log. After three failures the image
+    is not tried again, and so its tasks are set aside. The docker program does the work because the SDK knows no BuildKit."""
+    name = f"tmax-build:{content_hash(task.path / 'environment')}" if task.builds else task.image or cfg.image
+    state = image_states.setdefault(name, SimpleNamespace(lock=threading.Lock(), failures=0, again=0.0))
+    with state.lock:
+        with contextlib.suppress(docker.errors.APIError):
+            return client.images.get(name) and name
+        if state.failures < 3 and time.monotonic() >= state.again:
+            log = Path("runs", cfg.name, "images", re.sub(r"[^\w.-]", "_", name)[-100:] + ".log")
+            log.parent.mkdir(parents=True, exist_ok=True)
+            command = ["build", "--tag", name, "--", str(task.path / "environment")] if task.builds else ["pull", "--", name]
+            # The program would go by its own context where DOCKER_HOST is not set, and the SDK does not.
+            env = {"DOCKER_HOST": "unix:///var/run/docker.sock", **os.environ}
+            with image_slots, log.open("ab") as file:
+                for pause in (0,) if task.builds else (0, 2, 10):
+                    time.sleep(pause)
+                    file.write(f"{time.ctime()}: {task.name}: docker {shlex.join(command)}\n".encode())
+                    file.flush()
+                    limited = ["timeout", "--verbose", "--foreground", "-k", "10", str(task.build_timeout), "docker", *command]
+                    if not subprocess.call(limited, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env):
+                        return name
+            state.failures, state.again = state.failures + 1, time.monotonic() + IMAGE_PAUSE
+            fate = "set aside" if state.failures == 3 else "to be tried again"
+            print(f"task {task.name}: its image could not be had, {fate}: see {log}", file=sys.stderr)
+    raise SandboxLost("image")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -648,6 +847,26 @@ async def rollout(engine, task, tokenizer, cfg, engine_rank=0):
             if r.finish in ("submitted", "timeout"):
                 r.reward = await box.grade()
                 r.transcript.append({"role": "verifier", "content": box.grading})
+    except SandboxLost as reason:
+        r.finish = f"void:{reason}"
+    return r
+
+
+async def oracle_rollout(task, cfg):
+    """A rollout in which the task's own solution/solve.sh works in place of a model."""
+    r = Rollout(task.name, [], [], [], [], 0)
+    if not (task.path / "solution/solve.sh").is_file():
+        r.finish = "no_solution"
+        return r
+    try:
+        async with Sandbox(task, cfg) as box:
+            start = time.monotonic()
+            await box.run(box._unpack(task.path / "solution", "/solution"), 60, mode="clean")
+            output = await box.run("bash /solution/solve.sh", task.agent_timeout)
+            r.finish, r.seconds_bash = "timeout" if output.timed_out else "submitted", time.monotonic() - start
+            r.transcript.append({"role": "tool", "content": render_observation(output.text, output.exit_code)})
+            r.reward = await box.grade()
+            r.transcript.append({"role": "verifier", "content": box.grading})
     except SandboxLost as reason:
         r.finish = f"void:{reason}"
     return r
@@ -1520,7 +1739,8 @@ def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
 
 def make_run_dir(cfg):
     """A new folder runs/NAME with the Config in it."""
-    run_dir = Path("runs") / (cfg.name or time.strftime(f"{'tiny' if cfg.tiny else 'tmax'}-%Y%m%d-%H%M%S"))
+    cfg.name = cfg.name or time.strftime(f"{'tiny' if cfg.tiny else 'tmax'}-%Y%m%d-%H%M%S")
+    run_dir = Path("runs", cfg.name)
     try:
         run_dir.mkdir(parents=True)
     except FileExistsError:
@@ -1529,8 +1749,28 @@ def make_run_dir(cfg):
     return run_dir
 
 
+async def run_oracle(cfg, tasks, run_dir):
+    """--eval --oracle: grade each task's own solution, to tell sound tasks from broken ones. Prints them, writes oracle.json."""
+    free = asyncio.Semaphore(cfg.max_concurrent_rollouts)
+
+    async def one(task):
+        async with free:
+            r = await oracle_rollout(task, cfg)
+        print(f"{'pass' if r.reward >= 1 else 'FAIL'}  reward {r.reward:.2f}  {r.finish:<12} {r.task}")
+        return dict(task=r.task, reward=r.reward, finish=r.finish, seconds_bash=r.seconds_bash, transcript=r.transcript)
+    results = await asyncio.gather(*map(one, tasks))
+    passed, finish = sum(r["reward"] >= 1 for r in results), dict(Counter(r["finish"] for r in results))
+    (run_dir / "oracle.json").write_text(json.dumps(dict(passed=passed, finish=finish, tasks=results), indent=2))
+    print(f"\n{passed} of {len(tasks)} tasks are solved by their own solution; ends: {finish}\n"
+          f"transcripts  {run_dir}/oracle.json")
+
+
 def run(cfg):
     """Make what is missing, then train."""
+    if cfg.oracle:
+        check_sandbox(cfg)
+        tasks = [task for source in cfg.tasks for task in load_tasks(source, cfg)]
+        return asyncio.run(run_oracle(cfg, tasks, make_run_dir(cfg)))
     if not cfg.tiny and not torch.cuda.is_available():
         raise UserError("the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
                         "python tmax.py --tiny runs the same code on two CPU cores")
