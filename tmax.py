@@ -149,7 +149,7 @@ class Config:
         for name in ("bash_timeout", "learning_rate", "max_grad_norm", "dppo_threshold"):
             need(name, 0 < getattr(self, name) < math.inf, "a positive number")
         need("temperature", 0 < self.temperature <= 2, "above 0 and at most 2")
-        need("top_p", 0 < self.top_p <= 1 and (self.eval or self.top_p == 1), "above 0 and at most 1, in an evaluation; 1 otherwise")
+        need("top_p", 0 < self.top_p <= 1 and (self.eval or self.top_p == 1), "1, or in an evaluation between 0 and 1")
         need("eval_every", bool(self.eval_every) == bool(self.eval_tasks), "given together with --eval_tasks")
         need("samples_per_prompt", self.samples_per_prompt >= 2, "at least 2: a group is compared with its own mean")
         need("num_learners", self.num_learners <= 1, "0 or 1: several learners are not there yet")
@@ -178,8 +178,7 @@ EVAL = dict(eval=True, temperature=0.7, top_p=0.95, max_total_tokens=38912)
 def parse_config(argv):
     """Command line -> checked Config. Unknown flags, abbreviations and bad values raise UserError or exit with status 2."""
     parser = HfArgumentParser(Config, prog="tmax.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
-                              epilog="  ".join(f"--{name} changes these defaults: " + ", ".join(f"{k}={v!r}" for k, v in preset.items())
-                                               + "." for name, preset in (("tiny", TINY), ("eval", EVAL))))
+                              epilog=f"--eval changes these defaults: {EVAL}; --tiny changes these: {TINY}")
     parser.error = lambda message: (_ for _ in ()).throw(UserError(message.replace("argument ", "")))
     given = parser.parse_known_args(argv)[0]
     for preset in [EVAL] * given.eval + [TINY] * given.tiny:
@@ -592,8 +591,8 @@ class ChatFormat:
     def _around(self, role, *contents):
         """Token ids between an assistant's turn, messages of `role` with these contents and the header of the next turn."""
         said = "ASSISTANTSAID"
-        messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "assistant", "content": said},
-                    *({"role": role, "content": content} for content in contents)]
+        messages = [{"role": r, "content": c} for r, c in [("system", "S"), ("user", "U"), ("assistant", said),
+                                                           *((role, content) for content in contents)]]
         try:
             text = self.tokenizer.apply_chat_template(messages, tools=[BASH_TOOL], tokenize=False, add_generation_prompt=True)
         except (ValueError, jinja2.TemplateError) as error:  # there is none, or it refuses them
@@ -612,7 +611,7 @@ class ChatFormat:
         """Token ids from the end of an assistant's turn to the header of its next: the outputs of all its calls, or another
         message to it. `stop` is the sampled token that ended the turn; if the template ends turns otherwise, that is added."""
         opening, *between, closing = self.around[role]
-        ids = opening[1:] if opening[0] == (self.end if stop is None else stop) else list(opening)
+        ids = opening[opening[:1] == [self.end if stop is None else stop]:]
         for i, text in enumerate(texts):
             ids += (between[0] if i else []) + self.plain.encode(text, add_special_tokens=False).ids
         return ids + closing
@@ -817,7 +816,7 @@ class Generator:
     """Starts groups as far as the learner allows, sends each finished one back, reloads weights when told to.
 
     Messages in: ("allow", n) groups may have been started in all, ("weights", folder, version), ("evaluate", tasks, cfg), None
-    to stop. Messages out: ("ready",), ("group", rollouts), ("loaded", seconds), ("evaluated", place, run, rollout), ("failed", reason)."""
+    to stop. Out: ("ready",), ("group", rollouts), ("loaded", seconds), ("evaluated", task, run, rollout), ("failed", reason)."""
 
     def __init__(self, cfg, tasks, pipe):
         self.cfg, self.tasks, self.pipe, self.started = cfg, tasks, pipe, 0
@@ -997,13 +996,14 @@ def check_model(model, cfg):
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
     window = getattr(text, "sliding_window", None) or math.inf
     layers = set(getattr(text, "layer_types", None) or ["full_attention" if window >= cfg.pack_length else "sliding_attention"])
-    head = [name for name in ("logits_scaling", "logit_scale", "final_logit_softcapping") if getattr(text, name, None) not in (None, 1)]
+    scales = (getattr(text, name, None) for name in ("logits_scaling", "logit_scale", "final_logit_softcapping"))
     for holds, reason in [
             (config.is_encoder_decoder, "it is an encoder-decoder"),
             (layers != {"full_attention"}, f"packs need full attention in every layer, and it has {', '.join(sorted(layers))}"),
-            (family and (family._is_stateful or not family._supports_attention_backend), "its layers do not take packed attention"),
-            (family is None or text is not config, "transformers has no causal language model for it, only one with more parts or none"),
-            (head, f"its LM head is more than one matrix ({', '.join(head)})")]:
+            (text is not config, "it is multimodal"),
+            (family is None, "transformers has no causal language model of this type"),
+            (family and not family._supports_attention_backend, "its layers do not take packed attention"),
+            (any(x not in (None, 1) for x in scales), "it scales or caps its logits")]:
         if holds:
             raise UserError(f"--model: {model} ({config.model_type}) cannot be trained: {reason}")
 
@@ -1315,7 +1315,7 @@ class GeneratorClient:
         except (EOFError, OSError):
             self.failure = self.failure or "the process ended unexpectedly"
             self.inbox.put(("failed",))
-            self.evaluated.put(("failed",))
+            self.evaluated.put((None,) * 4)
             self.loaded.set()
 
     def _allow(self):
@@ -1367,14 +1367,13 @@ class GeneratorClient:
         self.log.flush()
 
     def evaluate(self, tasks, cfg, step=0):
-        """Let the engines, with the weights they now have, work on every task cfg.eval_runs times. Returns rollouts[task][run]."""
+        """Rollouts [task][run] by the engines with the weights they now have: every task cfg.eval_runs times."""
         with contextlib.suppress(OSError):
             self.pipe.send(("evaluate", tasks, cfg))
         results = [[None] * cfg.eval_runs for _ in tasks]
         for _ in tqdm(range(len(tasks) * cfg.eval_runs), desc="evaluation: rollouts", leave=False, disable=None):
-            message = self.evaluated.get()
+            _, place, run, r = self.evaluated.get()
             self.check()
-            _, place, run, r = message
             results[place][run] = r
             self._write([r], step, run=run)
         return results
@@ -1459,7 +1458,8 @@ def report(m, cfg, run_dir):
     tqdm.write(f"step {m['step']:>3}  reward {show('reward', '.3f')}  groups {m['groups_kept']} kept{few} {m['groups_zero_spread']} flat "
                f"{m['groups_stale']} stale {m['groups_void']} void  tokens {show('tokens', 'd')} ({show('kept_fraction', '.3f')} kept)  "
                f"mismatch {show('mismatch_max', '.0e')} drift {show('drift_max', '.0e')} lag {show('staleness_max', '.0f')}  "
-               f"generate {m['seconds_generate']:.1f} train {m['seconds_train']:.1f} reload {show('seconds_reload', '.2f')} s")
+               f"generate {m['seconds_generate']:.1f} train {m['seconds_train']:.1f} reload {show('seconds_reload', '.2f')} s"
+               + ("" if "eval_mean" not in m else f"  evaluation {m['eval_mean']:.3f} ± {show('eval_stderr', '.3f')}"))
 
 
 def summarize(history, run_dir):
@@ -1469,8 +1469,8 @@ def summarize(history, run_dir):
     mean = lambda part: f"{np.mean(part):.3f}" if part else "-"
     print(f"\nreward {mean(rewards[:5])} (first 5 steps) -> {mean(rewards[-5:])} (last 5)   "
           + "".join(blocks[round(8 * r)] for r in rewards))
-    if best := max((m for m in history if "eval_mean" in m), key=lambda m: m["eval_mean"], default=None):
-        print(f"best         {run_dir}/checkpoint-best: step {best['step']}, evaluation {best['eval_mean']:.3f}")
+    if (best := run_dir / "checkpoint-best").is_symlink():
+        print(f"best         {best} -> {best.readlink()}")
     print(f"checkpoint   {run_dir}/checkpoint-{history[-1]['step']}\nmetrics      {run_dir}/metrics.jsonl\n"
           f"transcripts  {run_dir}/rollouts.jsonl   (tail -n 1 {run_dir}/rollouts.jsonl | python -m json.tool)")
 
@@ -1480,19 +1480,19 @@ def summarize(history, run_dir):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def score(results):
-    """Figures of rollouts[task][run]. A void rollout counts 0, a reward of 1 is a pass.
+    """Figures of rollouts [task][run]. A void rollout counts 0; a reward of 1 is a pass.
 
-    mean, stderr: over the means of the runs; their standard deviation (n - 1) / sqrt(runs), None for one run.
-    pass_at_k: the probability that one of k attempts at a task passes, 1 - C(runs - passes, k) / C(runs, k), mean over tasks."""
-    rewards = np.array([[0.0 if r.void else r.reward for r in task] for task in results])
-    runs, passes = rewards.shape[1], (rewards >= 1).sum(1).tolist()
-    at = lambda k: float(np.mean([1 - math.comb(runs - c, k) / math.comb(runs, k) for c in passes]))
-    tasks = [dict(task=rollouts[0].task, pass_rate=c / runs, rewards=row.tolist(), finish=[r.finish for r in rollouts])
-             for rollouts, c, row in zip(results, passes, rewards)]
-    return dict(mean=float(rewards.mean()), stderr=float(rewards.mean(0).std(ddof=1) / runs ** 0.5) if runs > 1 else None,
-                run_means=rewards.mean(0).tolist(), pass_at_k={str(k): at(k) for k in range(1, runs + 1)},
-                finish=dict(Counter(r.finish for rollouts in results for r in rollouts)),
-                void=[t["task"] for t in tasks if any(end.startswith("void") for end in t["finish"])], tasks=tasks)
+    mean and stderr are over the means of the runs: their standard deviation (n - 1) / sqrt(runs), None if there is one run.
+    pass_at_k, the chance that one of k attempts passes: 1 - C(runs - passes, k) / C(runs, k), mean over the tasks."""
+    rewards = np.array([[r.reward for r in rollouts] for rollouts in results])
+    runs, means, passes = rewards.shape[1], rewards.mean(0), (rewards >= 1).sum(1).tolist()
+    pass_at = lambda k: float(np.mean([1 - math.comb(runs - n, k) / math.comb(runs, k) for n in passes]))
+    tasks = [dict(task=rollouts[0].task, pass_rate=n / runs, rewards=row.tolist(), finish=[r.finish for r in rollouts])
+             for rollouts, n, row in zip(results, passes, rewards)]
+    return dict(
+        mean=float(means.mean()), stderr=float(means.std(ddof=1)) / runs ** 0.5 if runs > 1 else None, run_means=means.tolist(),
+        pass_at_k={k: pass_at(k) for k in range(1, runs + 1)}, finish=dict(Counter(end for t in tasks for end in t["finish"])),
+        void=[t["task"] for t in tasks if any(end.startswith("void") for end in t["finish"])], tasks=tasks)
 
 
 def evaluate(cfg, run_dir, model, tasks):
@@ -1507,9 +1507,10 @@ def evaluate(cfg, run_dir, model, tasks):
     for t in scores["tasks"]:
         print(f"{t['task']:{width}}  {t['pass_rate']:.2f}  {', '.join(t['finish'])}")
     error = "" if scores["stderr"] is None else f" ± {100 * scores['stderr']:.1f}"
-    print(f"\n{len(tasks)} tasks   {100 * scores['mean']:.1f}{error} % over {cfg.eval_runs} runs   (± is the standard deviation, n - 1, of the "
-          f"runs' means / sqrt(runs))\n" + "   ".join(f"pass@{k} {100 * p:.1f} %" for k, p in scores["pass_at_k"].items())
-          + "\nends: " + ", ".join(f"{n} {end}" for end, n in sorted(scores["finish"].items())))
+    print(f"\n{len(tasks)} tasks / {100 * scores['mean']:.1f}{error} % over {cfg.eval_runs} runs"
+          "   (± is the standard deviation, n - 1, of the runs' means / sqrt(runs))")
+    print("  ".join(f"pass@{k} {100 * p:.1f} %" for k, p in scores["pass_at_k"].items()))
+    print("ends: " + ", ".join(f"{n} {end}" for end, n in sorted(scores["finish"].items())))
     if scores["void"]:
         print(f"void three times over and so counted as 0: {', '.join(scores['void'])}")
     print(f"figures      {run_dir}/eval.json\ntranscripts  {run_dir}/rollouts.jsonl")
@@ -1520,14 +1521,13 @@ def evaluate_step(generator, cfg, run_dir, tasks, step, history):
 
     Token budgets are the run's. The best checkpoint so far, the first of equals, is linked as checkpoint-best."""
     start = time.monotonic()
-    scores = score(generator.evaluate(tasks, replace(cfg, eval=True, temperature=EVAL["temperature"], top_p=EVAL["top_p"]), step))
+    cfg = replace(cfg, eval=True, temperature=EVAL["temperature"], top_p=EVAL["top_p"])
+    scores = score(generator.evaluate(tasks, cfg, step))
     if scores["mean"] > max((m["eval_mean"] for m in history if "eval_mean" in m), default=-1):
-        link = run_dir / "checkpoint-best.partial"
-        link.unlink(missing_ok=True)
-        link.symlink_to(f"checkpoint-{step}")
-        link.replace(run_dir / "checkpoint-best")
-    tqdm.write(f"step {step:>3}  evaluation {scores['mean']:.3f}" + (f" ± {scores['stderr']:.3f}" if cfg.eval_runs > 1 else ""))
-    return dict(eval_mean=scores["mean"], eval_stderr=scores["stderr"], eval_void=len(scores["void"]), seconds_eval=time.monotonic() - start)
+        (best := run_dir / "checkpoint-best").unlink(missing_ok=True)
+        best.symlink_to(f"checkpoint-{step}")
+    return dict(eval_mean=scores["mean"], eval_stderr=scores["stderr"], eval_void=scores["void"],
+                seconds_eval=time.monotonic() - start)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1675,7 +1675,8 @@ def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
 
 def make_run_dir(cfg):
     """A new folder runs/NAME with the Config in it."""
-    run_dir = Path("runs") / (cfg.name or time.strftime(f"{'eval' if cfg.eval else 'tiny' if cfg.tiny else 'tmax'}-%Y%m%d-%H%M%S"))
+    kind = "eval" if cfg.eval else "tiny" if cfg.tiny else "tmax"
+    run_dir = Path("runs") / (cfg.name or time.strftime(f"{kind}-%Y%m%d-%H%M%S"))
     try:
         run_dir.mkdir(parents=True)
     except FileExistsError:
@@ -1695,8 +1696,8 @@ def run(cfg):
         torch.set_num_threads(threads)
         os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_CPU_OMP_THREADS_BIND="nobind")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    model, tasks, eval_tasks = cfg.model, *([task for source in sources for task in load_tasks(source, cfg)]
-                                            for sources in (cfg.tasks, cfg.eval_tasks))
+    load = lambda sources: [task for source in sources for task in load_tasks(source, cfg)]
+    model, tasks, eval_tasks = cfg.model, load(cfg.tasks), load(cfg.eval_tasks)
     if model and not cfg.eval:
         check_model(model, cfg)
     run_dir = make_run_dir(cfg)
