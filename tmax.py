@@ -8,6 +8,7 @@ reloaded into vLLM while rollouts go on, at most `async_steps` versions behind.
     python tmax.py                          the recipe for 8B on one node with 8 GPUs (4 learn, 4 generate)
     python tmax.py --tiny                   the same code path with a tiny model, on two CPU cores, in minutes
     python tmax.py --tiny --loss grpo       any field of Config is a flag; given flags win over the preset
+    python tmax.py --eval --model PATH --tasks FOLDER       the mean reward with error bars, in the authors' settings
     python tmax.py --help                   all of them
 
     tasks -> group of rollouts <-> vLLM                    generator process: asyncio, sandboxes in threads
@@ -57,7 +58,7 @@ import traceback
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
@@ -74,8 +75,8 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import (AttentionInterface, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser,
-                          PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
+                          GenerationConfig, HfArgumentParser, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,6 +111,7 @@ class Config:
     max_total_tokens: int = knob(32768, "most tokens after the first prompt, the model's and the tools' together")
     max_steps: int = knob(64, "bash calls until the rollout ends without a reward")
     temperature: float = knob(1.0, "sample from the policy that is trained; other values scale the learner's logits too")
+    top_p: float = knob(1.0, "share of the probability that is sampled from; less than all of it in an evaluation only")
     bash_timeout: float = knob(120.0, "seconds for one command")
     # batch
     prompts_per_step: int = knob(32, "groups with a spread of rewards that make one update")
@@ -129,6 +131,11 @@ class Config:
     fp32_lm_head: bool = knob(True, "logits in FP32 in the learner and in vLLM; false: bf16 in both")
     dtype: Literal["bfloat16", "float32"] = knob("bfloat16", "of compute and of the engines; master weights are FP32")
     gradient_checkpointing: bool = knob(True, "recompute activations in the backward pass")
+    # evaluation: every task eval_runs times
+    eval: bool = knob(False, "evaluate --model on --tasks instead of training")
+    eval_runs: int = knob(3, "rollouts of each task; the error bar is over the means of so many runs")
+    eval_every: int = knob(0, "steps between evaluations on --eval_tasks while training, each with a checkpoint; 0: none")
+    eval_tasks: list[str] = knob([], "tasks for --eval_every, of the same kinds as --tasks")
     # where it runs
     num_learners: int = knob(0, "processes that train; 0: half of the GPUs, or one on a CPU")
     num_engines: int = knob(0, "vLLM engines; 0: the other half of the GPUs, or one on a CPU")
@@ -146,25 +153,28 @@ class Config:
             if not holds:
                 raise UserError(f"--{name}: {getattr(self, name)} is not {what}")
         for name in ("max_prompt_tokens", "max_turn_tokens", "max_total_tokens", "max_steps", "prompts_per_step", "pack_length",
-                     "training_steps", "max_concurrent_rollouts", "save_every"):
+                     "training_steps", "max_concurrent_rollouts", "save_every", "eval_runs"):
             need(name, getattr(self, name) >= 1, "a positive number")
-        for name in ("async_steps", "warmup_steps", "num_learners", "num_engines"):
+        for name in ("async_steps", "warmup_steps", "num_learners", "num_engines", "eval_every"):
             need(name, getattr(self, name) >= 0, "zero or a positive number")
         for name in ("bash_timeout", "learning_rate", "max_grad_norm", "dppo_threshold"):
             need(name, 0 < getattr(self, name) < math.inf, "a positive number")
         need("temperature", 0 < self.temperature <= 2, "above 0 and at most 2")
+        need("top_p", 0 < self.top_p <= 1 and (self.eval or self.top_p == 1), "1, or in an evaluation between 0 and 1")
+        need("eval_every", bool(self.eval_every) == bool(self.eval_tasks), "given together with --eval_tasks")
         need("samples_per_prompt", self.samples_per_prompt >= 2, "at least 2: a group is compared with its own mean")
         need("num_learners", self.num_learners <= 1, "0 or 1: several learners are not there yet")
         need("packs_per_device", self.packs_per_device == 1, "1")
         need("kl_beta", self.kl_beta == 0, "0: this recipe has no reference model")
-        need("pack_length", self.pack_length >= self.max_prompt_tokens + self.max_total_tokens,
+        need("pack_length", self.eval or self.pack_length >= self.max_prompt_tokens + self.max_total_tokens,
              f"at least max_prompt_tokens + max_total_tokens = {self.max_prompt_tokens + self.max_total_tokens}")
         if self.oracle and not (self.eval and self.tasks):
             raise UserError("--oracle: needs --eval and --tasks")
         need("name", "/" not in self.name, "the name of one folder")
-        for source in self.tasks:
-            if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-                raise UserError(f"--tasks: there is no folder {source}")
+        for name in ("tasks", "eval_tasks"):
+            for source in getattr(self, name):
+                if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+                    raise UserError(f"--{name}: there is no folder {source}")
         return self
 
 
@@ -174,14 +184,18 @@ TINY = dict(tiny=True, model="", tasks=[], max_prompt_tokens=512, max_turn_token
             training_steps=28, dtype="float32", gradient_checkpointing=False, max_concurrent_rollouts=64, sandbox="bwrap",
             save_every=1000)
 
+# The authors' settings: 2,048 + 38,912 tokens are a context of 40,960. What `eval` itself changes is in the Rollout section.
+EVAL = dict(eval=True, temperature=0.7, top_p=0.95, max_total_tokens=38912)
+
 
 def parse_config(argv):
     """Command line -> checked Config. Unknown flags, abbreviations and bad values raise UserError or exit with status 2."""
     parser = HfArgumentParser(Config, prog="tmax.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
-                              epilog="--tiny changes these defaults: " + ", ".join(f"{k}={v!r}" for k, v in TINY.items()))
+                              epilog=f"--eval changes these defaults: {EVAL}; --tiny changes these: {TINY}")
     parser.error = lambda message: (_ for _ in ()).throw(UserError(message.replace("argument ", "")))
-    if parser.parse_known_args(argv)[0].tiny:
-        parser.set_defaults(**TINY)
+    given = parser.parse_known_args(argv)[0]
+    for preset in [EVAL] * given.eval + [TINY] * given.tiny:
+        parser.set_defaults(**preset)
     cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         raise UserError(f"{unknown[0]}: no such flag (python tmax.py --help lists them)")
@@ -679,6 +693,7 @@ BASH_TOOL = {"type": "function", "function": {
     "name": "bash", "description": "Run a command in the terminal.",
     "parameters": {"type": "object", "properties": {"command": {"type": "string", "description": "The bash command."}},
                    "required": ["command"]}}}
+FORMAT_MESSAGE = f"Answer with exactly one call of the bash tool; when the task is done, submit it: echo {MARKER}"
 OBSERVATION_LIMIT = 10_000  # characters
 XML_CALL = re.compile(r"\s*<function=([^>\s]+)>\s*<parameter=command>\n?((?:(?!</parameter>\s*<parameter=).)*?)\n?</parameter>"
                       r"\s*</function>\s*</tool_call>", re.S)
@@ -756,7 +771,6 @@ class ChatFormat:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.stop_ids = [tokenizer.eos_token_id]
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         added, spec["added_tokens"], spec["post_processor"] = spec["added_tokens"], [], None
         self.plain = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
@@ -764,44 +778,57 @@ class ChatFormat:
         for token in added:
             if {t["id"] for t in added} & set(self.plain.encode(token["content"]).ids):
                 raise UserError(f"--model: its tokenizer makes the control token {token['content']} out of plain text")
-        said, first, second = "ASSISTANTSAID", "FIRSTOUTPUT", "SECONDOUTPUT"
+        self.around = {"tool": self._around("tool", "FIRSTOUTPUT", "SECONDOUTPUT"), "user": self._around("user", "MESSAGE")}
+        ends = self.around["tool"][0][:1]  # what the template closes an assistant's turn with; not always the tokenizer's eos
+        self.end = ends[0] if {t["id"] for t in added} & set(ends) else None
         try:
-            text = tokenizer.apply_chat_template(
-                [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "assistant", "content": said},
-                 {"role": "tool", "content": first}, {"role": "tool", "content": second}],
-                tools=[BASH_TOOL], tokenize=False, add_generation_prompt=True)
+            ends = GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
+        except OSError:  # it has none
+            ends = None
+        self.stop_ids = sorted({self.end, tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+
+    def _around(self, role, *contents):
+        """Token ids between an assistant's turn, messages of `role` with these contents and the header of the next turn."""
+        said = "ASSISTANTSAID"
+        messages = [{"role": r, "content": c} for r, c in [("system", "S"), ("user", "U"), ("assistant", said),
+                                                           *((role, content) for content in contents)]]
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tools=[BASH_TOOL], tokenize=False, add_generation_prompt=True)
         except (ValueError, jinja2.TemplateError) as error:  # there is none, or it refuses them
             raise UserError(f"--model: its chat template does not render tool outputs: {error}".split("\n")[0]) from None
-        found = re.fullmatch(rf".*{said}(.*?){first}(.*?){second}(.*)", text, re.S)
+        found = re.fullmatch(rf".*{'(.*?)'.join([said, *contents])}(.*)", text, re.S)
         if not found:
             raise UserError("--model: its chat template does not render tool outputs")
-        self.opening, self.between, self.closing = (tokenizer.encode(part, add_special_tokens=False) for part in found.groups())
-        if self.opening[:1] and self.opening[0] in self.stop_ids:  # the end of the assistant's turn: the model sampled it
-            del self.opening[0]
+        return [self.tokenizer.encode(part, add_special_tokens=False) for part in found.groups()]
 
     def prompt(self, instruction):
         """Token ids of system message, tools, user message and the header of the assistant's first turn."""
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": instruction}]
         return list(self.tokenizer.apply_chat_template(messages, tools=[BASH_TOOL], add_generation_prompt=True, return_dict=False))
 
-    def tool_turn(self, observations):
-        """Token ids from the end of an assistant's turn to the header of its next: the outputs of all its calls."""
-        ids = list(self.opening)
-        for i, observation in enumerate(observations):
-            ids += (self.between if i else []) + self.plain.encode(observation, add_special_tokens=False).ids
-        return ids + self.closing
+    def tool_turn(self, texts, role="tool", stop=None):
+        """Token ids from the end of an assistant's turn to the header of its next: the outputs of all its calls, or another
+        message to it. `stop` is the sampled token that ended the turn; if the template ends turns otherwise, that is added."""
+        opening, *between, closing = self.around[role]
+        ids = opening[opening[:1] == [self.end if stop is None else stop]:]
+        for i, text in enumerate(texts):
+            ids += (between[0] if i else []) + self.plain.encode(text, add_special_tokens=False).ids
+        return ids + closing
 
 
 chat_format = functools.lru_cache(ChatFormat)
 
 
 def drop_long_prompts(tasks, tokenizer, cfg):
-    """The tasks whose prompts have at most max_prompt_tokens; how many were dropped is printed. Raises UserError if all were."""
+    """The tasks whose prompts have at most max_prompt_tokens; how many were dropped is printed. Raises UserError if all were,
+    and in an evaluation if any was: its mean would be over other tasks."""
     kept = [task for task in tasks if len(chat_format(tokenizer).prompt(task.instruction)) <= cfg.max_prompt_tokens]
     if dropped := len(tasks) - len(kept):
         print(f"{dropped} of {len(tasks)} tasks dropped: their prompts are longer than {cfg.max_prompt_tokens} tokens")
     if not kept:
         raise UserError(f"--max_prompt_tokens: the prompts of all {len(tasks)} tasks are longer")
+    if dropped and cfg.eval:
+        raise UserError(f"--max_prompt_tokens: an evaluation drops no task, and the prompts of {dropped} are longer")
     return kept
 
 
@@ -820,7 +847,7 @@ class Rollout:
     prompt_tokens: int
     reward: float = 0.0
     finish: str = ""                # submitted | no_call | max_steps | max_tokens | timeout | void:REASON
-    steps: int = 0                  # bash calls
+    steps: int = 0                  # bash calls; in an evaluation also turns without one
     advantage: float = 0.0
     seconds_bash: float = 0.0
     transcript: list[dict] = field(default_factory=list)
@@ -837,14 +864,16 @@ class Rollout:
 
 
 async def rollout(engine, task, tokenizer, cfg, engine_rank=0):
-    """Let the policy work on a task in a fresh sandbox, then grade it. Returns a Rollout; infrastructure faults void it."""
+    """Let the policy work on a task in a fresh sandbox, then grade it. Returns a Rollout; infrastructure faults void it.
+
+    In an evaluation the tests run whatever the end was; in training only what was submitted, or ran out of time, is graded."""
     prompt = chat_format(tokenizer).prompt(task.instruction)
     r = Rollout(task.name, [], [], [], [], len(prompt))
     r.append(prompt, 0)
     try:
         async with Sandbox(task, cfg) as box:
             r.finish = await agent_loop(engine, box, r, tokenizer, cfg, engine_rank)
-            if r.finish in ("submitted", "timeout"):
+            if cfg.eval or r.finish in ("submitted", "timeout"):
                 r.reward = await box.grade()
                 r.transcript.append({"role": "verifier", "content": box.grading})
     except SandboxLost as reason:
@@ -873,23 +902,27 @@ async def oracle_rollout(task, cfg):
 
 
 async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
-    """Turns of the model and of its sandbox, appended to `r`, until one of the ends; returns its name (section 3)."""
+    """Turns of the model and of its sandbox, appended to `r`, until one of the ends; returns its name (section 3).
+
+    A turn without a valid call ends it, or in an evaluation is answered by a message, and counts as a step."""
     chat = chat_format(tokenizer)
-    while True:
+    while r.steps < cfg.max_steps:
         budget = min(cfg.max_turn_tokens, r.prompt_tokens + cfg.max_total_tokens - len(r.tokens))
-        turn = await engine.generate(r.tokens, budget, chat.stop_ids, engine_rank)
+        turn = await engine.generate(r.tokens, budget, chat.stop_ids, engine_rank, cfg)
         r.append(turn.tokens, 1, turn.logprobs, turn.versions)
         text = tokenizer.decode(turn.tokens if turn.cut else turn.tokens[:-1], skip_special_tokens=False)
         r.transcript.append({"role": "assistant", "content": text})
         if turn.cut:
             return "max_tokens"
         try:
-            commands = parse_tool_calls(text)
-        except FormatError as error:
-            r.transcript.append({"role": "error", "content": str(error)})
-            commands = []
+            commands, error = parse_tool_calls(text), "There was no call of the bash tool."
+        except FormatError as reason:
+            commands, error = [], str(reason)
         if not commands:
-            return "no_call"
+            r.transcript.append({"role": "error", "content": error})
+            if not cfg.eval:
+                return "no_call"
+            r.steps += 1
         observations = []
         for command in commands:
             r.steps += 1
@@ -907,10 +940,12 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
                 return "timeout"
             if r.steps >= cfg.max_steps:
                 return "max_steps"
-        ids = chat.tool_turn(observations)
+        replies = (observations,) if commands else ([f"{error} {FORMAT_MESSAGE}"], "user")
+        ids = chat.tool_turn(*replies, stop=turn.tokens[-1])
         if len(r.tokens) + len(ids) >= r.prompt_tokens + cfg.max_total_tokens:
             return "max_tokens"
         r.append(ids, 0)
+    return "max_steps"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -944,11 +979,13 @@ class Engine:
             generation_config="vllm",               # else top_k and top_p of the model's own defaults creep in
             hf_overrides={"head_dtype": "float32"} if cfg.fp32_lm_head else {}, **cpu))
 
-    async def generate(self, tokens, budget, stop_ids, engine_rank=0):
-        """Sample one turn of at most `budget` tokens after `tokens`. No seed: a seed sent every turn would repeat its noise."""
+    async def generate(self, tokens, budget, stop_ids, engine_rank=0, cfg=None):
+        """Sample one turn of at most `budget` tokens after `tokens`, as `cfg` (default: the run's) says. No seed: a seed sent
+        every turn would repeat its noise."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
-        params = SamplingParams(temperature=self.cfg.temperature, max_tokens=budget, logprobs=0, detokenize=False,
+        cfg = cfg or self.cfg
+        params = SamplingParams(temperature=cfg.temperature, top_p=cfg.top_p, max_tokens=budget, logprobs=0, detokenize=False,
                                 stop_token_ids=stop_ids, output_kind=RequestOutputKind.FINAL_ONLY)
         async for output in self.llm.generate({"prompt_token_ids": tokens}, params, str(next(self.requests)),
                                               data_parallel_rank=engine_rank if (self.cfg.num_engines or 1) > 1 else None):
@@ -997,8 +1034,8 @@ def end_generator(memory):
 class Generator:
     """Starts groups as far as the learner allows, sends each finished one back, reloads weights when told to.
 
-    Messages in: ("allow", n) groups may have been started in all, ("weights", folder, version), None to stop.
-    Messages out: ("ready",), ("group", rollouts), ("loaded", seconds), ("failed", reason)."""
+    Messages in: ("allow", n) groups may have been started in all, ("weights", folder, version), ("evaluate", tasks, cfg), None
+    to stop. Out: ("ready",), ("group", rollouts), ("loaded", seconds), ("evaluated", task, run, rollout), ("failed", reason)."""
 
     def __init__(self, cfg, tasks, pipe):
         self.cfg, self.tasks, self.pipe, self.started = cfg, tasks, pipe, 0
@@ -1026,6 +1063,9 @@ class Generator:
                         self.pipe.send(("loaded", await asyncio.wait_for(self.engine.reload(folder, version), 600)))
                     except TimeoutError:
                         raise RunFailed(f"vLLM did not take over weights {version} within 600 s") from None
+                case ("evaluate", tasks, cfg):
+                    self.running |= {asyncio.create_task(self._evaluate(place, task, run, cfg))
+                                     for run in range(cfg.eval_runs) for place, task in enumerate(tasks)}
                 case ("allow", allowed):
                     while self.started < allowed:
                         self.running.add(asyncio.create_task(self._group(self.started)))
@@ -1054,6 +1094,15 @@ class Generator:
             async with self.rollouts:
                 return await rollout(self.engine, task, self.tokenizer, self.cfg, index % (self.cfg.num_engines or 1))
         self.pipe.send(("group", await asyncio.gather(*[one() for _ in range(self.cfg.samples_per_prompt)])))
+
+    async def _evaluate(self, place, task, run, cfg):
+        """One rollout of an evaluation; a void one is tried three times, for it would count as a failure."""
+        async with self.rollouts:
+            for _ in range(3):
+                r = await rollout(self.engine, task, self.tokenizer, cfg, place % (self.cfg.num_engines or 1))
+                if not r.void:
+                    break
+        self.pipe.send(("evaluated", place, run, r))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1152,13 +1201,41 @@ def pack(rollouts, pack_length, num_ranks):
 # Learner: packed attention, logprobs, the loss, one optimizer step, weights out.
 # ---------------------------------------------------------------------------------------------------------------------
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, cu_seqlens=None, **_):
+def check_model(model, cfg):
+    """Refuse, from its config.json alone, a model whose logprobs would be wrong here. Raises UserError with the reason.
+
+    Attention is told where the rollouts of a pack begin; a recurrent state or a convolution would run on into the next one."""
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model: {error}".split("\n")[0]) from None
+    text = config.get_text_config()
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    window = getattr(text, "sliding_window", None) or math.inf
+    layers = set(getattr(text, "layer_types", None) or ["full_attention" if window >= cfg.pack_length else "sliding_attention"])
+    scales = (getattr(text, name, None) for name in ("logits_scaling", "logit_scale", "final_logit_softcapping"))
+    for holds, reason in [
+            (config.is_encoder_decoder, "it is an encoder-decoder"),
+            (layers != {"full_attention"}, f"packs need full attention in every layer, and it has {', '.join(sorted(layers))}"),
+            (text is not config, "it is multimodal"),
+            (family is None, "transformers has no causal language model of this type"),
+            (family and not family._supports_attention_backend, "its layers do not take packed attention"),
+            (any(x not in (None, 1) for x in scales), "it scales or caps its logits")]:
+        if holds:
+            raise UserError(f"--model: {model} ({config.model_type}) cannot be trained: {reason}")
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, cu_seqlens=None, sliding_window=None, **more):
     """Causal attention within each segment of one packed row; no [N, N] mask exists.
 
     query [1, heads, N, dim], key and value [1, kv_heads, N, dim], cu_seqlens int32 [S + 1] -> ([1, N, heads, dim], None).
-    Raises ValueError without cu_seqlens: the rollouts of a pack would see each other."""
+    Raises ValueError without cu_seqlens, as the rollouts of a pack would see each other, and for what it does not compute:
+    windows, soft caps, sinks, dropout."""
     if cu_seqlens is None:
         raise ValueError("packed attention needs cu_seqlens, the borders of the segments")
+    more["sliding_window"] = sliding_window and sliding_window < query.shape[2]
+    if others := [name for name, x in more.items() if name != "position_ids" and (torch.is_tensor(x) or x)]:
+        raise ValueError(f"packed attention knows no {', '.join(others)}")
     if query.is_cuda:  # the one place where devices differ: flash attention takes all segments at once
         from torch.nn.attention.varlen import varlen_attn
         longest = int(cu_seqlens.diff().max())
@@ -1300,6 +1377,8 @@ class Policy(torch.nn.Module):
 def load_policy(model, cfg, device, sharded=True):
     """A trainable Policy with FP32 master weights, sharded over all ranks by FSDP2: every layer, then the rest."""
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="packed")
+    if getattr(lm.get_output_embeddings(), "bias", None) is not None or not hasattr(lm.base_model, "layers"):
+        raise UserError(f"--model: {model} cannot be trained: its LM head has a bias, or it is no decoder of layers")
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(lm, cfg).to(device).train()
@@ -1429,7 +1508,7 @@ class GeneratorClient:
                 shutil.rmtree(left, ignore_errors=True)
         self.memory = Path(tempfile.mkdtemp(prefix=f"tmax-{os.getpid()}-", dir="/dev/shm"))     # weights on their way; sockets
         self.closed, self.training, self.reload_seconds, self.failure = 0, 0, None, None
-        self.inbox, self.loaded = queue.Queue(), threading.Event()
+        self.inbox, self.evaluated, self.loaded = queue.Queue(), queue.Queue(), threading.Event()
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=generator_main, args=(cfg, model, tasks, run_dir, self.memory, theirs))
@@ -1449,10 +1528,11 @@ class GeneratorClient:
                 elif message[0] == "failed":
                     self.failure = message[1]
                 else:
-                    self.inbox.put(message)
+                    (self.evaluated if message[0] == "evaluated" else self.inbox).put(message)
         except (EOFError, OSError):
             self.failure = self.failure or "the process ended unexpectedly"
             self.inbox.put(("failed",))
+            self.evaluated.put((None,) * 4)
             self.loaded.set()
 
     def _allow(self):
@@ -1495,13 +1575,25 @@ class GeneratorClient:
         if self.failure:
             raise RunFailed(f"generator: {self.failure} (see generator.log)")
 
-    def _write(self, group, step):
+    def _write(self, group, step, **more):
         for r in group:
             seen = sorted({v for v in r.versions if v >= 0})
             self.log.write(json.dumps(dict(
-                step=step, task=r.task, reward=r.reward, finish=r.finish, steps=r.steps, tokens=len(r.tokens),
+                step=step, **more, task=r.task, reward=r.reward, finish=r.finish, steps=r.steps, tokens=len(r.tokens),
                 sampled=sum(r.mask), versions=seen, seconds_bash=round(r.seconds_bash, 3), transcript=r.transcript)) + "\n")
         self.log.flush()
+
+    def evaluate(self, tasks, cfg, step=0):
+        """Rollouts [task][run] by the engines with the weights they now have: every task cfg.eval_runs times."""
+        with contextlib.suppress(OSError):
+            self.pipe.send(("evaluate", tasks, cfg))
+        results = [[None] * cfg.eval_runs for _ in tasks]
+        for _ in tqdm(range(len(tasks) * cfg.eval_runs), desc="evaluation: rollouts", leave=False, disable=None):
+            _, place, run, r = self.evaluated.get()
+            self.check()
+            results[place][run] = r
+            self._write([r], step, run=run)
+        return results
 
     def publish(self, version):
         """Let the engines take over the weights in memory; returns at once. Wait for `loaded` before writing there again."""
@@ -1523,7 +1615,7 @@ class GeneratorClient:
         self.log.close()
 
 
-def train(cfg, run_dir, model, tasks):
+def train(cfg, run_dir, model, tasks, eval_tasks):
     """The recipe: collect, select, compare, pack, update, reload. Runs on every rank; rank 0 owns generator and files."""
     first = dist.get_rank() == 0
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -1556,14 +1648,17 @@ def train(cfg, run_dir, model, tasks):
                 if first:
                     generator.publish(learner.version)
                 written = time.monotonic()
+            evaluation = bool(cfg.eval_every) and step % cfg.eval_every == 0
+            if evaluation or step % cfg.save_every == 0 or step == cfg.training_steps:
+                learner.save_checkpoint(run_dir / f"checkpoint-{step}", tokenizer)
             if first:
                 metrics = dict(step=step, **metrics, **update, updated=bool(packs), version=learner.version,
                                seconds_generate=generated - start, seconds_train=trained - generated,
                                seconds_write=written - trained, seconds_reload=generator.reload_seconds)
+                if evaluation:
+                    metrics |= evaluate_step(generator, cfg, run_dir, eval_tasks, step, history)
                 history.append(metrics)
                 report(metrics, cfg, run_dir)
-            if step % cfg.save_every == 0 or step == cfg.training_steps:
-                learner.save_checkpoint(run_dir / f"checkpoint-{step}", tokenizer)
         if first:
             summarize(history, run_dir)
     finally:
@@ -1580,7 +1675,8 @@ def report(m, cfg, run_dir):
     tqdm.write(f"step {m['step']:>3}  reward {show('reward', '.3f')}  groups {m['groups_kept']} kept{few} {m['groups_zero_spread']} flat "
                f"{m['groups_stale']} stale {m['groups_void']} void  tokens {show('tokens', 'd')} ({show('kept_fraction', '.3f')} kept)  "
                f"mismatch {show('mismatch_max', '.0e')} drift {show('drift_max', '.0e')} lag {show('staleness_max', '.0f')}  "
-               f"generate {m['seconds_generate']:.1f} train {m['seconds_train']:.1f} reload {show('seconds_reload', '.2f')} s")
+               f"generate {m['seconds_generate']:.1f} train {m['seconds_train']:.1f} reload {show('seconds_reload', '.2f')} s"
+               + ("" if "eval_mean" not in m else f"  evaluation {m['eval_mean']:.3f} ± {show('eval_stderr', '.3f')}"))
 
 
 def summarize(history, run_dir):
@@ -1590,8 +1686,65 @@ def summarize(history, run_dir):
     mean = lambda part: f"{np.mean(part):.3f}" if part else "-"
     print(f"\nreward {mean(rewards[:5])} (first 5 steps) -> {mean(rewards[-5:])} (last 5)   "
           + "".join(blocks[round(8 * r)] for r in rewards))
+    if (best := run_dir / "checkpoint-best").is_symlink():
+        print(f"best         {best} -> {best.readlink()}")
     print(f"checkpoint   {run_dir}/checkpoint-{history[-1]['step']}\nmetrics      {run_dir}/metrics.jsonl\n"
           f"transcripts  {run_dir}/rollouts.jsonl   (tail -n 1 {run_dir}/rollouts.jsonl | python -m json.tool)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluate: every task several times, by the rollout code that trains; what it changes is in agent_loop and rollout.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def score(results):
+    """Figures of rollouts [task][run]. A void rollout counts 0; a reward of 1 is a pass.
+
+    mean and stderr are over the means of the runs: their standard deviation (n - 1) / sqrt(runs), None if there is one run.
+    pass_at_k, the chance that one of k attempts passes: 1 - C(runs - passes, k) / C(runs, k), mean over the tasks."""
+    rewards = np.array([[r.reward for r in rollouts] for rollouts in results])
+    runs, means, passes = rewards.shape[1], rewards.mean(0), (rewards >= 1).sum(1).tolist()
+    pass_at = lambda k: float(np.mean([1 - math.comb(runs - n, k) / math.comb(runs, k) for n in passes]))
+    tasks = [dict(task=rollouts[0].task, pass_rate=n / runs, rewards=row.tolist(), finish=[r.finish for r in rollouts])
+             for rollouts, n, row in zip(results, passes, rewards)]
+    return dict(
+        mean=float(means.mean()), stderr=float(means.std(ddof=1)) / runs ** 0.5 if runs > 1 else None, run_means=means.tolist(),
+        pass_at_k={k: pass_at(k) for k in range(1, runs + 1)}, finish=dict(Counter(end for t in tasks for end in t["finish"])),
+        void=[t["task"] for t in tasks if any(end.startswith("void") for end in t["finish"])], tasks=tasks)
+
+
+def evaluate(cfg, run_dir, model, tasks):
+    """--eval: score a model, print the table and write it to eval.json; the transcripts are in rollouts.jsonl."""
+    generator = GeneratorClient(cfg, model, tasks, run_dir)
+    try:
+        scores = score(generator.evaluate(tasks, cfg))
+    finally:
+        generator.close()
+    (run_dir / "eval.json").write_text(json.dumps(dict(model=str(model), **scores), indent=1))
+    width = max(len(t["task"]) for t in scores["tasks"])
+    for t in scores["tasks"]:
+        print(f"{t['task']:{width}}  {t['pass_rate']:.2f}  {', '.join(t['finish'])}")
+    error = "" if scores["stderr"] is None else f" ± {100 * scores['stderr']:.1f}"
+    print(f"\n{len(tasks)} tasks / {100 * scores['mean']:.1f}{error} % over {cfg.eval_runs} runs"
+          "   (± is the standard deviation, n - 1, of the runs' means / sqrt(runs))")
+    print("  ".join(f"pass@{k} {100 * p:.1f} %" for k, p in scores["pass_at_k"].items()))
+    print("ends: " + ", ".join(f"{n} {end}" for end, n in sorted(scores["finish"].items())))
+    if scores["void"]:
+        print(f"void three times over and so counted as 0: {', '.join(scores['void'])}")
+    print(f"figures      {run_dir}/eval.json\ntranscripts  {run_dir}/rollouts.jsonl")
+
+
+def evaluate_step(generator, cfg, run_dir, tasks, step, history):
+    """--eval_every: the same within a run, on the weights of checkpoint-STEP, which the engines hold too; training waits.
+
+    Token budgets are the run's. The best checkpoint so far, the first of equals, is linked as checkpoint-best."""
+    start = time.monotonic()
+    cfg = replace(cfg, eval=True, temperature=EVAL["temperature"], top_p=EVAL["top_p"])
+    scores = score(generator.evaluate(tasks, cfg, step))
+    if scores["mean"] > max((m["eval_mean"] for m in history if "eval_mean" in m), default=-1):
+        (best := run_dir / "checkpoint-best").unlink(missing_ok=True)
+        best.symlink_to(f"checkpoint-{step}")
+    return dict(eval_mean=scores["mean"], eval_stderr=scores["stderr"], eval_void=scores["void"],
+                seconds_eval=time.monotonic() - start)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1739,7 +1892,8 @@ def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
 
 def make_run_dir(cfg):
     """A new folder runs/NAME with the Config in it."""
-    cfg.name = cfg.name or time.strftime(f"{'tiny' if cfg.tiny else 'tmax'}-%Y%m%d-%H%M%S")
+    kind = "eval" if cfg.eval else "tiny" if cfg.tiny else "tmax"
+    cfg.name = cfg.name or time.strftime(f"{kind}-%Y%m%d-%H%M%S")
     run_dir = Path("runs", cfg.name)
     try:
         run_dir.mkdir(parents=True)
@@ -1766,7 +1920,7 @@ async def run_oracle(cfg, tasks, run_dir):
 
 
 def run(cfg):
-    """Make what is missing, then train."""
+    """Make what is missing, then train or evaluate."""
     if cfg.oracle:
         check_sandbox(cfg)
         tasks = [task for source in cfg.tasks for task in load_tasks(source, cfg)]
@@ -1780,15 +1934,23 @@ def run(cfg):
         torch.set_num_threads(threads)
         os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_CPU_OMP_THREADS_BIND="nobind")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    model, tasks = cfg.model, [task for source in cfg.tasks for task in load_tasks(source, cfg)]
+    load = lambda sources: [task for source in sources for task in load_tasks(source, cfg)]
+    model, tasks, eval_tasks = cfg.model, load(cfg.tasks), load(cfg.eval_tasks)
+    if model and not cfg.eval:
+        check_model(model, cfg)
     run_dir = make_run_dir(cfg)
     if cfg.tiny and not model:
         model, folder, demonstrations = make_tiny(run_dir, cfg.seed)
         warm_start(model, demonstrations, cfg)
         tasks = tasks or load_tasks(folder, cfg)
-    tasks = drop_long_prompts(tasks, AutoTokenizer.from_pretrained(model), cfg)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tasks = drop_long_prompts(tasks, tokenizer, cfg)
     print(f"{len(tasks)} tasks, run folder {run_dir}; vLLM is starting")
-    train(cfg, run_dir, model, tasks)
+    if cfg.eval:
+        return evaluate(cfg, run_dir, model, tasks)
+    if eval_tasks:
+        drop_long_prompts(eval_tasks, tokenizer, replace(cfg, eval=True))
+    train(cfg, run_dir, model, tasks, eval_tasks)
 
 
 def main():
