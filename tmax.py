@@ -32,6 +32,7 @@ import functools
 import io
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -177,7 +178,7 @@ def parse_config(argv):
 
 def resolve(cfg):
     """Fill in, once, what a 0 or an empty name leaves to the machine. Raises UserError for what cannot be."""
-    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 0))     # torchrun has decided how many learn
+    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 0))     # set by torchrun
     if not gpus and not cfg.tiny:
         raise UserError("the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
                         "python tmax.py --tiny runs the same code on two CPU cores")
@@ -189,7 +190,8 @@ def resolve(cfg):
         raise UserError(f"--num_learners: torchrun started {ranks} on this node, not {cfg.num_learners}")
     if cfg.prompts_per_step % nodes:
         raise UserError(f"--prompts_per_step: {cfg.prompts_per_step} groups are no equal shares for {nodes} nodes")
-    if (needed := cfg.num_learners + cfg.num_engines) > gpus and gpus and not (cfg.tiny and needed == 2):  # tiny: they share one
+    needed = cfg.num_learners + cfg.num_engines
+    if needed > gpus > 0 and not (cfg.tiny and needed == 2):    # those of the tiny model share a GPU
         raise UserError(f"--num_learners: {cfg.num_learners} learning and {cfg.num_engines} generating make {needed} GPUs, and "
                         f"there {'is 1' if gpus == 1 else f'are {gpus}'}; --tiny runs on one GPU or none")
     return cfg
@@ -852,7 +854,7 @@ class Generator:
         await self.engine.llm.update_weight_version("0")
         most = concurrency(self.cfg, self.engine.kv_tokens)
         self.rollouts = asyncio.Semaphore(most)
-        self.pipe.send(("ready", f"vLLM is ready: {self.cfg.num_engines} engines, KV cache for {self.engine.kv_tokens:,} tokens; "
+        self.pipe.send(("ready", f"vLLM is ready: {self.cfg.num_engines} engine(s), KV cache for {self.engine.kv_tokens:,} tokens, "
                                  f"at most {most} rollouts at once"))
         while True:
             message = asyncio.create_task(inbox.get())
@@ -1006,8 +1008,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, cu
     if query.is_cuda and query.dtype == torch.bfloat16:  # the one place where devices differ: all segments at once
         from torch.nn.attention.varlen import varlen_attn
         longest = int(cu_seqlens.diff().max())
-        out = varlen_attn(*(x[0].transpose(0, 1).contiguous() for x in (query, key, value)), cu_seqlens, cu_seqlens, longest, longest,
-                          scale=scaling, window_size=(-1, 0), enable_gqa=True)
+        out = varlen_attn(*(x[0].transpose(0, 1).contiguous() for x in (query, key, value)), cu_seqlens, cu_seqlens,
+                          longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)
         return out[None], None
     segments = zip(*(x.split(cu_seqlens.diff().tolist(), dim=2) for x in (query, key, value)))
     out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True) for q, k, v in segments]
@@ -1171,8 +1173,8 @@ def backward_packs(policy, packs, num_tokens, cfg, scale=1.0):
     return dict(zip(("loss", "logprobs", "rollout_logprobs", "advantages", "entropy", "kept", "versions"), torch.cat(seen, 1)))
 
 
-UPDATE_METRICS = ("tokens loss grad_norm kept_fraction kept_fraction_positive kept_fraction_negative entropy mismatch_max drift_max "
-                  "divergence_mean divergence_max ratio_max staleness_mean staleness_max").split()     # null without an update
+UPDATE_METRICS = """tokens loss grad_norm kept_fraction kept_fraction_positive kept_fraction_negative entropy mismatch_max
+    drift_max divergence_mean divergence_max ratio_max staleness_mean staleness_max""".split()      # null without an update
 
 
 def step_metrics(seen, version):
@@ -1438,12 +1440,12 @@ def next_batch(cfg, cell, generator, step, version):
         add(total, found)
     rewards, waits = total.pop("rewards"), total.pop("waiting")
     total |= {f"waiting_{what}": waits[what] / total["groups_tried"] * cell.nodes for what in ("model", "bash", "grading")}
-    return packs + [build_pack([])] * (count - len(packs)), folder, dict(
-        reward=float(np.mean(rewards)) if rewards else None, **total)
+    total |= dict(reward=float(np.mean(rewards)) if rewards else None, packs=count)
+    return packs + [build_pack([])] * (count - len(packs)), folder, total
 
 
 def train(cfg, cell, run_dir, model, tasks):
-    """The recipe: collect, select, compare, pack, update, reload. Runs on every rank; the first of a node owns its generator."""
+    """The recipe: collect, select, compare, pack, update, reload. Runs on every rank; a node's first owns its generator."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     generator = GeneratorClient(cfg, cell, model, tasks, run_dir) if cell.first else None
     try:
@@ -1663,7 +1665,7 @@ def make_run_dir(cfg):
 
 
 def run(cfg):
-    """Make what is missing, then train. Runs on every rank; what is made, the very first makes, in a folder that all nodes see."""
+    """Make what is missing, then train. Runs on every rank; the very first makes files, in a folder that all nodes see."""
     if not torch.cuda.is_available():  # one share of the cores each: OpenMP threads that wait for a core spin, ten times slower
         threads = max(1, len(os.sched_getaffinity(0)) // (cfg.num_learners + cfg.num_engines))
         torch.set_num_threads(threads)
@@ -1683,7 +1685,7 @@ def run(cfg):
 
     def choose():
         if not run_dir.is_dir():
-            raise UserError(f"--name: node {cell.node} does not see {run_dir.resolve()}; all nodes must start in one shared folder")
+            raise UserError(f"--name: node {cell.node} does not see {run_dir.resolve()}; nodes must start in one shared folder")
         found = tasks or load_tasks(tiny_tasks, cfg)
         tasks[:] = drop_long_prompts(found, AutoTokenizer.from_pretrained(model), cfg)
     idle = lambda: None
@@ -1697,25 +1699,26 @@ def run(cfg):
 
 
 def launch(cfg):
-    """Run this script under torchrun with one process per learner. What ends the run is the last line: torchrun's come before it."""
+    """Run this script under torchrun, one process per learner. The reason for a failure is the last line."""
+    logging.disable()   # what torchrun says of it
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher import LaunchConfig, elastic_launch
     with tempfile.TemporaryDirectory(prefix=f"tmax-{os.getpid()}-", dir="/dev/shm") as folder:
         os.environ["TMAX_REASON"] = f"{folder}/reason"
-        config = LaunchConfig(1, 1, cfg.num_learners, run_id=cfg.name, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
-                              logs_specs=DefaultLogsSpecs(folder), shutdown_timeout=20)
+        config = LaunchConfig(1, 1, cfg.num_learners, run_id=cfg.name, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                              max_restarts=0, logs_specs=DefaultLogsSpecs(folder), shutdown_timeout=20)
         try:
             elastic_launch(config, sys.executable)(__file__, *sys.argv[1:], "--name", cfg.name)
         except SignalException as stop:
             raise KeyboardInterrupt if stop.sigval == signal.SIGINT else SystemExit(143) from None
         except ChildFailedError as error:
-            rank, failure = min(error.failures.items(), key=lambda f: f[1].exitcode)    # killed, before what failed for want of it
             reason = Path(folder, "reason")
             if reason.exists():
                 sys.exit(reason.read_text())
-            died = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode} (see above)"
-            raise RunFailed(f"learner rank {rank} {died}") from None
+            rank, failure = min(error.failures.items(), key=lambda f: f[1].exitcode)    # killed (below 0), before its victims
+            died = f"killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode} (see above)"
+            raise RunFailed(f"learner rank {rank}: {died}") from None
 
 
 def follow_launcher():
