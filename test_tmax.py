@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -39,6 +40,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
@@ -1013,6 +1015,43 @@ def test_tiny_is_a_preset_and_given_flags_win():
     for place in (0, 2, 5, 7):
         assert tmax.parse_config([*flags[:place], "--tiny", *flags[place:]]) == wanted
     assert tmax.parse_config(["--tiny", "false"]) == tmax.Config()
+
+
+@pytest.mark.parametrize("gpus, ranks, world, flags, split", [
+    (0, 0, 1, "--tiny", (1, 1)), (0, 0, 1, "--tiny --num_learners 2 --num_engines 3", (2, 3)), (8, 0, 1, "", (4, 4)), (2, 0, 1, "", (1, 1)),
+    (8, 0, 1, "--num_learners 2", (2, 6)), (8, 0, 1, "--num_engines 6 --num_learners 2", (2, 6)), (8, 6, 12, "", (6, 2)),
+    (1, 0, 1, "--tiny", (1, 1)), (0, 2, 4, "--tiny", (2, 1)), (1, 0, 1, "", "there is 1"), (0, 0, 1, "", "needs GPUs"),
+    (8, 0, 1, "--num_learners 5 --num_engines 4", "make 9 GPUs"), (8, 4, 4, "--num_learners 2", "torchrun started 4"),
+    (8, 4, 12, "", "32 groups are no equal shares for 3 nodes")])
+def test_split_of_a_node(monkeypatch, gpus, ranks, world, flags, split):
+    """Learners and engines by default and by flag, alone and under torchrun; or why not."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in dict(LOCAL_WORLD_SIZE=ranks, WORLD_SIZE=world).items() if ranks else ():
+        monkeypatch.setenv(name, str(value))
+    if isinstance(split, str):
+        with pytest.raises(tmax.UserError, match=split):
+            tmax.resolve(tmax.parse_config(flags.split()))
+    else:
+        cfg = tmax.resolve(tmax.parse_config(flags.split()))
+        assert (cfg.num_learners, cfg.num_engines) == split and cfg.name
+
+
+@pytest.mark.parametrize("visible, devices", [(None, "4,5,6,7"), ("7,6,5,4,3,2,1,0", "3,2,1,0"), ("0,1,2,3,9", "9"), ("5", "5")])
+def test_engines_get_the_other_gpus(monkeypatch, visible, devices):
+    """The GPUs after the learners' four; the only one, if it must be shared."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert tmax.engine_devices(tmax.Config(num_learners=4, num_engines=4)) == devices
+
+
+def test_rollouts_at_once():
+    """What the KV cache holds at the mean length, more for those in bash, within what the asynchrony allows; or as told."""
+    cfg = tmax.Config()
+    assert tmax.concurrency(cfg, 4 * 380_000) == math.ceil(4 * 380_000 / (0.76 * 34_816) / 0.6) == 96
+    assert tmax.concurrency(cfg, 10 ** 12) == 5 * 32 * 8
+    assert tmax.concurrency(dataclasses.replace(cfg, max_concurrent_rollouts=7), 10 ** 12) == 7
 
 
 def test_help_names_every_field(monkeypatch, capsys):
@@ -2138,7 +2177,7 @@ def test_a_sandbox_that_does_not_start_voids_the_rollout(tmp_path, tokenizers, m
 # One real engine for these tests, in this process; and a whole tiny run, in processes of its own
 # ---------------------------------------------------------------------------------------------------------------------
 
-TINY = tmax.Config(**tmax.TINY)
+TINY = tmax.Config(**tmax.TINY | dict(num_learners=1, num_engines=1))
 HOT = dataclasses.replace(TINY, temperature=2.0)     # so that some turns are long
 MARK = f"tmax-test-{os.getpid()}"      # in the environment of everything that a test starts
 
@@ -2258,27 +2297,38 @@ def test_checkpoint_is_a_hugging_face_folder(tiny_run):
     assert not list(tiny_run.glob("*.partial"))
 
 
-@pytest.mark.parametrize("victim", ["learner", "generator", "interrupt"])
-def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim):
-    """SIGKILL of the learner, of the generator, or Ctrl-C: everything ends soon, metrics so far can be read."""
+def descendants(pid):
+    """{pid: command line} of all processes below one."""
+    children = [int(p) for t in Path(f"/proc/{pid}/task").glob("*") for p in (t / "children").read_text().split()]
+    return {p: text for child in children for p, text in
+            ({child: Path(f"/proc/{child}/cmdline").read_bytes().decode().replace("\0", " ")} | descendants(child)).items()}
+
+
+@pytest.mark.parametrize("victim, learners, engines, said", [
+    ("learner", 1, 1, None), ("interrupt", 2, 1, "stopped"), ("generator", 1, 1, "error: generator: .*newest checkpoint: runs/.*/checkpoint-"),
+    ("engine", 1, 2, "error: generator: .*Engine.*newest checkpoint: runs/.*/checkpoint-"),
+    ("rank", 2, 1, "error: learner rank 1: killed by SIGKILL; newest checkpoint: runs/.*/checkpoint-"),
+    pytest.param("launcher", 2, 2, None, marks=pytest.mark.slow),
+    pytest.param("generator", 2, 2, "error: generator: .*newest checkpoint: runs/.*/checkpoint-", marks=pytest.mark.slow)])
+def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim, learners, engines, said):
+    """SIGKILL of any process, or Ctrl-C: everything ends within a minute and not with 0, nothing is left, metrics so far can be
+    read; the last line is the reason, and names the newest checkpoint."""
     before = debris(tmp_path)
-    flags = ("--model", str(tiny_run / "model"), "--tasks", str(tiny_run / "tasks"), "--prompts_per_step", "2")
+    flags = ("--model", str(tiny_run / "model"), "--tasks", str(tiny_run / "tasks"), "--prompts_per_step", "2", "--save_every", "1",
+             "--num_learners", str(learners), "--num_engines", str(engines))
     run = start_run(tmp_path, "--name", victim, *flags)
     steps = tmp_path / f"runs/{victim}/metrics.jsonl"
-    wait_for(lambda: steps.exists() and steps.stat().st_size)
-    if victim == "learner":
-        run.kill()
-    elif victim == "interrupt":
-        run.send_signal(signal.SIGINT)
-    else:
-        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        generator, = (int(p) for p in children if os.getpgid(int(p)) == int(p))
-        os.kill(generator, signal.SIGKILL)
+    wait_for(lambda: list(steps.parent.glob("checkpoint-*[0-9]")), 180)
+    below = descendants(run.pid)
+    generator, = (p for p in below if os.getpgid(p) == p and "spawn_main" in below[p])
+    chosen = {"learner": run.pid, "launcher": run.pid, "interrupt": run.pid, "generator": generator,
+              "engine": next((p for p in below if "EngineCore" in below[p]), None),
+              "rank": max(p for p in below if "tmax.py" in below[p]) if learners > 1 else None}[victim]
+    os.kill(chosen, signal.SIGINT if victim == "interrupt" else signal.SIGKILL)
     assert run.wait(60) != 0
     wait_for(lambda: debris(tmp_path) == before, 30)
     assert all(json.loads(line)["step"] for line in steps.open())
-    if victim == "generator":
-        assert last_line(tmp_path, victim).startswith("error: generator:")
+    assert said is None or re.match(said, last_line(tmp_path, victim))
 
 
 class InThisProcess:
@@ -2348,6 +2398,15 @@ def test_rollout_in_flight_goes_on_under_new_weights(live, tiny_run):
         assert np.abs(learner_logprobs(tiny_run / "checkpoint-6", turn, PROMPT).numpy() - theirs)[~old].max() <= 1e-4
 
 
+@pytest.mark.parametrize("fp32", [True, False])
+def test_fp32_head_is_on_both_sides_or_neither(live, tiny_run, fp32):
+    """--fp32_lm_head: what vLLM would start with for a bf16 model, and what the learner computes."""
+    cfg = dataclasses.replace(TINY, dtype="bfloat16", fp32_lm_head=fp32)
+    config = tmax.engine_args(tiny_run / "model", cfg).create_engine_config().model_config
+    assert config.dtype == torch.bfloat16 and config.head_dtype == (torch.float32 if fp32 else torch.bfloat16)
+    assert tmax.load_policy(tiny_run / "model", cfg, "cpu", sharded=False).fp32_lm_head is fp32
+
+
 def test_noise_is_fresh_every_time(live):
     """No seed is sent: the same request twice gives different samples."""
     first, second = (live.call(live.engine.generate(PROMPT, 64, [])) for _ in range(2))
@@ -2385,3 +2444,208 @@ def test_reward_rises(tmp_path, seed):
     rewards = [json.loads(line)["reward"] for line in (tmp_path / "runs/learn/metrics.jsonl").open()]
     first, last = np.mean(rewards[:5]), np.mean(rewards[-5:])
     assert 0.2 <= first <= 0.5 and last >= 0.8 and last - first >= 0.35
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Asynchrony: everything but vLLM is real; in its place an engine that takes given times
+# ---------------------------------------------------------------------------------------------------------------------
+
+ALONE = tmax.Cell(0, 1, 0, 1, None)
+# Turns, seconds of the model and seconds of bash of 120 real Terminal-Bench 2.0 rollouts of the 9B model, five per task.
+REAL_TIMES = [[float(x) for x in triple.split("/")] for triple in """
+51/180/389 64/151/754 60/200/667 63/256/939 62/281/539 24/370/49 19/483/20 22/391/57 20/470/14 11/563/25 64/172/399
+64/144/362 62/249/446 64/127/494 64/207/312 33/260/93 30/304/88 35/398/97 38/532/91 28/382/42 29/185/75 26/187/45 31/263/43
+26/184/61 27/242/50 30/185/114 20/104/49 24/98/52 29/99/24 36/234/183 49/138/58 31/71/34 35/76/42 52/192/76 35/66/44
+64/315/106 59/262/210 43/154/38 49/104/40 58/187/115 12/27/69 14/65/61 27/105/77 21/83/129 11/22/82 8/13/7 8/8/7 7/13/6 8/8/7
+8/12/6 58/455/240 11/19/128 62/381/435 20/81/300 27/247/177 25/130/51 15/94/20 10/73/14 25/112/38 21/102/49 43/248/104
+26/201/55 38/311/36 47/248/102 36/261/100 16/38/30 15/30/22 13/30/7 14/68/36 15/29/26 16/53/124 19/68/59 15/56/74 24/100/182
+18/79/104 42/122/110 16/43/34 16/45/22 24/58/25 19/66/34 16/58/122 28/344/430 27/129/301 15/67/85 19/68/402 27/367/29
+32/381/72 31/466/74 26/353/198 32/1055/85 14/12/16 52/443/148 24/35/66 8/6/5 11/13/6 24/64/69 23/91/81 22/111/112 20/57/57
+26/78/145 39/153/213 25/115/71 11/30/33 34/171/230 17/76/25 28/410/61 26/406/93 23/519/56 18/410/53 26/370/181 45/315/753
+36/286/689 64/285/372 31/150/162 57/266/285 35/519/41 28/401/28 20/356/33 25/375/60 29/334/20""".split()]
+
+
+class Replay:
+    """In vLLM's place: each rollout makes `turns` turns of one sleep each, then submits. TMAX_REPLAY holds the times, as
+    (turns, seconds of the model, seconds of bash), taken in order; versions are those of the moment, half a turn each."""
+
+    def __init__(self, model, cfg):
+        self.llm, self.version, self.kv_tokens, self.new = self, 0, 1 << 40, itertools.count()
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.spec = json.loads(os.environ["TMAX_REPLAY"])
+        self.busy, self.since, self.worked, self.start = [0] * cfg.num_engines, [0.0] * cfg.num_engines, 0.0, time.monotonic()
+
+    async def update_weight_version(self, version):
+        self.version = int(version)
+
+    async def reload(self, folder, version):
+        assert (folder / "model.safetensors").exists()
+        if version == self.spec.get("broken"):
+            raise RuntimeError("these weights do not load")
+        self.version = version
+        return 0.0
+
+    def shutdown(self, timeout):
+        seconds = (time.monotonic() - self.start) * len(self.busy)
+        Path(self.spec["folder"], "worked").write_text(str(self.worked / seconds))
+
+    async def generate(self, tokens, budget, stop_ids, engine_rank=0):
+        numbers = re.findall(r"#(\d+)\.", self.tokenizer.decode(tokens))
+        number = int(numbers[0]) if numbers else next(self.new)
+        turns, model, bash = self.spec["times"][number % len(self.spec["times"])]
+        says = f"sleep {bash / turns:.3f} #{number}." if len(numbers) < turns else SUBMIT
+        ids = self.tokenizer.encode(hermes(says)) + [self.tokenizer.eos_token_id]
+        versions = []
+        self.since[engine_rank] = time.monotonic() if not self.busy[engine_rank] else self.since[engine_rank]
+        self.busy[engine_rank] += 1
+        with tmax.waiting("model"):
+            for half in (ids[:len(ids) // 2], ids[len(ids) // 2:]):
+                await asyncio.sleep(model / turns / 2)
+                versions += [self.version] * len(half)
+        self.busy[engine_rank] -= 1
+        self.worked += 0 if self.busy[engine_rank] else time.monotonic() - self.since[engine_rank]
+        return tmax.Turn(ids, [-3.0] * len(ids), versions, False)
+
+
+def replay_main(*args):
+    tmax.Engine = Replay
+    tmax.generator_main(*args)
+
+
+@pytest.fixture
+def replay(tmp_path, tiny_model, process_group, monkeypatch):
+    """Runs train() with that engine and a real, tiny learner; returns metrics.jsonl as a list."""
+    monkeypatch.setattr(tmax, "generator_main", replay_main)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    make_task(tmp_path / "t", test="echo $((RANDOM % 2)) >/logs/verifier/reward.txt")
+    task = tmax.load_task(tmp_path / "t")
+
+    def run(times, seconds_update=0.0, broken=None, **cfg):
+        update = tmax.Learner.update
+        monkeypatch.setattr(tmax.Learner, "update", lambda *args: (time.sleep(seconds_update), update(*args))[1])
+        monkeypatch.setenv("TMAX_REPLAY", json.dumps(dict(times=times, broken=broken, folder=str(tmp_path))))
+        defaults = dict(max_turn_tokens=512, max_total_tokens=4096, pack_length=8192, num_learners=1, num_engines=1)
+        try:
+            tmax.train(dataclasses.replace(TINY, **defaults | cfg), ALONE, tmp_path, tiny_model[0], [task])
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    return run
+
+
+@pytest.mark.parametrize("async_steps, seconds_update, slow", [(0, 0.0, 1.0), (2, 0.6, 0.0), (2, 0.0, 1.0)],
+                         ids=["synchronous", "slow learner", "slow commands"])
+def test_staleness_never_exceeds_the_bound(replay, tmp_path, async_steps, seconds_update, slow):
+    """With a learner that sleeps, and with commands that do, in real sandboxes: no token that was trained lags more than
+    async_steps versions; behind the slow learner some lag as much. The metrics say who waits."""
+    times = [[2, 0.2, slow * (i % 7 == 0)] for i in range(50)]
+    metrics = replay(times, seconds_update, async_steps=async_steps, prompts_per_step=2, samples_per_prompt=4,
+                     training_steps=6 if async_steps else 4, max_concurrent_rollouts=1000)
+    assert all(m["updated"] for m in metrics)
+    oldest = max(m["staleness_max"] for m in metrics)
+    assert oldest == async_steps if seconds_update else oldest <= async_steps
+    assert all(0 <= m["staleness_mean"] <= m["staleness_max"] for m in metrics)
+    for line in (tmp_path / "rollouts.jsonl").open():
+        assert async_steps or len(json.loads(line)["versions"]) == 1
+    assert np.mean([m["learners_waited"] for m in metrics[1:]]) < 0.5 if seconds_update else any(m["waiting_bash"] for m in metrics)
+
+
+def test_failed_reload_ends_the_run_and_leaves_a_checkpoint(replay, tmp_path):
+    """Weights that the engines cannot load are fatal: the reason is given, and what was learnt is saved."""
+    with pytest.raises(tmax.RunFailed, match="generator: .*these weights do not load.*generator.log"):
+        replay([[1, 0.1, 0.0]], broken=3, prompts_per_step=2, samples_per_prompt=4, training_steps=20)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
+    AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{steps[-1]}")
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("async_steps", [0, 1, 4])
+def test_benchmark_asynchrony(request, replay, tmp_path, capsys, async_steps, scale=0.01, seconds_update=2.0):
+    """Real rollouts at a hundredth of their time, bash as real sleeps in real sandboxes, on two engines."""
+    if "bench" not in request.config.option.markexpr:
+        pytest.skip("runs with -m bench")
+    times = [[min(turns, 4), model * scale, bash * scale] for turns, model, bash in REAL_TIMES]
+    start = time.monotonic()
+    metrics = replay(times, seconds_update, async_steps=async_steps, prompts_per_step=4, samples_per_prompt=5, training_steps=6,
+                     max_concurrent_rollouts=1000, num_engines=2)
+    took = sum(m["seconds_generate"] + m["seconds_train"] + m["seconds_gather_write"] for m in metrics)
+    with capsys.disabled():
+        print(f"\n--async_steps {async_steps}: {sum(5 * m['groups_tried'] for m in metrics) / took:.2f} rollouts/s, an engine had work "
+              f"{float((tmp_path / 'worked').read_text()):.0%} of the time, the learner waited "
+              f"{np.mean([m['learners_waited'] for m in metrics[1:]]):.0%} of it, oldest token {max(m['staleness_max'] for m in metrics):.0f} "
+              f"versions, {sum(m['groups_stale'] for m in metrics)} groups stale  ({scale:g} of real time, {seconds_update:g} s an update)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks and nodes
+# ---------------------------------------------------------------------------------------------------------------------
+
+RECORDED = tmax.Config(dtype="float32", learning_rate=1e-3, pack_length=200, training_steps=3)
+
+
+def updates_of_a_rank(folder, cell):
+    """Three steps on recorded groups, as train() takes them. A node writes its weights, the first rank the first gradient and
+    the metrics. Nodes have unequal shares, so that one of them must fill up its packs."""
+    torch.set_num_threads(1)
+    groups = torch.load(folder / "groups.pt", weights_only=False)
+    learner = tmax.Learner(RECORDED, folder / "model", cell)
+    mine = groups if cell.nodes == 1 else groups[:5] if cell.node == 0 else groups[5:]
+    rewards = [r.reward for r in sum(mine, [])]
+    figures = dict(rewards=rewards, groups_tried=len(mine), waiting=tmax.Counter(model=len(mine)))
+    generator = SimpleNamespace(collect=lambda step, version: (mine, figures), memory=folder / f"{cell.nodes}x{cell.ranks}-{cell.node}")
+    gradients, metrics = [], []
+    learner.optimizer.register_step_pre_hook(lambda *_: gradients.append(torch.cat(
+        [getattr(p.grad, "full_tensor", lambda: p.grad)().flatten() for p in learner.policy.parameters()])))
+    for step in (1, 2, 3):
+        packs, weights, found = tmax.next_batch(RECORDED, cell, generator, step, learner.version)
+        metrics.append(found | learner.update(packs))
+        learner.save_weights(weights)
+    if dist.get_rank() == 0:
+        torch.save((gradients[0], metrics), folder / f"{cell.nodes}x{cell.ranks}.pt")
+
+
+def recorded_weights(folder):
+    """A written folder as one vector, in FP32."""
+    state = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+    return torch.cat([state[name].flatten() for name in sorted(state)])
+
+
+def agent(*args, **kw):
+    """A torchrun agent."""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, args)],
+                            env=os.environ | {"TMAX_MARK": MARK, "OMP_NUM_THREADS": "1"}, stderr=subprocess.STDOUT, **kw)
+
+
+def two_nodes(*args, **kw):
+    """Two agents on this machine, a rank each."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    return [agent("--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", *args, **kw)
+            for _ in range(2)]
+
+
+def test_updates_do_not_depend_on_ranks_and_nodes(tmp_path, policy, groups, process_group):
+    """Three steps on one rank, on two ranks of a node, and on two nodes of a rank: the same gradient, weights and metrics."""
+    policy.lm.save_pretrained(tmp_path / "model")
+    torch.save([[r for r in group if not r.void] for group in groups], tmp_path / "groups.pt")
+    agents = [agent("--standalone", "--nproc_per_node", 2, __file__, tmp_path), *two_nodes(__file__, tmp_path)]
+    updates_of_a_rank(tmp_path, ALONE)
+    assert [a.wait(120) for a in agents] == [0, 0, 0]
+    first = recorded_weights(tmp_path / "model")
+    (wanted, metrics), moved = torch.load(tmp_path / "1x1.pt"), recorded_weights(tmp_path / "1x1-0/weights") - first
+    assert moved.abs().max() > 2e-3     # three steps of 1e-3
+    for layout, nodes in [("1x2", 1), ("2x1", 2)]:
+        gradient, seen = torch.load(tmp_path / f"{layout}.pt")
+        assert (gradient - wanted).norm() <= 1e-5 * wanted.norm()
+        for got, want in zip(seen, metrics):
+            assert {k: got[k] for k in ("reward", "tokens")} == {k: pytest.approx(want[k]) for k in ("reward", "tokens")}
+            assert got["loss"] == pytest.approx(want["loss"], rel=1e-3) and got["drift_max"] == pytest.approx(want["drift_max"], rel=1e-3)
+            assert got["waiting_model"] == nodes        # one on each
+        for node in range(nodes):
+            delta = recorded_weights(tmp_path / f"{layout}-{node}/weights") - first
+            assert (delta - moved).norm() <= 1e-3 * moved.norm()
+
+
+if __name__ == "__main__":      # a rank of the test above
+    updates_of_a_rank(Path(sys.argv[1]), tmax.join_ranks())

@@ -36,6 +36,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -59,6 +60,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
@@ -133,16 +135,15 @@ class Config:
     gradient_checkpointing: bool = knob(True, "recompute activations in the backward pass")
     # evaluation: every task eval_runs times
     eval: bool = knob(False, "evaluate --model on --tasks instead of training")
+    oracle: bool = knob(False, "with --eval: each task's own solution instead of a model, to tell sound tasks from broken ones")
     eval_runs: int = knob(3, "rollouts of each task; the error bar is over the means of so many runs")
     eval_every: int = knob(0, "steps between evaluations on --eval_tasks while training, each with a checkpoint; 0: none")
     eval_tasks: list[str] = knob([], "tasks for --eval_every, of the same kinds as --tasks")
     # where it runs
-    num_learners: int = knob(0, "processes that train; 0: half of the GPUs, or one on a CPU")
-    num_engines: int = knob(0, "vLLM engines; 0: the other half of the GPUs, or one on a CPU")
-    max_concurrent_rollouts: int = knob(256, "rollouts, and so sandboxes, at once")
+    num_learners: int = knob(0, "processes of a node that train; 0: half of the GPUs, or one on a CPU")
+    num_engines: int = knob(0, "vLLM engines of a node; 0: the other half of the GPUs, or one on a CPU")
+    max_concurrent_rollouts: int = knob(0, "rollouts, and so sandboxes, at once on a node; 0: what the KV cache can keep busy")
     sandbox: Literal["auto", "bwrap", "docker"] = knob("auto", "docker where an engine answers, else bubblewrap")
-    eval: bool = knob(False, "evaluate instead of training")
-    oracle: bool = knob(False, "with --eval: each task's own solution instead of a model, to tell sound tasks from broken ones")
     name: str = knob("", "the run's folder is runs/NAME; default: made from the time")
     save_every: int = knob(50, "steps between checkpoints; the last step is always saved")
     tiny: bool = knob(False, "a preset of the fields above for two CPU cores")
@@ -153,9 +154,9 @@ class Config:
             if not holds:
                 raise UserError(f"--{name}: {getattr(self, name)} is not {what}")
         for name in ("max_prompt_tokens", "max_turn_tokens", "max_total_tokens", "max_steps", "prompts_per_step", "pack_length",
-                     "training_steps", "max_concurrent_rollouts", "save_every", "eval_runs"):
+                     "training_steps", "save_every", "eval_runs"):
             need(name, getattr(self, name) >= 1, "a positive number")
-        for name in ("async_steps", "warmup_steps", "num_learners", "num_engines", "eval_every"):
+        for name in ("async_steps", "warmup_steps", "num_learners", "num_engines", "max_concurrent_rollouts", "eval_every"):
             need(name, getattr(self, name) >= 0, "zero or a positive number")
         for name in ("bash_timeout", "learning_rate", "max_grad_norm", "dppo_threshold"):
             need(name, 0 < getattr(self, name) < math.inf, "a positive number")
@@ -163,7 +164,6 @@ class Config:
         need("top_p", 0 < self.top_p <= 1 and (self.eval or self.top_p == 1), "1, or in an evaluation between 0 and 1")
         need("eval_every", bool(self.eval_every) == bool(self.eval_tasks), "given together with --eval_tasks")
         need("samples_per_prompt", self.samples_per_prompt >= 2, "at least 2: a group is compared with its own mean")
-        need("num_learners", self.num_learners <= 1, "0 or 1: several learners are not there yet")
         need("packs_per_device", self.packs_per_device == 1, "1")
         need("kl_beta", self.kl_beta == 0, "0: this recipe has no reference model")
         need("pack_length", self.eval or self.pack_length >= self.max_prompt_tokens + self.max_total_tokens,
@@ -200,6 +200,28 @@ def parse_config(argv):
     if unknown:
         raise UserError(f"{unknown[0]}: no such flag (python tmax.py --help lists them)")
     return cfg.check()
+
+
+def resolve(cfg):
+    """Fill in, once, what a 0 or an empty name leaves to the machine. Raises UserError for what cannot be."""
+    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 0))     # set by torchrun
+    if not gpus and not cfg.tiny and not cfg.oracle:
+        raise UserError("the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
+                        "python tmax.py --tiny runs the same code on two CPU cores")
+    cfg.num_learners = 0 if cfg.eval else cfg.num_learners or ranks or max(1, gpus // 2)
+    cfg.num_engines = cfg.num_engines or max(1, gpus - cfg.num_learners)
+    kind = "eval" if cfg.eval else "tiny" if cfg.tiny else "tmax"
+    cfg.name = cfg.name or time.strftime(f"{kind}-%Y%m%d-%H%M%S")
+    nodes = int(os.environ.get("WORLD_SIZE", 1)) // (ranks or 1)
+    if ranks and cfg.num_learners != ranks:
+        raise UserError(f"--num_learners: torchrun started {ranks} on this node, not {cfg.num_learners}")
+    if cfg.prompts_per_step % nodes:
+        raise UserError(f"--prompts_per_step: {cfg.prompts_per_step} groups are no equal shares for {nodes} nodes")
+    needed = cfg.num_learners + cfg.num_engines
+    if needed > gpus > 0 and not (cfg.tiny and needed == 2):    # those of the tiny model share a GPU
+        raise UserError(f"--num_learners: {cfg.num_learners} learning and {cfg.num_engines} generating make {needed} GPUs, and "
+                        f"there {'is 1' if gpus == 1 else f'are {gpus}'}; --tiny runs on one GPU or none")
+    return cfg
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -874,7 +896,8 @@ async def rollout(engine, task, tokenizer, cfg, engine_rank=0):
         async with Sandbox(task, cfg) as box:
             r.finish = await agent_loop(engine, box, r, tokenizer, cfg, engine_rank)
             if cfg.eval or r.finish in ("submitted", "timeout"):
-                r.reward = await box.grade()
+                with waiting("grading"):
+                    r.reward = await box.grade()
                 r.transcript.append({"role": "verifier", "content": box.grading})
     except SandboxLost as reason:
         r.finish = f"void:{reason}"
@@ -931,7 +954,8 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
             left = box.task.agent_timeout - r.seconds_bash  # waiting for the model costs a rollout none of its time
             start = time.monotonic()
             limit = min(cfg.bash_timeout, max(left, 0.1))
-            output = await box.run(command, limit)
+            with waiting("bash"):
+                output = await box.run(command, limit)
             r.seconds_bash += time.monotonic() - start
             said = output.text + (f"\n(stopped after {limit:.0f} s)" if output.timed_out else "")
             observations.append(render_observation(said, output.exit_code))
@@ -959,25 +983,47 @@ class Turn(NamedTuple):
     cut: bool               # the budget ended it, not a stop token
 
 
+WAITING = Counter()     # rollouts of this process by what they wait for: model, bash, grading
+
+
+@contextlib.contextmanager
+def waiting(what):
+    """Count a rollout as waiting for `what`."""
+    WAITING[what] += 1
+    try:
+        yield
+    finally:
+        WAITING[what] -= 1
+
+
+def engine_args(model, cfg):
+    """How vLLM is set up: one engine per GPU, the same numerics as the learner's."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    small = {}
+    if cfg.tiny or not torch.cuda.is_available():
+        small = dict(enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_num_seqs=64)
+    return AsyncEngineArgs(
+        model=str(model), dtype=cfg.dtype, max_model_len=cfg.max_prompt_tokens + cfg.max_total_tokens,
+        data_parallel_size=cfg.num_engines, distributed_executor_backend="uni",     # no worker process beside each engine
+        enable_prefix_caching=True, disable_log_stats=True,
+        logprobs_mode="processed_logprobs",     # after the temperature, as the learner computes them
+        generation_config="vllm",               # else top_k and top_p of the model's own defaults creep in
+        hf_overrides={"head_dtype": "float32"} if cfg.fp32_lm_head else {}, **small)
+
+
 class Engine:
     """vLLM's AsyncLLM: token ids in, token ids with logprobs and policy versions out."""
 
     def __init__(self, model, cfg):
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1",
                           VLLM_WORKER_MULTIPROC_METHOD="spawn")
-        cpu = {}
         if not torch.cuda.is_available():
             os.environ.update(TORCH_COMPILE_DISABLE="1", HF_HUB_OFFLINE="1")
-            cpu = dict(enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_num_seqs=64)
-        from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
         self.cfg, self.requests = cfg, itertools.count()
-        self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(
-            model=str(model), dtype=cfg.dtype, max_model_len=cfg.max_prompt_tokens + cfg.max_total_tokens,
-            data_parallel_size=cfg.num_engines or 1, enable_prefix_caching=True, disable_log_stats=True,
-            logprobs_mode="processed_logprobs",     # after the temperature, as the learner computes them
-            generation_config="vllm",               # else top_k and top_p of the model's own defaults creep in
-            hf_overrides={"head_dtype": "float32"} if cfg.fp32_lm_head else {}, **cpu))
+        self.llm = AsyncLLM.from_engine_args(engine_args(model, cfg))
+        cache = self.llm.vllm_config.cache_config
+        self.kv_tokens = cache.num_gpu_blocks * cache.block_size    # of all engines together
 
     async def generate(self, tokens, budget, stop_ids, engine_rank=0, cfg=None):
         """Sample one turn of at most `budget` tokens after `tokens`, as `cfg` (default: the run's) says. No seed: a seed sent
@@ -987,9 +1033,10 @@ class Engine:
         cfg = cfg or self.cfg
         params = SamplingParams(temperature=cfg.temperature, top_p=cfg.top_p, max_tokens=budget, logprobs=0, detokenize=False,
                                 stop_token_ids=stop_ids, output_kind=RequestOutputKind.FINAL_ONLY)
-        async for output in self.llm.generate({"prompt_token_ids": tokens}, params, str(next(self.requests)),
-                                              data_parallel_rank=engine_rank if (self.cfg.num_engines or 1) > 1 else None):
-            done = output.outputs[0]
+        with waiting("model"):
+            async for output in self.llm.generate({"prompt_token_ids": tokens}, params, str(next(self.requests)),
+                                                  data_parallel_rank=engine_rank):
+                done = output.outputs[0]
         ids = list(done.token_ids)
         versions = [int(span.version) for span in done.weight_versions for _ in range(span.start, span.end)]
         return Turn(ids, [entry[i].logprob for entry, i in zip(done.logprobs, ids)], versions, done.finish_reason == "length")
@@ -1005,18 +1052,33 @@ class Engine:
         return time.monotonic() - start
 
 
-def generator_main(cfg, model, tasks, run_dir, memory, pipe):
+def concurrency(cfg, kv_tokens):
+    """Rollouts at once that keep engines with this much KV cache busy: as many as it holds at their mean length, and more for
+    those that are in bash meanwhile; never more than the asynchrony allows to be in flight."""
+    length = 0.76 * (cfg.max_prompt_tokens + cfg.max_total_tokens)      # mean of 444 real rollouts, capped as ours are
+    in_flight = (cfg.async_steps + 1) * cfg.prompts_per_step * cfg.samples_per_prompt
+    return min(in_flight, cfg.max_concurrent_rollouts or math.ceil(kv_tokens / length / 0.6))   # 40 % of their time is bash
+
+
+def engine_devices(cfg):
+    """CUDA_VISIBLE_DEVICES of the engines: the GPUs after the learners' (or the only one, which the tiny model shares)."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    return ",".join(devices.split(",")[cfg.num_learners:][:cfg.num_engines]) or devices
+
+
+def generator_main(cfg, cell, model, tasks, log, memory, devices, pipe):
     """Entry of the generator process: leader of its own process group, which ends with its parent. Its output is a log file."""
     os.setpgid(0, 0)
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), end_generator(memory)), daemon=True).start()
     tempfile.tempdir = os.environ["TMPDIR"] = os.environ["VLLM_RPC_BASE_PATH"] = str(memory)  # vLLM's sockets
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # pipes of hundreds of sandboxes
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    log = os.open(run_dir / "generator.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
     try:
-        asyncio.run(Generator(cfg, tasks, pipe).serve(model))
+        asyncio.run(Generator(cfg, cell, tasks, pipe).serve(model))
     except BaseException as error:
         traceback.print_exc()
         with contextlib.suppress(OSError):
@@ -1035,11 +1097,11 @@ class Generator:
     """Starts groups as far as the learner allows, sends each finished one back, reloads weights when told to.
 
     Messages in: ("allow", n) groups may have been started in all, ("weights", folder, version), ("evaluate", tasks, cfg), None
-    to stop. Out: ("ready",), ("group", rollouts), ("loaded", seconds), ("evaluated", task, run, rollout), ("failed", reason)."""
+    to stop. Messages out: ("ready", text), ("group", rollouts, WAITING), ("loaded", seconds), ("evaluated", task, run, rollout),
+    ("failed", reason)."""
 
-    def __init__(self, cfg, tasks, pipe):
-        self.cfg, self.tasks, self.pipe, self.started = cfg, tasks, pipe, 0
-        self.rollouts = asyncio.Semaphore(cfg.max_concurrent_rollouts)
+    def __init__(self, cfg, cell, tasks, pipe):
+        self.cfg, self.cell, self.tasks, self.pipe, self.started = cfg, cell, tasks, pipe, 0
 
     async def serve(self, model):
         inbox, self.running = asyncio.Queue(), set()
@@ -1047,7 +1109,10 @@ class Generator:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.engine = Engine(model, self.cfg)
         await self.engine.llm.update_weight_version("0")
-        self.pipe.send(("ready",))
+        most = concurrency(self.cfg, self.engine.kv_tokens)
+        self.rollouts = asyncio.Semaphore(most)
+        self.pipe.send(("ready", f"vLLM is ready: {self.cfg.num_engines} engine(s), KV cache for {self.engine.kv_tokens:,} tokens, "
+                                 f"at most {most} rollouts at once"))
         while True:
             message = asyncio.create_task(inbox.get())
             while not message.done():  # a group that raises ends the generator: faults of sandboxes do not get here
@@ -1087,19 +1152,20 @@ class Generator:
         self.engine.llm.shutdown(timeout=0)
 
     async def _group(self, index):
-        """The rollouts of one task, all on the same engine, for its prefix cache."""
-        task = task_at(self.tasks, index, self.cfg.seed)
+        """The rollouts of one task, all on the same engine, for its prefix cache. Nodes take tasks in turn."""
+        task = task_at(self.tasks, index * self.cell.nodes + self.cell.node, self.cfg.seed)
 
         async def one():
             async with self.rollouts:
-                return await rollout(self.engine, task, self.tokenizer, self.cfg, index % (self.cfg.num_engines or 1))
-        self.pipe.send(("group", await asyncio.gather(*[one() for _ in range(self.cfg.samples_per_prompt)])))
+                return await rollout(self.engine, task, self.tokenizer, self.cfg, index % self.cfg.num_engines)
+        group = await asyncio.gather(*[one() for _ in range(self.cfg.samples_per_prompt)])
+        self.pipe.send(("group", group, dict(WAITING)))
 
     async def _evaluate(self, place, task, run, cfg):
         """One rollout of an evaluation; a void one is tried three times, for it would count as a failure."""
         async with self.rollouts:
             for _ in range(3):
-                r = await rollout(self.engine, task, self.tokenizer, cfg, place % (self.cfg.num_engines or 1))
+                r = await rollout(self.engine, task, self.tokenizer, cfg, place % self.cfg.num_engines)
                 if not r.void:
                     break
         self.pipe.send(("evaluated", place, run, r))
@@ -1236,11 +1302,11 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, cu
     more["sliding_window"] = sliding_window and sliding_window < query.shape[2]
     if others := [name for name, x in more.items() if name != "position_ids" and (torch.is_tensor(x) or x)]:
         raise ValueError(f"packed attention knows no {', '.join(others)}")
-    if query.is_cuda:  # the one place where devices differ: flash attention takes all segments at once
+    if query.is_cuda and query.dtype == torch.bfloat16:  # the one place where devices differ: all segments at once
         from torch.nn.attention.varlen import varlen_attn
         longest = int(cu_seqlens.diff().max())
-        out = varlen_attn(*(x[0].transpose(0, 1).contiguous() for x in (query, key, value)), cu_seqlens, cu_seqlens, longest, longest,
-                          scale=scaling, window_size=(-1, 0), enable_gqa=True)
+        out = varlen_attn(*(x[0].transpose(0, 1).contiguous() for x in (query, key, value)), cu_seqlens, cu_seqlens,
+                          longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)
         return out[None], None
     segments = zip(*(x.split(cu_seqlens.diff().tolist(), dim=2) for x in (query, key, value)))
     out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True) for q, k, v in segments]
@@ -1381,13 +1447,13 @@ def load_policy(model, cfg, device, sharded=True):
         raise UserError(f"--model: {model} cannot be trained: its LM head has a bias, or it is no decoder of layers")
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(lm, cfg).to(device).train()
-    if sharded:
-        precision = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
-        for layer in lm.base_model.layers:
-            fully_shard(layer, mp_policy=precision)
-        fully_shard(policy, mp_policy=precision)
-    return policy
+    policy = Policy(lm, cfg).train()
+    if not sharded:
+        return policy.to(device)
+    precision = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
+    for layer in lm.base_model.layers:  # moved to the device one at a time, and only this rank's share stays
+        fully_shard(layer, mp_policy=precision)
+    return fully_shard(policy, mp_policy=precision)
 
 
 def backward_packs(policy, packs, num_tokens, cfg, scale=1.0):
@@ -1406,8 +1472,8 @@ def backward_packs(policy, packs, num_tokens, cfg, scale=1.0):
     return dict(zip(("loss", "logprobs", "rollout_logprobs", "advantages", "entropy", "kept", "versions"), torch.cat(seen, 1)))
 
 
-UPDATE_METRICS = ("tokens loss grad_norm kept_fraction kept_fraction_positive kept_fraction_negative entropy mismatch_max drift_max "
-                  "divergence_mean divergence_max ratio_max staleness_mean staleness_max").split()     # null without an update
+UPDATE_METRICS = """tokens loss grad_norm kept_fraction kept_fraction_positive kept_fraction_negative entropy mismatch_max
+    drift_max divergence_mean divergence_max ratio_max staleness_mean staleness_max""".split()      # null without an update
 
 
 def step_metrics(seen, version):
@@ -1434,11 +1500,52 @@ def step_metrics(seen, version):
                 staleness_max=staleness)
 
 
+class Cell(NamedTuple):
+    """Where this rank stands. A node is a cell: its first rank owns a generator, which feeds the node's learners and takes its
+    weights from the node's own memory; only collectives leave it."""
+    rank: int           # on this node
+    ranks: int          # of this node
+    node: int
+    nodes: int
+    group: object       # process group of the node's ranks
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+
+def join_ranks():
+    """Join the process group that torchrun prepared, or make one of a single rank. Returns this rank's Cell."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, timeout=timedelta(hours=12), **alone)      # learners wait as long as rollouts take
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    node, rank = divmod(dist.get_rank(), ranks)
+    return Cell(rank, ranks, node, dist.get_world_size() // ranks, dist.new_subgroups(ranks)[0])
+
+
+def together(function):
+    """Every rank's function(), in a list (a collective). An error that ends the run on one rank is raised on all of them, so
+    that none waits for a partner that has left."""
+    try:
+        mine = function()
+    except (UserError, RunFailed) as error:
+        mine = error
+    results = [None] * dist.get_world_size()
+    dist.all_gather_object(results, mine)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
 class Learner:
     """The policy, its optimizer and the way of its weights to the engines; the same on every rank."""
 
-    def __init__(self, cfg, model):
-        self.cfg, self.version = cfg, 0
+    def __init__(self, cfg, model, cell):
+        self.cfg, self.cell, self.version = cfg, cell, 0
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.policy = load_policy(model, cfg, self.device)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=cfg.learning_rate, weight_decay=0.0, fused=True)
@@ -1452,7 +1559,8 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.cfg.max_grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if skipped := not math.isfinite(norm):
-            print(f"gradient norm is {norm}: step skipped", file=sys.stderr)
+            if dist.get_rank() == 0:
+                print(f"gradient norm is {norm}: step skipped", file=sys.stderr)
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.cfg.learning_rate * min(1.0, (self.version + 1) / (self.cfg.warmup_steps + 1))
@@ -1463,25 +1571,28 @@ class Learner:
         return metrics | dict(grad_norm=norm if not skipped else None, steps_skipped=int(skipped))
 
     def save_weights(self, folder):
-        """Gather the weights one by one and write them as safetensors in the engines' dtype, every rank its share (a collective)."""
-        folder.mkdir(parents=True, exist_ok=True)
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-        files = [f"model-{i + 1:05d}-of-{ranks:05d}.safetensors" if ranks > 1 else "model.safetensors" for i in range(ranks)]
+        """Gather the weights one by one in the engines' dtype (a collective) and write them to `folder` as safetensors, each
+        rank of the node its share; a node whose `folder` is None writes nothing."""
+        rank, ranks = self.cell.rank, self.cell.ranks
+        files = [f"model-{i + 1:05d}-of-{ranks:05d}.safetensors" for i in range(ranks)] if ranks > 1 else ["model.safetensors"]
         mine, weight_map = {}, {}
         for i, (name, weight) in enumerate(self.policy.lm.state_dict().items()):
+            weight = weight.to(getattr(torch, self.cfg.dtype))
             weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
             weight_map[name] = files[i % ranks]
-            if i % ranks == rank:
-                mine[name] = weight.to("cpu", getattr(torch, self.cfg.dtype)).clone()
-        save_file(mine, folder / files[rank], metadata={"format": "pt"})
-        if rank == 0 and ranks > 1:
-            (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+            if folder and i % ranks == rank:
+                mine[name] = weight.to("cpu", copy=True)
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(mine, folder / files[rank], metadata={"format": "pt"})
+            if rank == 0 and ranks > 1:
+                (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         dist.barrier()
 
     def save_checkpoint(self, folder, tokenizer):
-        """An ordinary Hugging Face folder, complete or absent (a collective)."""
+        """An ordinary Hugging Face folder, complete or absent (a collective); the first node writes it."""
         partial = folder.with_name(folder.name + ".partial")
-        self.save_weights(partial)
+        self.save_weights(partial if self.cell.node == 0 else None)
         if dist.get_rank() == 0:
             config = self.policy.lm.config
             config.dtype = self.cfg.dtype
@@ -1501,17 +1612,22 @@ class GeneratorClient:
 
     Groups started - (trained + rejected) <= (async_steps + 1) * prompts_per_step, the batch in training counted."""
 
-    def __init__(self, cfg, model, tasks, run_dir):
-        self.cfg, self.log = cfg, (run_dir / "rollouts.jsonl").open("a")
+    def __init__(self, cfg, cell, model, tasks, run_dir):
+        self.cfg = cfg = replace(cfg, prompts_per_step=cfg.prompts_per_step // cell.nodes)
+        self.cell, suffix = cell, f"-{cell.node}" if cell.node else ""      # the first node's files have plain names
+        self.log = (run_dir / f"rollouts{suffix}.jsonl").open("a")
         for left in Path("/dev/shm").glob("tmax-*"):        # by runs that were killed with their generators
             if not Path("/proc", left.name.split("-")[1]).exists():
                 shutil.rmtree(left, ignore_errors=True)
         self.memory = Path(tempfile.mkdtemp(prefix=f"tmax-{os.getpid()}-", dir="/dev/shm"))     # weights on their way; sockets
         self.closed, self.training, self.reload_seconds, self.failure = 0, 0, None, None
+        self.generator_log = run_dir / f"generator{suffix}.log"
         self.inbox, self.evaluated, self.loaded = queue.Queue(), queue.Queue(), threading.Event()
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=generator_main, args=(cfg, model, tasks, run_dir, self.memory, theirs))
+        cell = cell._replace(group=None)    # stays here
+        self.process = context.Process(target=generator_main, args=(cfg, cell, model, tasks, self.generator_log, self.memory,
+                                                                    engine_devices(cfg), theirs))
         self.process.start()
         theirs.close()
         self.loaded.set()
@@ -1527,6 +1643,8 @@ class GeneratorClient:
                     self.loaded.set()
                 elif message[0] == "failed":
                     self.failure = message[1]
+                elif message[0] == "ready":
+                    tqdm.write(message[1])
                 else:
                     (self.evaluated if message[0] == "evaluated" else self.inbox).put(message)
         except (EOFError, OSError):
@@ -1542,23 +1660,21 @@ class GeneratorClient:
     def collect(self, step, version):
         """Wait for a batch: prompts_per_step useful groups, or what is useful among four times as many that came back.
 
-        Returns (groups, metrics). Taking a batch frees the slots of the one before, rejecting a group frees its own."""
+        Returns (groups, figures that add up over nodes). Taking a batch frees the slots of the one before, rejecting a group
+        frees its own. Raises RunFailed if the generator is no more."""
         self.closed, self.training = self.closed + self.training, 0
         self._allow()
         wanted = self.cfg.prompts_per_step
-        batch, tried, counts, finished = [], 0, {}, []
-        bar = tqdm(total=wanted, desc=f"step {step}: groups", leave=False, disable=None)
-        while len(batch) < wanted and tried < 4 * wanted:
+        batch, found = [], dict(rewards=[], groups_tried=0, finish=Counter(), waiting=Counter())
+        bar = tqdm(total=wanted, desc=f"step {step}: groups", leave=False, disable=True if self.cell.node else None)
+        while len(batch) < wanted and found["groups_tried"] < 4 * wanted:
             message = self.inbox.get()
             self.check()
-            if message[0] != "group":
-                continue
-            group = message[1]
-            tried += 1
-            useful, more = select_groups([group], version, self.cfg)
-            finished += group
+            _, group, waits = message
+            useful, counts = select_groups([group], version, self.cfg)
+            add(found, dict(counts, groups_tried=1, rewards=[r.reward for r in group if not r.void], waiting=Counter(waits),
+                            finish=Counter(r.finish for r in group)))
             self._write(group, step)
-            counts = {key: counts.get(key, 0) + more.get(key, 0) for key in counts | more}
             batch += useful
             bar.update(len(useful))
             if not useful:
@@ -1566,14 +1682,12 @@ class GeneratorClient:
                 self._allow()
         bar.close()
         self.training = len(batch)
-        graded = [r.reward for r in finished if not r.void]
-        return batch, dict(reward=float(np.mean(graded)) if graded else None, **counts, groups_tried=tried,
-                           finish=dict(Counter(r.finish for r in finished)))
+        return batch, found
 
     def check(self):
         """Raise RunFailed if the generator is no more."""
         if self.failure:
-            raise RunFailed(f"generator: {self.failure} (see generator.log)")
+            raise RunFailed(f"generator: {self.failure} (see {self.generator_log})")
 
     def _write(self, group, step, **more):
         for r in group:
@@ -1615,54 +1729,81 @@ class GeneratorClient:
         self.log.close()
 
 
-def train(cfg, run_dir, model, tasks, eval_tasks):
-    """The recipe: collect, select, compare, pack, update, reload. Runs on every rank; rank 0 owns generator and files."""
-    first = dist.get_rank() == 0
+def add(total, more):
+    """Add figures to those of the same name: numbers, lists, Counters."""
+    for key, value in more.items():
+        total[key] = total[key] + value if key in total else value
+
+
+def next_batch(cfg, cell, generator, step, version):
+    """The first rank of a node collects, compares and packs; every rank gets its packs, as many as any other (collectives).
+
+    Returns (packs, the node's folder for weights, metrics of all nodes together); no pack where no group was useful.
+    Raises RunFailed on all ranks if a generator is no more."""
+    share = []
+
+    def collect():
+        groups, found = generator.collect(step, version)
+        for group in groups:
+            for r, advantage in zip(group, centered_advantages([r.reward for r in group])):
+                r.advantage = float(advantage)
+        rows = pack(sum(groups, []), cfg.pack_length, cell.ranks) if groups else [[]] * cell.ranks
+        share.extend((row, generator.memory / "weights") for row in rows)
+        return found | dict(packs=len(rows[0]))
+    results, mine, total = together(collect if cell.first else dict), [None], {}
+    dist.scatter_object_list(mine, share, src=cell.node * cell.ranks, group=cell.group)
+    (packs, folder), count = mine[0], max(found.get("packs", 0) for found in results)
+    for found in results:
+        add(total, found)
+    rewards, waits = total.pop("rewards"), total.pop("waiting")
+    total |= {f"waiting_{what}": waits[what] / total["groups_tried"] * cell.nodes for what in ("model", "bash", "grading")}
+    total |= dict(reward=float(np.mean(rewards)) if rewards else None, packs=count)
+    return packs + [build_pack([])] * (count - len(packs)), folder, total
+
+
+def train(cfg, cell, run_dir, model, tasks, eval_tasks):
+    """The recipe: collect, select, compare, pack, update, reload. Runs on every rank; a node's first owns its generator."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    generator = GeneratorClient(cfg, model, tasks, run_dir) if first else None
+    generator = GeneratorClient(cfg, cell, model, tasks, run_dir) if cell.first else None
     try:
-        learner, history = Learner(cfg, model), []
+        learner, history = Learner(cfg, model, cell), []
+        save = lambda step: learner.save_checkpoint(run_dir / f"checkpoint-{step}", tokenizer)
         for step in range(1, cfg.training_steps + 1):
             start = time.monotonic()
-            share = [None] * dist.get_world_size()
-            if first:
-                groups, metrics = generator.collect(step, learner.version)
-                for group in groups:
-                    for r, advantage in zip(group, centered_advantages([r.reward for r in group])):
-                        r.advantage = float(advantage)
-                rows = pack(sum(groups, []), cfg.pack_length, len(share))
-                share = [(row if groups else None, generator.memory / "weights") for row in rows]
-            generated = time.monotonic()
-            mine = [None]
-            dist.scatter_object_list(mine, share)
-            packs, folder = mine[0]
-            trained = written = time.monotonic()
+            try:
+                packs, folder, metrics = next_batch(cfg, cell, generator, step, learner.version)
+            except RunFailed:
+                if learner.version and (step - 1) % cfg.save_every:     # what was learnt is not lost with the generator
+                    save(step - 1)
+                raise
+            generated = trained = waited = written = time.monotonic()
             update = dict.fromkeys(UPDATE_METRICS)
             if packs:  # without a useful group there is no update, and the weights stay as they are
                 update = learner.update(packs)
                 trained = time.monotonic()
-                if first:
+                if generator:   # the engines may still be reading there; other ranks wait for this one in the first gather
                     generator.loaded.wait()
-                    generator.check()
+                waited = time.monotonic()
                 learner.save_weights(folder)
-                if first:
+                if generator:
                     generator.publish(learner.version)
                 written = time.monotonic()
             evaluation = bool(cfg.eval_every) and step % cfg.eval_every == 0
             if evaluation or step % cfg.save_every == 0 or step == cfg.training_steps:
-                learner.save_checkpoint(run_dir / f"checkpoint-{step}", tokenizer)
-            if first:
+                save(step)
+            if dist.get_rank() == 0:
                 metrics = dict(step=step, **metrics, **update, updated=bool(packs), version=learner.version,
                                seconds_generate=generated - start, seconds_train=trained - generated,
-                               seconds_write=written - trained, seconds_reload=generator.reload_seconds)
+                               seconds_gather_write=written - waited, seconds_reload=generator.reload_seconds,
+                               learners_waited=(generated - start + waited - trained) / (written - start))
                 if evaluation:
                     metrics |= evaluate_step(generator, cfg, run_dir, eval_tasks, step, history)
                 history.append(metrics)
                 report(metrics, cfg, run_dir)
-        if first:
+        if dist.get_rank() == 0:
             summarize(history, run_dir)
     finally:
-        if first:
+        if generator:
             generator.close()
 
 
@@ -1712,9 +1853,9 @@ def score(results):
         void=[t["task"] for t in tasks if any(end.startswith("void") for end in t["finish"])], tasks=tasks)
 
 
-def evaluate(cfg, run_dir, model, tasks):
+def evaluate(cfg, cell, run_dir, model, tasks):
     """--eval: score a model, print the table and write it to eval.json; the transcripts are in rollouts.jsonl."""
-    generator = GeneratorClient(cfg, model, tasks, run_dir)
+    generator = GeneratorClient(cfg, cell, model, tasks, run_dir)
     try:
         scores = score(generator.evaluate(tasks, cfg))
     finally:
@@ -1892,8 +2033,6 @@ def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
 
 def make_run_dir(cfg):
     """A new folder runs/NAME with the Config in it."""
-    kind = "eval" if cfg.eval else "tiny" if cfg.tiny else "tmax"
-    cfg.name = cfg.name or time.strftime(f"{kind}-%Y%m%d-%H%M%S")
     run_dir = Path("runs", cfg.name)
     try:
         run_dir.mkdir(parents=True)
@@ -1920,37 +2059,81 @@ async def run_oracle(cfg, tasks, run_dir):
 
 
 def run(cfg):
-    """Make what is missing, then train or evaluate."""
+    """Make what is missing, then train or evaluate. Runs on every rank; the very first makes files, in a folder that all nodes see."""
     if cfg.oracle:
         check_sandbox(cfg)
         tasks = [task for source in cfg.tasks for task in load_tasks(source, cfg)]
         return asyncio.run(run_oracle(cfg, tasks, make_run_dir(cfg)))
-    if not cfg.tiny and not torch.cuda.is_available():
-        raise UserError("the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
-                        "python tmax.py --tiny runs the same code on two CPU cores")
-    check_sandbox(cfg)
     if not torch.cuda.is_available():  # one share of the cores each: OpenMP threads that wait for a core spin, ten times slower
-        threads = max(1, len(os.sched_getaffinity(0)) // ((cfg.num_learners or 1) + (cfg.num_engines or 1)))
+        threads = max(1, len(os.sched_getaffinity(0)) // (cfg.num_learners + cfg.num_engines))
         torch.set_num_threads(threads)
         os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_CPU_OMP_THREADS_BIND="nobind")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    load = lambda sources: [task for source in sources for task in load_tasks(source, cfg)]
-    model, tasks, eval_tasks = cfg.model, load(cfg.tasks), load(cfg.eval_tasks)
-    if model and not cfg.eval:
-        check_model(model, cfg)
-    run_dir = make_run_dir(cfg)
-    if cfg.tiny and not model:
-        model, folder, demonstrations = make_tiny(run_dir, cfg.seed)
-        warm_start(model, demonstrations, cfg)
-        tasks = tasks or load_tasks(folder, cfg)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tasks = drop_long_prompts(tasks, tokenizer, cfg)
-    print(f"{len(tasks)} tasks, run folder {run_dir}; vLLM is starting")
+    cell, tasks, eval_tasks = join_ranks(), [], []
+
+    def look():  # on each node, before anything is made
+        check_sandbox(cfg)
+        if cfg.model and not cfg.eval:
+            check_model(cfg.model, cfg)
+        tasks.extend(task for source in cfg.tasks for task in load_tasks(source, cfg))
+        eval_tasks.extend(task for source in cfg.eval_tasks for task in load_tasks(source, cfg))
+
+    def make():
+        run_dir, model, folder = make_run_dir(cfg), cfg.model, None
+        if cfg.tiny and not model:
+            model, folder, demonstrations = make_tiny(run_dir, cfg.seed)
+            warm_start(model, demonstrations, cfg)
+        return run_dir, model, folder
+
+    def choose():
+        if not run_dir.is_dir():
+            raise UserError(f"--name: node {cell.node} does not see {run_dir.resolve()}; nodes must start in one shared folder")
+        tasks[:], tokenizer = tasks or load_tasks(tiny_tasks, cfg), AutoTokenizer.from_pretrained(model)
+        tasks[:] = drop_long_prompts(tasks, tokenizer, cfg)
+        if eval_tasks:
+            drop_long_prompts(eval_tasks, tokenizer, replace(cfg, eval=True))
+    idle = lambda: None
+    together(look if cell.first else idle)
+    run_dir, model, tiny_tasks = together(make if dist.get_rank() == 0 else idle)[0]
+    cfg.name = run_dir.name
+    together(choose if cell.first else idle)
+    if dist.get_rank() == 0:
+        print(f"{len(tasks)} tasks, run folder {run_dir}; vLLM is starting")
     if cfg.eval:
-        return evaluate(cfg, run_dir, model, tasks)
-    if eval_tasks:
-        drop_long_prompts(eval_tasks, tokenizer, replace(cfg, eval=True))
-    train(cfg, run_dir, model, tasks, eval_tasks)
+        return evaluate(cfg, cell, run_dir, model, tasks)
+    train(cfg, cell, run_dir, model, tasks, eval_tasks)
+
+
+def launch(cfg):
+    """Run this script under torchrun, one process per learner. The reason for a failure is the last line."""
+    logging.disable()   # what torchrun says of it
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher import LaunchConfig, elastic_launch
+    with tempfile.TemporaryDirectory(prefix=f"tmax-{os.getpid()}-", dir="/dev/shm") as folder:
+        os.environ["TMAX_REASON"] = f"{folder}/reason"
+        config = LaunchConfig(1, 1, cfg.num_learners, run_id=cfg.name, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                              max_restarts=0, logs_specs=DefaultLogsSpecs(folder), shutdown_timeout=20)
+        try:
+            elastic_launch(config, sys.executable)(__file__, *sys.argv[1:], "--name", cfg.name)
+        except SignalException as stop:
+            raise KeyboardInterrupt if stop.sigval == signal.SIGINT else SystemExit(143) from None
+        except ChildFailedError as error:
+            reason = Path(folder, "reason")
+            if reason.exists():
+                sys.exit(reason.read_text())
+            rank, failure = min(error.failures.items(), key=lambda f: f[1].exitcode)    # killed (below 0), before its victims
+            died = f"killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode} (see above)"
+            raise RunFailed(f"learner rank {rank}: {died}") from None
+
+
+def follow_launcher():
+    """End with torchrun: a rank whose parent is gone kills itself, and its generator ends with it."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+    if reason := os.environ.get("TMAX_REASON"):
+        shutil.rmtree(Path(reason).parent, ignore_errors=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main():
@@ -1959,12 +2142,24 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     # vLLM's processes are ended by force; who then frees their semaphores need not say so.
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
+    under_torchrun = "LOCAL_RANK" in os.environ
+    if under_torchrun:
+        threading.Thread(target=follow_launcher, daemon=True).start()
     try:
-        run(parse_config(sys.argv[1:]))
+        cfg = resolve(parse_config(sys.argv[1:]))
+        (launch if cfg.num_learners > 1 and not under_torchrun else run)(cfg)
     except (UserError, RunFailed) as error:
-        sys.exit(f"error: {error}")
+        reason = f"error: {error}"
+        if isinstance(error, RunFailed):
+            saved = sorted(Path("runs", cfg.name).glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+            reason += f"; newest checkpoint: {saved[-1] if saved else 'none'}"
+        if "TMAX_REASON" in os.environ and under_torchrun:  # launch() prints it, last of all
+            Path(os.environ["TMAX_REASON"]).write_text(reason)
+            sys.exit(1)
+        sys.exit(reason)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        if "TMAX_REASON" not in os.environ or not under_torchrun:
+            print("stopped", file=sys.stderr)
         sys.exit(130)
 
 
