@@ -991,7 +991,7 @@ def test_defaults_are_the_cards_values():
     ("--pack_length 0", "pack_length"), ("--pack_length 34815", "34816"), ("--tasks /nowhere", "/nowhere"),
     ("--tasks", "--tasks"), ("--samples_per_prompt 1", "samples_per_prompt"), ("--packs_per_device 2", "packs_per_device"),
     ("--loss foo", "--loss"), ("--advantage std", "--advantage"), ("--dtype int8", "--dtype"), ("--sandbox chroot", "--sandbox"),
-    ("--kl_beta 0.1", "kl_beta"), ("--kl_beta nan", "kl_beta"), ("--training_steps 1.5", "training_steps"),
+    ("--kl_beta 0.1", "kl_beta"), ("--kl_beta nan", "kl_beta"), ("--oracle", "--eval"), ("--training_steps 1.5", "training_steps"),
     ("--training_steps many", "training_steps"), ("--fp32_lm_head perhaps", "fp32_lm_head"), ("--name a/b", "name"),
     *((f"--{name} {value}", name) for name in ("learning_rate", "temperature", "dppo_threshold", "max_grad_norm", "bash_timeout")
       for value in ("nan", "inf", "0", "-1")),
@@ -1140,11 +1140,15 @@ def test_one_task_folder_or_a_folder_of_them(tmp_path, monkeypatch):
     (dict(include=["a*"], exclude=["?1"]), ["a2"]), (dict(include=["c"]), []), (dict(exclude=["*"]), []),
 ], ids=str)
 def test_include_and_exclude(tmp_path, capsys, flags, left):
-    """Name patterns choose tasks; what they leave out is counted, and is not read, so it may be broken."""
+    """Name patterns choose tasks; what they leave out is counted, and is not read, so it may be broken. To leave none of all sources
+    is an error."""
     for name in ("a1", "a2", "b1", "b2"):
         make_task(tmp_path / name, test="exit" if name in left else None)
     assert [t.name for t in tmax.load_tasks(str(tmp_path), dataclasses.replace(CFG, **flags))] == left
     assert f"{len(left)} tasks taken, 0 left out, {4 - len(left)} not chosen" in capsys.readouterr().out
+    cfg = dataclasses.replace(CFG, **flags)
+    with contextlib.nullcontext() if left else pytest.raises(tmax.UserError, match="--include"):
+        assert len(tmax.all_tasks([str(tmp_path)] * 2, cfg)) == 2 * len(left)
 
 
 def test_no_usable_task_is_an_error(tmp_path):
@@ -2136,6 +2140,31 @@ def test_a_sandbox_that_does_not_start_voids_the_rollout(tmp_path, tokenizers, m
     monkeypatch.setattr(tmax, "bwrap_path", lambda: "/usr/bin/false")
     r = asyncio.run(tmax.rollout(None, tmax.load_task(make_task(tmp_path / "t")), tokenizers["tiny"], CFG))
     assert r.void and len(r.tokens) == len(r.mask) == r.prompt_tokens and not any(r.mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Oracle
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
+    """`--eval --oracle` from the command line, without a model or a GPU: the solution runs where the agent would, with the files
+    beside it, and the tests decide. What is printed is what oracle.json holds."""
+    test = f'[ "$(cat /app/done)" = yes ] && echo 1 >{TXT} || echo 0.5 >{TXT}'
+    tasks = {"right": "cp /solution/data done", "wrong": "echo no >done", "slow": "cp /solution/data done; sleep 60", "none": None}
+    for name, solution in tasks.items():
+        files = {"solution/solve.sh": solution, "solution/data": "yes"} if solution else {}
+        make_task(tmp_path / "tasks" / name, test, toml="[agent]\ntimeout_sec = 2", files=files)
+    make_task(tmp_path / "tasks/skipped-1")
+    flags = "--eval --oracle --sandbox bwrap --model /nowhere --name o --exclude skipped-* --tasks".split()
+    ran = subprocess.run([sys.executable, tmax.__file__, *flags, tmp_path / "tasks"], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    wanted = {"right": (1.0, "submitted"), "wrong": (0.5, "submitted"), "slow": (1.0, "timeout"), "none": (0.0, "no_solution")}
+    said = json.loads((tmp_path / "runs/o/oracle.json").read_text())
+    assert {t["task"]: (t["reward"], t["finish"]) for t in said["tasks"]} == wanted
+    assert said["passed"] == 2 and "\n2 of 4 tasks are solved" in ran.stdout and "1 not chosen" in ran.stdout
+    for name, (reward, finish) in wanted.items():
+        assert re.search(rf"^{'pass' if reward == 1 else 'FAIL'}  reward {reward:.2f}  {finish} +{name}$", ran.stdout, re.M), ran.stdout
+    assert sorted(p.name for p in (tmp_path / "runs/o").iterdir()) == ["config.json", "oracle.json"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -311,6 +311,14 @@ def load_tasks(source, cfg):
     return tasks
 
 
+def all_tasks(sources, cfg):
+    """The tasks of all sources. Raises UserError if --include and --exclude leave none."""
+    tasks = [task for source in sources for task in load_tasks(source, cfg)]
+    if sources and not tasks:
+        raise UserError("--include, --exclude: they leave no task")
+    return tasks
+
+
 def find_source(source):
     """The folder that a --tasks value means: one here, or the snapshot of a Hugging Face data set. Raises UserError."""
     root = Path(source).expanduser().absolute()
@@ -346,7 +354,7 @@ def read_rows(root):
 
 
 def cached(key, make):
-    """The folder `key` of the cache. make(folder) fills it if it is not there or was broken off; other starts wait meanwhile."""
+    """The folder `key` of the cache. make(folder) fills it unless it is there and whole; other starts wait meanwhile."""
     folder = huggingface_hub.cached_assets_path("tmax", "tasks", key)
     partial, done = folder / "partial", folder / "tasks"
     with (folder / "lock").open("w") as lock:
@@ -1749,16 +1757,21 @@ def make_run_dir(cfg):
     return run_dir
 
 
-async def run_oracle(cfg, tasks, run_dir):
-    """--eval --oracle: grade each task's own solution, to tell sound tasks from broken ones. Prints them, writes oracle.json."""
-    free = asyncio.Semaphore(cfg.max_concurrent_rollouts)
+def oracle(cfg):
+    """--eval --oracle: grade each task's own solution, to tell sound tasks from broken ones; writes oracle.json."""
+    check_sandbox(cfg)
+    tasks = all_tasks(cfg.tasks, cfg)
+    run_dir, free = make_run_dir(cfg), asyncio.Semaphore(cfg.max_concurrent_rollouts)
 
     async def one(task):
         async with free:
             r = await oracle_rollout(task, cfg)
         print(f"{'pass' if r.reward >= 1 else 'FAIL'}  reward {r.reward:.2f}  {r.finish:<12} {r.task}")
         return dict(task=r.task, reward=r.reward, finish=r.finish, seconds_bash=r.seconds_bash, transcript=r.transcript)
-    results = await asyncio.gather(*map(one, tasks))
+
+    async def every():
+        return await asyncio.gather(*map(one, tasks))
+    results = asyncio.run(every())
     passed, finish = sum(r["reward"] >= 1 for r in results), dict(Counter(r["finish"] for r in results))
     (run_dir / "oracle.json").write_text(json.dumps(dict(passed=passed, finish=finish, tasks=results), indent=2))
     print(f"\n{passed} of {len(tasks)} tasks are solved by their own solution; ends: {finish}\n"
@@ -1767,10 +1780,6 @@ async def run_oracle(cfg, tasks, run_dir):
 
 def run(cfg):
     """Make what is missing, then train."""
-    if cfg.oracle:
-        check_sandbox(cfg)
-        tasks = [task for source in cfg.tasks for task in load_tasks(source, cfg)]
-        return asyncio.run(run_oracle(cfg, tasks, make_run_dir(cfg)))
     if not cfg.tiny and not torch.cuda.is_available():
         raise UserError("the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
                         "python tmax.py --tiny runs the same code on two CPU cores")
@@ -1780,7 +1789,7 @@ def run(cfg):
         torch.set_num_threads(threads)
         os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_CPU_OMP_THREADS_BIND="nobind")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    model, tasks = cfg.model, [task for source in cfg.tasks for task in load_tasks(source, cfg)]
+    model, tasks = cfg.model, all_tasks(cfg.tasks, cfg)
     run_dir = make_run_dir(cfg)
     if cfg.tiny and not model:
         model, folder, demonstrations = make_tiny(run_dir, cfg.seed)
@@ -1798,7 +1807,8 @@ def main():
     # vLLM's processes are ended by force; who then frees their semaphores need not say so.
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
     try:
-        run(parse_config(sys.argv[1:]))
+        cfg = parse_config(sys.argv[1:])
+        (oracle if cfg.oracle else run)(cfg)
     except (UserError, RunFailed) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
