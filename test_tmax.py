@@ -6,10 +6,13 @@
     bash run.sh test -m gpu        checks that need a CUDA device (vLLM not needed)
 """
 import asyncio
+import base64
 import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
+import http.server
 import io
 import itertools
 import json
@@ -28,10 +31,11 @@ import tempfile
 import threading
 import time
 import uuid
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import docker
 import huggingface_hub
 import numpy as np
 import pyarrow
@@ -989,7 +993,7 @@ def test_defaults_are_the_cards_values():
     ("--pack_length 0", "pack_length"), ("--pack_length 34815", "34816"), ("--tasks /nowhere", "/nowhere"),
     ("--tasks", "--tasks"), ("--samples_per_prompt 1", "samples_per_prompt"), ("--packs_per_device 2", "packs_per_device"),
     ("--loss foo", "--loss"), ("--advantage std", "--advantage"), ("--dtype int8", "--dtype"), ("--sandbox chroot", "--sandbox"),
-    ("--kl_beta 0.1", "kl_beta"), ("--kl_beta nan", "kl_beta"), ("--training_steps 1.5", "training_steps"),
+    ("--kl_beta 0.1", "kl_beta"), ("--kl_beta nan", "kl_beta"), ("--oracle", "--eval"), ("--training_steps 1.5", "training_steps"),
     ("--training_steps many", "training_steps"), ("--fp32_lm_head perhaps", "fp32_lm_head"), ("--name a/b", "name"),
     *((f"--{name} {value}", name) for name in ("learning_rate", "temperature", "dppo_threshold", "max_grad_norm", "bash_timeout")
       for value in ("nan", "inf", "0", "-1")),
@@ -1175,11 +1179,15 @@ def test_one_task_folder_or_a_folder_of_them(tmp_path, monkeypatch):
     (dict(include=["a*"], exclude=["?1"]), ["a2"]), (dict(include=["c"]), []), (dict(exclude=["*"]), []),
 ], ids=str)
 def test_include_and_exclude(tmp_path, capsys, flags, left):
-    """Name patterns choose tasks; what they leave out is counted, and is not read, so it may be broken."""
+    """Name patterns choose tasks; what they leave out is counted, and is not read, so it may be broken. To leave none of all sources
+    is an error."""
     for name in ("a1", "a2", "b1", "b2"):
         make_task(tmp_path / name, test="exit" if name in left else None)
     assert [t.name for t in tmax.load_tasks(str(tmp_path), dataclasses.replace(CFG, **flags))] == left
     assert f"{len(left)} tasks taken, 0 left out, {4 - len(left)} not chosen" in capsys.readouterr().out
+    cfg = dataclasses.replace(CFG, **flags)
+    with contextlib.nullcontext() if left else pytest.raises(tmax.UserError, match="--include"):
+        assert len(tmax.all_tasks([str(tmp_path)] * 2, cfg)) == 2 * len(left)
 
 
 def test_no_usable_task_is_an_error(tmp_path):
@@ -2171,6 +2179,168 @@ def test_a_sandbox_that_does_not_start_voids_the_rollout(tmp_path, tokenizers, m
     monkeypatch.setattr(tmax, "bwrap_path", lambda: "/usr/bin/false")
     r = asyncio.run(tmax.rollout(None, tmax.load_task(make_task(tmp_path / "t")), tokenizers["tiny"], CFG))
     assert r.void and len(r.tokens) == len(r.mask) == r.prompt_tokens and not any(r.mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Oracle
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
+    """`--eval --oracle` from the command line, without a model or a GPU: the solution runs where the agent would, with the files
+    beside it, and the tests decide. What is printed is what eval.json holds."""
+    test = f'[ "$(cat /app/done)" = yes ] && echo 1 >{TXT} || echo 0.5 >{TXT}'
+    tasks = {"right": "cp /solution/data done", "wrong": "echo no >done", "slow": "cp /solution/data done; sleep 60", "none": None}
+    for name, solution in tasks.items():
+        files = {"solution/solve.sh": solution, "solution/data": "yes"} if solution else {}
+        make_task(tmp_path / "tasks" / name, test, toml="[agent]\ntimeout_sec = 2", files=files)
+    make_task(tmp_path / "tasks/skipped-1")
+    flags = "--eval --oracle --sandbox bwrap --model /nowhere --name o --exclude skipped-* --tasks".split()
+    ran = subprocess.run([sys.executable, tmax.__file__, *flags, tmp_path / "tasks"], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    wanted = {"right": (1.0, "submitted"), "wrong": (0.5, "submitted"), "slow": (1.0, "timeout"), "none": (0.5, "no_solution")}
+    scores = json.loads((tmp_path / "runs/o/eval.json").read_text())
+    assert {t["task"]: (t["rewards"][0], t["finish"][0]) for t in scores["tasks"]} == wanted and scores["mean"] == 0.75
+    assert "\n4 tasks / 75.0 % over 1 runs" in ran.stdout and "1 not chosen" in ran.stdout
+    for name, (reward, finish) in wanted.items():
+        assert re.search(rf"^{name} +{reward // 1:.2f}  {finish}$", ran.stdout, re.M), ran.stdout
+    assert sorted(p.name for p in (tmp_path / "runs/o").iterdir()) == ["config.json", "eval.json", "rollouts.jsonl"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images, on a real Docker engine
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """image_of(task) of a fresh process in a fresh folder, with the client of the engine; skipped where none answers."""
+    try:
+        client = docker.from_env()
+        client.ping()
+    except (docker.errors.DockerException, OSError) as error:
+        pytest.skip(f"no Docker engine: {error}")
+    for name, fresh in dict(image_states={}, IMAGE_PAUSE=0.0).items():
+        monkeypatch.setattr(tmax, name, fresh)
+    monkeypatch.chdir(tmp_path)
+    cfg = dataclasses.replace(DOCKER, name="run")
+    return SimpleNamespace(client=client, of=lambda task: tmax.image_of(client, task, cfg),
+                           log=lambda: "".join(p.read_text() for p in tmp_path.glob("runs/run/images/*.log")))
+
+
+def recipe(folder, lines, **files):
+    """A task with environment/Dockerfile and files beside it."""
+    environment = {f"environment/{name}": text for name, text in {"Dockerfile": lines, **files}.items()}
+    return tmax.load_task(make_task(folder, files=environment))
+
+
+def test_an_image_is_built_once_for_each_content(images, tmp_path):
+    """Rollouts of two tasks with the same environment, all at once, share one build; another file beside the Dockerfile makes
+    another image; a later start finds both."""
+    mark = uuid.uuid4().hex
+    tasks = [recipe(tmp_path / name, "FROM scratch\nCOPY f /f", f=f"{mark} {content}") for name, content in (("a", 1), ("b", 1), ("c", 2))]
+    try:
+        with ThreadPoolExecutor(12) as pool:
+            names = list(pool.map(images.of, tasks * 4))
+        assert names == names[:3] * 4 and names[0] == names[1] != names[2]
+        assert [len(images.client.images.get(name).history()) for name in set(names)] == [1, 1]
+        assert images.log().count(": docker build") == 2
+        tmax.image_states.clear()
+        assert list(map(images.of, tasks)) == names[:3] and images.log().count(": docker build") == 2
+    finally:
+        for name in {images.of(task) for task in tasks}:
+            images.client.images.remove(name)
+
+
+@pytest.mark.parametrize("lines, said", [("FROM scratch\nCOPY gone /f", "gone"), ("FROM tmax-no/such-image:1", "such-image"), ("HELLO", "HELLO")])
+def test_an_image_that_cannot_be_built(images, tmp_path, capsys, lines, said):
+    """The rollouts are void, the engine's reason is in the log, and after three failures the task is set aside and that is said."""
+    task = recipe(tmp_path / "t", lines)
+    for _ in range(5):
+        with pytest.raises(tmax.SandboxLost, match="image"):
+            images.of(task)
+    assert images.log().count(": docker build") == 3 and said in images.log()
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 3 and all("task t: " in line for line in told) and "set aside" in told[2] and "runs/run/images/" in told[2]
+
+
+def test_rollouts_of_a_group_share_a_failure(images, tmp_path, monkeypatch):
+    """Eight rollouts that start together make one try, not eight."""
+    monkeypatch.setattr(tmax, "IMAGE_PAUSE", 60.0)
+    task = recipe(tmp_path / "t", "HELLO")
+    with ThreadPoolExecutor(8) as pool:
+        lost = [pool.submit(images.of, task).exception() for _ in range(8)]
+    assert [str(error) for error in lost] == ["image"] * 8 and images.log().count(": docker build") == 1
+
+
+@pytest.fixture
+def base_image():
+    return "tmax-test"
+
+
+def test_a_build_that_takes_too_long_is_stopped(images, base_image, tmp_path):
+    """At [environment] build_timeout_sec, and what it ran is gone."""
+    task = dataclasses.replace(recipe(tmp_path / "t", f"FROM {base_image}\nRUN sleep 987"), build_timeout=3.0)
+    start = time.monotonic()
+    with pytest.raises(tmax.SandboxLost, match="image"):
+        images.of(task)
+    assert 3 <= time.monotonic() - start < 20 and "sending signal TERM" in images.log()
+    wait_for(lambda: not any("sleep 987" in str(c.attrs["Config"]["Cmd"]) for c in images.client.containers.list()), 20)
+
+
+@pytest.fixture
+def registry(monkeypatch, tmp_path):
+    """A registry with one image, behind a password that only the Docker configuration knows. Yields its address and a list: the
+    status of the next answers to those who know it, taken from the end."""
+    layer = io.BytesIO()
+    with tarfile.open(fileobj=layer, mode="w") as tar:
+        tar.addfile(*member(f"file-{uuid.uuid4().hex}", data=b"x"))
+    digest = lambda data: "sha256:" + hashlib.sha256(data).hexdigest()
+    config = dict(architecture="amd64", os="linux", config={}, rootfs=dict(type="layers", diff_ids=[digest(layer.getvalue())]))
+    blobs, failures = {digest(data): data for data in (layer.getvalue(), json.dumps(config).encode())}, []
+    kind = "application/vnd.docker.distribution.manifest.v2+json"
+    parts = [dict(digest=name, size=len(data), mediaType=f"application/vnd.docker.{what}") for (name, data), what in
+             zip(blobs.items(), ("image.rootfs.diff.tar", "container.image.v1+json"))]
+    manifest = json.dumps(dict(schemaVersion=2, mediaType=kind, config=parts[1], layers=parts[:1])).encode()
+    password = base64.b64encode(b"user:secret").decode()
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            known = self.headers.get("Authorization") == f"Basic {password}"
+            status = failures.pop() if known and failures and "/manifests/" in self.path else 200 if known else 401
+            data = blobs.get(self.path.rpartition("/")[2], manifest if "/manifests/" in self.path else b"{}") if status == 200 else b"{}"
+            self.send_response(status)
+            for header in (("Content-Type", kind if data == manifest else "application/octet-stream"), ("Content-Length", len(data)),
+                           ("Docker-Content-Digest", digest(data)), ("WWW-Authenticate", 'Basic realm="test"')):
+                self.send_header(*map(str, header))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+        do_HEAD = do_GET
+        log_message = lambda *_: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"127.0.0.1:{server.server_port}"
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {address: {"auth": password}}}))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    yield address, failures
+    server.shutdown()
+
+
+def test_an_image_is_pulled(images, registry, tmp_path, monkeypatch):
+    """From a registry that asks for a password, with the login of the Docker configuration; an error there is tried again, once for
+    all who wait; without the login the rollout is void."""
+    address, failures = registry
+    task = tmax.load_task(make_task(tmp_path / "t", files={"image.txt": f"{address}/team/image:1"}))
+    failures += [500, 500]  # to the engine's HEAD and to its GET
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(images.of, [task] * 4)) == [task.image] * 4
+    assert failures == [] and images.log().count(": docker pull") == 2
+    images.client.images.remove(task.image)
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "nothing"))
+    monkeypatch.setattr(tmax.time, "sleep", lambda _: None)
+    with pytest.raises(tmax.SandboxLost, match="image"):
+        images.of(task)
+    assert images.log().count(": docker pull") == 5 and "no basic auth credentials" in images.log()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

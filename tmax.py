@@ -347,6 +347,14 @@ def load_tasks(source, cfg):
     return tasks
 
 
+def all_tasks(sources, cfg):
+    """The tasks of all sources. Raises UserError if --include and --exclude leave none."""
+    tasks = [task for source in sources for task in load_tasks(source, cfg)]
+    if sources and not tasks:
+        raise UserError("--include, --exclude: they leave no task")
+    return tasks
+
+
 def find_source(source):
     """The folder that a --tasks value means: one here, or the snapshot of a Hugging Face data set. Raises UserError."""
     root = Path(source).expanduser().absolute()
@@ -382,7 +390,7 @@ def read_rows(root):
 
 
 def cached(key, make):
-    """The folder `key` of the cache. make(folder) fills it if it is not there or was broken off; other starts wait meanwhile."""
+    """The folder `key` of the cache. make(folder) fills it unless it is there and whole; other starts wait meanwhile."""
     folder = huggingface_hub.cached_assets_path("tmax", "tasks", key)
     partial, done = folder / "partial", folder / "tasks"
     with (folder / "lock").open("w") as lock:
@@ -889,12 +897,12 @@ async def rollout(engine, task, tokenizer, cfg, engine_rank=0):
     """Let the policy work on a task in a fresh sandbox, then grade it. Returns a Rollout; infrastructure faults void it.
 
     In an evaluation the tests run whatever the end was; in training only what was submitted, or ran out of time, is graded."""
-    prompt = chat_format(tokenizer).prompt(task.instruction)
+    prompt = [] if cfg.oracle else chat_format(tokenizer).prompt(task.instruction)
     r = Rollout(task.name, [], [], [], [], len(prompt))
     r.append(prompt, 0)
     try:
         async with Sandbox(task, cfg) as box:
-            r.finish = await agent_loop(engine, box, r, tokenizer, cfg, engine_rank)
+            r.finish = await (run_solution(box, r) if cfg.oracle else agent_loop(engine, box, r, tokenizer, cfg, engine_rank))
             if cfg.eval or r.finish in ("submitted", "timeout"):
                 with waiting("grading"):
                     r.reward = await box.grade()
@@ -904,24 +912,14 @@ async def rollout(engine, task, tokenizer, cfg, engine_rank=0):
     return r
 
 
-async def oracle_rollout(task, cfg):
-    """A rollout in which the task's own solution/solve.sh works in place of a model."""
-    r = Rollout(task.name, [], [], [], [], 0)
-    if not (task.path / "solution/solve.sh").is_file():
-        r.finish = "no_solution"
-        return r
-    try:
-        async with Sandbox(task, cfg) as box:
-            start = time.monotonic()
-            await box.run(box._unpack(task.path / "solution", "/solution"), 60, mode="clean")
-            output = await box.run("bash /solution/solve.sh", task.agent_timeout)
-            r.finish, r.seconds_bash = "timeout" if output.timed_out else "submitted", time.monotonic() - start
-            r.transcript.append({"role": "tool", "content": render_observation(output.text, output.exit_code)})
-            r.reward = await box.grade()
-            r.transcript.append({"role": "verifier", "content": box.grading})
-    except SandboxLost as reason:
-        r.finish = f"void:{reason}"
-    return r
+async def run_solution(box, r):
+    """--oracle: the task's own solution/solve.sh works in place of the model. Returns the rollout's end."""
+    if not (box.task.path / "solution/solve.sh").is_file():
+        return "no_solution"
+    await box.run(box._unpack(box.task.path / "solution", "/solution"), 60, mode="clean")
+    output = await box.run("bash /solution/solve.sh", box.task.agent_timeout)
+    r.transcript.append({"role": "tool", "content": render_observation(output.text, output.exit_code)})
+    return "timeout" if output.timed_out else "submitted"
 
 
 async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
@@ -1607,6 +1605,15 @@ class Learner:
 # Train: the loop reads like the recipe.
 # ---------------------------------------------------------------------------------------------------------------------
 
+def write_rollouts(file, rollouts, **more):
+    """Append rollouts to an open rollouts.jsonl, one object each."""
+    for r in rollouts:
+        file.write(json.dumps(more | dict(
+            task=r.task, reward=r.reward, finish=r.finish, steps=r.steps, tokens=len(r.tokens), sampled=sum(r.mask),
+            versions=sorted({v for v in r.versions if v >= 0}), seconds_bash=round(r.seconds_bash, 3), transcript=r.transcript)) + "\n")
+    file.flush()
+
+
 class GeneratorClient:
     """The learner's end of the generator process: collects batches, hands over weights, holds the bound on staleness.
 
@@ -1674,7 +1681,7 @@ class GeneratorClient:
             useful, counts = select_groups([group], version, self.cfg)
             add(found, dict(counts, groups_tried=1, rewards=[r.reward for r in group if not r.void], waiting=Counter(waits),
                             finish=Counter(r.finish for r in group)))
-            self._write(group, step)
+            write_rollouts(self.log, group, step=step)
             batch += useful
             bar.update(len(useful))
             if not useful:
@@ -1689,14 +1696,6 @@ class GeneratorClient:
         if self.failure:
             raise RunFailed(f"generator: {self.failure} (see {self.generator_log})")
 
-    def _write(self, group, step, **more):
-        for r in group:
-            seen = sorted({v for v in r.versions if v >= 0})
-            self.log.write(json.dumps(dict(
-                step=step, **more, task=r.task, reward=r.reward, finish=r.finish, steps=r.steps, tokens=len(r.tokens),
-                sampled=sum(r.mask), versions=seen, seconds_bash=round(r.seconds_bash, 3), transcript=r.transcript)) + "\n")
-        self.log.flush()
-
     def evaluate(self, tasks, cfg, step=0):
         """Rollouts [task][run] by the engines with the weights they now have: every task cfg.eval_runs times."""
         with contextlib.suppress(OSError):
@@ -1706,7 +1705,7 @@ class GeneratorClient:
             _, place, run, r = self.evaluated.get()
             self.check()
             results[place][run] = r
-            self._write([r], step, run=run)
+            write_rollouts(self.log, [r], step=step, run=run)
         return results
 
     def publish(self, version):
@@ -1854,23 +1853,45 @@ def score(results):
 
 
 def evaluate(cfg, cell, run_dir, model, tasks):
-    """--eval: score a model, print the table and write it to eval.json; the transcripts are in rollouts.jsonl."""
+    """--eval: score a model."""
     generator = GeneratorClient(cfg, cell, model, tasks, run_dir)
     try:
-        scores = score(generator.evaluate(tasks, cfg))
+        report_scores(score(generator.evaluate(tasks, cfg)), str(model), run_dir)
     finally:
         generator.close()
-    (run_dir / "eval.json").write_text(json.dumps(dict(model=str(model), **scores), indent=1))
-    width = max(len(t["task"]) for t in scores["tasks"])
+
+
+def oracle(cfg):
+    """--eval --oracle: score the tasks' own solutions, to tell sound tasks from broken ones. No model is loaded."""
+    check_sandbox(cfg)
+    tasks, run_dir = all_tasks(cfg.tasks, cfg), make_run_dir(cfg)
+    slots = asyncio.Semaphore(cfg.max_concurrent_rollouts or os.cpu_count())
+
+    async def one(task):
+        async with slots:
+            r = await rollout(None, task, None, cfg)
+        write_rollouts(log, [r])
+        return [r]
+
+    async def every():
+        return await asyncio.gather(*map(one, tasks))
+    with (run_dir / "rollouts.jsonl").open("a") as log:
+        report_scores(score(asyncio.run(every())), "oracle", run_dir)
+
+
+def report_scores(scores, model, run_dir):
+    """Print the table and write eval.json."""
+    (run_dir / "eval.json").write_text(json.dumps(dict(model=model, **scores), indent=1))
+    width, runs = max(len(t["task"]) for t in scores["tasks"]), len(scores["run_means"])
     for t in scores["tasks"]:
         print(f"{t['task']:{width}}  {t['pass_rate']:.2f}  {', '.join(t['finish'])}")
-    error = "" if scores["stderr"] is None else f" ± {100 * scores['stderr']:.1f}"
-    print(f"\n{len(tasks)} tasks / {100 * scores['mean']:.1f}{error} % over {cfg.eval_runs} runs"
+    error = "" if runs == 1 else f" ± {100 * scores['stderr']:.1f}"
+    print(f"\n{len(scores['tasks'])} tasks / {100 * scores['mean']:.1f}{error} % over {runs} runs"
           "   (± is the standard deviation, n - 1, of the runs' means / sqrt(runs))")
     print("  ".join(f"pass@{k} {100 * p:.1f} %" for k, p in scores["pass_at_k"].items()))
     print("ends: " + ", ".join(f"{n} {end}" for end, n in sorted(scores["finish"].items())))
     if scores["void"]:
-        print(f"void three times over and so counted as 0: {', '.join(scores['void'])}")
+        print(f"void and so counted as 0: {', '.join(scores['void'])}")
     print(f"figures      {run_dir}/eval.json\ntranscripts  {run_dir}/rollouts.jsonl")
 
 
@@ -2042,28 +2063,8 @@ def make_run_dir(cfg):
     return run_dir
 
 
-async def run_oracle(cfg, tasks, run_dir):
-    """--eval --oracle: grade each task's own solution, to tell sound tasks from broken ones. Prints them, writes oracle.json."""
-    free = asyncio.Semaphore(cfg.max_concurrent_rollouts)
-
-    async def one(task):
-        async with free:
-            r = await oracle_rollout(task, cfg)
-        print(f"{'pass' if r.reward >= 1 else 'FAIL'}  reward {r.reward:.2f}  {r.finish:<12} {r.task}")
-        return dict(task=r.task, reward=r.reward, finish=r.finish, seconds_bash=r.seconds_bash, transcript=r.transcript)
-    results = await asyncio.gather(*map(one, tasks))
-    passed, finish = sum(r["reward"] >= 1 for r in results), dict(Counter(r["finish"] for r in results))
-    (run_dir / "oracle.json").write_text(json.dumps(dict(passed=passed, finish=finish, tasks=results), indent=2))
-    print(f"\n{passed} of {len(tasks)} tasks are solved by their own solution; ends: {finish}\n"
-          f"transcripts  {run_dir}/oracle.json")
-
-
 def run(cfg):
     """Make what is missing, then train or evaluate. Runs on every rank; the very first makes files, in a folder that all nodes see."""
-    if cfg.oracle:
-        check_sandbox(cfg)
-        tasks = [task for source in cfg.tasks for task in load_tasks(source, cfg)]
-        return asyncio.run(run_oracle(cfg, tasks, make_run_dir(cfg)))
     if not torch.cuda.is_available():  # one share of the cores each: OpenMP threads that wait for a core spin, ten times slower
         threads = max(1, len(os.sched_getaffinity(0)) // (cfg.num_learners + cfg.num_engines))
         torch.set_num_threads(threads)
@@ -2074,8 +2075,8 @@ def run(cfg):
         check_sandbox(cfg)
         if cfg.model and not cfg.eval:
             check_model(cfg.model, cfg)
-        tasks.extend(task for source in cfg.tasks for task in load_tasks(source, cfg))
-        eval_tasks.extend(task for source in cfg.eval_tasks for task in load_tasks(source, cfg))
+        tasks.extend(all_tasks(cfg.tasks, cfg))
+        eval_tasks.extend(all_tasks(cfg.eval_tasks, cfg))
 
     def make():
         run_dir, model, folder = make_run_dir(cfg), cfg.model, None
@@ -2147,7 +2148,7 @@ def main():
         threading.Thread(target=follow_launcher, daemon=True).start()
     try:
         cfg = resolve(parse_config(sys.argv[1:]))
-        (launch if cfg.num_learners > 1 and not under_torchrun else run)(cfg)
+        (oracle if cfg.oracle else launch if cfg.num_learners > 1 and not under_torchrun else run)(cfg)
     except (UserError, RunFailed) as error:
         reason = f"error: {error}"
         if isinstance(error, RunFailed):
