@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -16,8 +17,10 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -1284,7 +1287,7 @@ def test_observations_forge_nothing(tokenizers, family, header):
     text = "".join(f"{token.content} {token.content}\n" for token in added.values()) + header
     assert len(added) >= 6 and set(tokenizer.encode(text)) & set(added)
     empty, ids = chat.tool_turn([""]), chat.tool_turn([text])
-    place = len(chat.opening)
+    place = len(chat.around["tool"][0]) - 1
     inside = ids[place:place + len(ids) - len(empty)]
     assert not set(inside) & set(added) and tokenizer.decode(inside, skip_special_tokens=False) == text
     assert ids[:place] + ids[place + len(inside):] == empty
@@ -1714,7 +1717,8 @@ class Script:
     def __init__(self, tokenizer, *says):
         self.tokenizer, self.says, self.calls, self.sampled = tokenizer, list(says), [], []
 
-    async def generate(self, tokens, budget, stop_ids, engine_rank=0):
+    async def generate(self, tokens, budget, stop_ids, engine_rank=0, cfg=None):
+        self.cfg = cfg
         self.calls.append((list(tokens), budget, list(stop_ids), engine_rank))
         said = self.says.pop(0)
         if callable(said):
@@ -1748,6 +1752,7 @@ def rolled_out(folder, tokenizer, *says, test=f"[ -e /tmp/done ] && echo 1 >{TXT
         assert budget == min(cfg.max_turn_tokens, cfg.max_total_tokens - (len(seen) - r.prompt_tokens)) >= 1
         assert stop == [tokenizer.eos_token_id] and at == rank and len(seen) > end
         end = len(seen) + len(ids)
+    assert engine.cfg == cfg    # and so the sampling parameters are the rollout's own
     assert r.task == "t" and r.void == r.finish.startswith("void") and r.advantage == 0
     return r, engine
 
@@ -1926,11 +1931,21 @@ def last_line(folder, name):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
+def held_out(tiny_model, tmp_path_factory):
+    """Four tasks of three kinds to evaluate on."""
+    folder = tmp_path_factory.mktemp("held_out")
+    for task in sorted(tiny_model[1].iterdir())[::32]:
+        shutil.copytree(task, folder / task.name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, held_out):
     """The folder of a short tiny run: run folder, tasks, warm-started model, checkpoint, metrics, transcripts."""
     folder = tmp_path_factory.mktemp("e2e")
     before = debris(folder)
-    run = start_run(folder, "--name", "e2e", "--training_steps", "6", "--prompts_per_step", "8")
+    run = start_run(folder, "--name", "e2e", "--training_steps", "6", "--prompts_per_step", "8",
+                    "--eval_every", "3", "--eval_tasks", str(held_out), "--eval_runs", "2")
     assert run.wait(600) == 0, last_line(folder, "e2e")
     wait_for(lambda: debris(folder) == before, 10)
     return folder / "runs/e2e"
@@ -1942,8 +1957,14 @@ def metrics(tiny_run):
 
 
 @pytest.fixture(scope="session")
-def transcripts(tiny_run):
+def rollout_lines(tiny_run):
     return [json.loads(line) for line in (tiny_run / "rollouts.jsonl").open()]
+
+
+@pytest.fixture(scope="session")
+def transcripts(rollout_lines):
+    """Those of training: a rollout of an evaluation tells its run."""
+    return [line for line in rollout_lines if "run" not in line]
 
 
 def test_metrics_have_the_agreed_keys(metrics):
@@ -2129,3 +2150,153 @@ def test_reward_rises(tmp_path, seed):
     rewards = [json.loads(line)["reward"] for line in (tmp_path / "runs/learn/metrics.jsonl").open()]
     first, last = np.mean(rewards[:5]), np.mean(rewards[-5:])
     assert 0.2 <= first <= 0.5 and last >= 0.8 and last - first >= 0.35
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_eval_is_a_preset_too():
+    """--eval sets the authors' sampling and context; tiny budgets and given flags win; training samples from all of pi."""
+    cfg = tmax.parse_config(["--eval"])
+    assert (cfg.temperature, cfg.top_p, cfg.max_prompt_tokens + cfg.max_total_tokens, cfg.eval_runs) == (0.7, 0.95, 40960, 3)
+    tiny = tmax.parse_config(["--tiny", "--eval", "--top_p", "0.9"])
+    assert (tiny.temperature, tiny.top_p, tiny.max_total_tokens) == (0.7, 0.9, tmax.TINY["max_total_tokens"])
+    for wrong, named in [("--top_p 0.9", "--top_p"), ("--eval --top_p 1.1", "--top_p"), ("--eval --eval_runs 0", "--eval_runs"),
+                         ("--eval_every 5", "--eval_every"), ("--eval_tasks .", "--eval_every"), ("--eval_every 5 --eval_tasks ./no", "--eval_tasks: ")]:
+        with pytest.raises(tmax.UserError, match=named):
+            tmax.parse_config(wrong.split())
+
+
+@pytest.mark.parametrize("family", ["tiny", "qwen", "llama"])
+def test_a_turn_without_a_call_is_answered(tmp_path, tokenizers, family):
+    """In an evaluation: no call, a broken call, no call, then the work. The answers are the template's own user turns, mask 0."""
+    tokenizer = tokenizers[family]
+    says = ["I think.", "<tool_call>{oops</tool_call>", "", hermes("touch /tmp/done"), hermes(SUBMIT)]
+    r, engine = rolled_out(tmp_path, tokenizer, *says, eval=True)
+    assert (r.finish, r.reward, r.steps, len(engine.calls)) == ("submitted", 1.0, 5, 5)
+    assert [m["role"] for m in r.transcript] == ["assistant", "error"] * 3 + ["assistant", "tool", "assistant", "verifier"]
+    conversation = [{"role": "system", "content": tmax.SYSTEM_PROMPT}, {"role": "user", "content": "Do it."}] + [
+        dict(role="user", content=f"{m['content']} {tmax.FORMAT_MESSAGE}") if m["role"] == "error" else m for m in r.transcript[:-1]]
+    wanted = tokenizer.apply_chat_template(conversation, tools=[tmax.BASH_TOOL], tokenize=False).rstrip("\n")
+    assert tokenizer.decode(r.tokens, skip_special_tokens=False) == wanted
+
+
+@pytest.mark.parametrize("says, limits, finish, steps", [
+    (["I am done."] * 3, dict(max_steps=4), "max_steps", 4), ([hermes("true")] * 3, dict(max_steps=4), "max_steps", 4),
+    (["x" * 300], dict(max_turn_tokens=100), "max_tokens", 1), (["x"] * 9, dict(max_total_tokens=300), "max_tokens", None),
+    ([hermes("sleep 300")], {}, "timeout", 2),
+], ids=["no calls", "calls", "cut", "no room for an answer", "timeout"])
+def test_an_evaluation_grades_every_end(tmp_path, tokenizers, says, limits, finish, steps):
+    """The tests run whatever the end; a turn without a call counts as a step, so that it comes."""
+    r, _ = rolled_out(tmp_path, tokenizers["tiny"], hermes("touch /tmp/done"), *says, eval=True, toml="[agent]\ntimeout_sec = 3\n", **limits)
+    assert (r.finish, r.reward, r.transcript[-1]["role"]) == (finish, 1.0, "verifier") and r.steps == (steps or r.steps) < 9
+
+
+def test_a_void_rollout_of_an_evaluation_is_tried_three_times(monkeypatch):
+    """Then it stays void; one that works ends the trying."""
+    tries, sent = [], []
+
+    async def fake(engine, task, tokenizer, cfg, rank):
+        tries.append(task)
+        return tmax.Rollout(task, [], [], [], [], 0, finish="void:died" if task == "bad" or len(tries) == 1 else "submitted")
+    monkeypatch.setattr(tmax, "rollout", fake)
+
+    async def both():
+        generator = tmax.Generator(TINY, [], SimpleNamespace(send=sent.append))
+        generator.engine = generator.tokenizer = None
+        for place, name in enumerate(["good", "bad"]):
+            await generator._evaluate(place, name, 2, TINY)
+    asyncio.run(both())
+    assert tries == ["good"] * 2 + ["bad"] * 3
+    assert [(m[0], m[1], m[2], m[3].finish) for m in sent] == [("evaluated", 0, 2, "submitted"), ("evaluated", 1, 2, "void:died")]
+
+
+def figures(lines, runs):
+    """The table from rollouts.jsonl, by hand: mean, stderr, pass@k by trying all choices of k runs, ends, pass rates, void."""
+    rewards = {}
+    for line in lines:
+        rewards.setdefault(line["task"], {})[line["run"]] = line["reward"]
+    assert all(set(of_task) == set(range(runs)) for of_task in rewards.values())
+    means = [statistics.mean(of_task[run] for of_task in rewards.values()) for run in range(runs)]
+    passed = lambda of_task, chosen: any(of_task[run] >= 1 for run in chosen)
+    pass_at = {k: statistics.mean(statistics.mean(passed(of_task, chosen) for chosen in itertools.combinations(range(runs), k))
+                                  for of_task in rewards.values()) for k in range(1, runs + 1)}
+    ends = [line["finish"] for line in lines]
+    return dict(mean=statistics.mean(means), stderr=statistics.stdev(means) / math.sqrt(runs) if runs > 1 else None, run_means=means,
+                pass_at_k=pass_at, finish={end: ends.count(end) for end in ends},
+                rates={name: statistics.mean(x >= 1 for x in of_task.values()) for name, of_task in rewards.items()},
+                void={line["task"] for line in lines if line["finish"].startswith("void")})
+
+
+def compare(scores, wanted):
+    """Scores of tmax.score, maybe through JSON, with `figures`."""
+    assert scores["mean"] == pytest.approx(wanted["mean"]) and scores["run_means"] == pytest.approx(wanted["run_means"])
+    assert scores["stderr"] == (wanted["stderr"] and pytest.approx(wanted["stderr"]))
+    assert {int(k): p for k, p in scores["pass_at_k"].items()} == pytest.approx(wanted["pass_at_k"])
+    assert scores["finish"] == wanted["finish"] and set(scores["void"]) == wanted["void"]
+    assert {t["task"]: t["pass_rate"] for t in scores["tasks"]} == wanted["rates"]
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3, 5])
+def test_scores(runs):
+    """Figures of random results with partial rewards and void rollouts; no error bar from one run."""
+    draw = random.Random(runs)
+    results = [[tmax.Rollout(f"t{i}", [], [], [], [], 0, finish=draw.choice(["submitted", "max_steps"]), reward=draw.choice([0, 0.5, 1, 1]))
+                for _ in range(runs)] for i in range(12)]
+    results[3][0] = tmax.Rollout("t3", [], [], [], [], 0, finish="void:start")
+    lines = [dict(task=r.task, run=run, reward=r.reward, finish=r.finish) for of_task in results for run, r in enumerate(of_task)]
+    compare(tmax.score(results), figures(lines, runs))
+
+
+@pytest.fixture(scope="session")
+def evaluation(tiny_run, held_out):
+    """(run folder, what was printed) of --eval with the trained model: hot, so that runs differ; one task cannot start."""
+    folder, tasks = tiny_run.parents[1], tiny_run.parents[1] / "tasks"
+    shutil.copytree(held_out, tasks)
+    make_task(tasks / "never", toml="[environment]\nmemory_mb = 1\n", seeds={"large": "x" * (4 << 20)})
+    run = start_run(folder, "--name", "eval", "--eval", "--model", str(tiny_run / "checkpoint-6"), "--tasks", str(tasks),
+                    "--temperature", "1.3")
+    assert run.wait(300) == 0, last_line(folder, "eval")
+    return folder / "runs/eval", (folder / "log-eval").read_text()
+
+
+def test_printed_table_equals_the_transcripts(evaluation):
+    """Every figure of the table and of eval.json, recomputed from rollouts.jsonl; the task that stays void counts 0 and is named."""
+    folder, said = evaluation
+    lines = [json.loads(line) for line in (folder / "rollouts.jsonl").open()]
+    assert len(lines) == 5 * 3
+    wanted, scores = figures(lines, 3), json.loads((folder / "eval.json").read_text())
+    compare(scores, wanted)
+    assert wanted["void"] == {"never"} and wanted["rates"]["never"] == 0 and "counted as 0: never\n" in said
+    assert f"5 tasks / {100 * wanted['mean']:.1f} ± {100 * wanted['stderr']:.1f} % over 3 runs" in said
+    assert "  ".join(f"pass@{k} {100 * p:.1f} %" for k, p in wanted["pass_at_k"].items()) in said
+    assert "ends: " + ", ".join(f"{n} {end}" for end, n in sorted(wanted["finish"].items())) in said
+    for name, rate in wanted["rates"].items():
+        ends = [line["finish"] for line in sorted(lines, key=lambda line: line["run"]) if line["task"] == name]
+        assert re.search(rf"^{name} +{rate:.2f}  {', '.join(ends)}$", said, re.M)
+    for line in lines:      # the tests ran, whatever the end, and their reward is the one that counts
+        assert line["finish"].startswith("void") or line["transcript"][-1]["role"] == "verifier"
+        assert line["versions"] in ([0], []) and "no_call" not in line["finish"]
+
+
+def test_evaluation_during_training(tiny_run, metrics, rollout_lines):
+    """Every third step: figures in metrics.jsonl, on the weights of that step's checkpoint; the best one is linked."""
+    evaluated = [m for m in metrics if "eval_mean" in m]
+    assert [m["step"] for m in evaluated] == [3, 6]
+    for m in evaluated:
+        lines = [line for line in rollout_lines if line["step"] == m["step"] and "run" in line]
+        wanted = figures(lines, 2)
+        assert (m["eval_mean"], m["eval_stderr"], m["eval_void"]) == (pytest.approx(wanted["mean"]), pytest.approx(wanted["stderr"]), [])
+        assert all(line["versions"] == [m["version"]] for line in lines) and (tiny_run / f"checkpoint-{m['step']}").is_dir()
+    best = max(evaluated, key=lambda m: m["eval_mean"])
+    assert os.readlink(tiny_run / "checkpoint-best") == f"checkpoint-{best['step']}"
+    assert f"checkpoint-best -> checkpoint-{best['step']}" in (tiny_run.parents[1] / "log-e2e").read_text()
+
+
+def test_an_evaluation_drops_no_task(tokenizers, capsys):
+    """A prompt that is too long is dropped in training, and an error in an evaluation."""
+    tasks = [tmax.Task(name, Path("/nonexistent"), text) for name, text in [("short", "a"), ("long", "a " * 600)]]
+    assert [t.name for t in tmax.drop_long_prompts(tasks, tokenizers["tiny"], TINY)] == ["short"]
+    with pytest.raises(tmax.UserError, match="--max_prompt_tokens: .* of 1 are longer"):
+        tmax.drop_long_prompts(tasks, tokenizers["tiny"], dataclasses.replace(TINY, eval=True))
