@@ -26,6 +26,8 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
+import urllib.request
 import uuid
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -38,7 +40,7 @@ import torch.distributed as dist
 from hypothesis import given, settings, strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
 import tmax
 
@@ -2300,3 +2302,181 @@ def test_an_evaluation_drops_no_task(tokenizers, capsys):
     assert [t.name for t in tmax.drop_long_prompts(tasks, tokenizers["tiny"], TINY)] == ["short"]
     with pytest.raises(tmax.UserError, match="--max_prompt_tokens: .* of 1 are longer"):
         tmax.drop_long_prompts(tasks, tokenizers["tiny"], dataclasses.replace(TINY, eval=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model families: stop tokens, packed logprobs, the engine, and what is refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_turns_end_with_any_end_token(tmp_path):
+    """Stop ids: the tokenizer's eos, generation_config's and the template's. A turn that ends otherwise than in the template
+    is closed as there, by a token that is not trained on; nothing that was sampled leaves."""
+    small_tokenizer(LLAMA, LLAMA_TOKENS, "<|end_of_text|>").save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    python, text, turn = (tokenizer.convert_tokens_to_ids(t) for t in ("<|python_tag|>", "<|end_of_text|>", "<|eot_id|>"))
+    assert set(tmax.ChatFormat(tokenizer).stop_ids) == {text, turn}
+    for listed, stop_ids in [(python, {text, turn, python}), ([text, turn, python], {text, turn, python}), (None, {text, turn})]:
+        GenerationConfig(eos_token_id=listed).save_pretrained(tmp_path)
+        chat = tmax.ChatFormat(tokenizer)
+        assert set(chat.stop_ids) == stop_ids and len(chat.stop_ids) == len(stop_ids)
+    for role in ("tool", "user"):
+        plain = chat.tool_turn(["output"], role)
+        assert turn not in plain[:1] and chat.tool_turn(["output"], role, stop=turn) == plain
+        assert chat.tool_turn(["output"], role, stop=text) == [turn] + plain
+    engine = Script(tokenizer, hermes("touch /tmp/done"), hermes(SUBMIT))       # it ends its turns with <|end_of_text|>
+    task = tmax.load_task(make_task(tmp_path / "t", test=f"[ -e /tmp/done ] && echo 1 >{TXT}"))
+    r = asyncio.run(tmax.rollout(engine, task, tokenizer, CFG))
+    assert (r.finish, r.reward) == ("submitted", 1.0) and r.transcript[0]["content"] == hermes("touch /tmp/done")
+    ended = r.prompt_tokens + len(engine.sampled[0])
+    assert r.tokens[ended - 1:ended + 1] == [text, turn] and r.mask[ended - 1:ended + 1] == [1, 0]
+
+
+FAMILY = {"qwen3": (QWEN, QWEN_TOKENS, "<|im_end|>"), "qwen2": (QWEN, QWEN_TOKENS, "<|im_end|>"), "llama": (LLAMA, LLAMA_TOKENS, "<|eot_id|>")}
+SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+             initializer_range=0.2, max_position_embeddings=2048, bos_token_id=None)
+
+
+@pytest.fixture(scope="session", params=FAMILY)
+def family_model(request, tmp_path_factory):
+    """A folder with a random model and a template of the family; Qwen2's embeddings are tied, as its small ones are."""
+    folder, tokenizer = tmp_path_factory.mktemp(request.param), small_tokenizer(*FAMILY[request.param])
+    torch.manual_seed(4)
+    config = AutoConfig.for_model(request.param, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+                                  pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=request.param == "qwen2", **SHAPE)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_families_train(family_model):
+    """From a folder to logprobs: packed as the learner computes them, against each rollout alone with ordinary attention."""
+    tmax.check_model(family_model, CFG)
+    policy = tmax.load_policy(family_model, CFG, "cpu", sharded=False)
+    chat, draw = tmax.ChatFormat(AutoTokenizer.from_pretrained(family_model)), random.Random(5)
+    rollouts = []
+    for name in ("a", "b", "c"):
+        r = tmax.Rollout(name, [], [], [], [], 0)
+        r.append(chat.prompt(f"Do {name}."), 0)
+        for _ in range(2):
+            r.append([draw.randrange(300) for _ in range(20)] + chat.stop_ids, 1)
+            r.append(chat.tool_turn(["output"]), 0)
+        rollouts.append(r)
+    with torch.no_grad():
+        found = policy.run(tmax.build_pack(rollouts))[0]
+        wanted = torch.cat([unpacked_logprobs(ordinary(policy.lm), r) for r in rollouts])
+    assert (found - wanted).abs().max() <= 1e-5 and wanted.std() > 0.5
+
+
+def sampled_gap(folder):
+    """Largest |log mu - log pi| of some turns that a real engine samples from a model."""
+    async def turns():
+        engine = tmax.Engine(folder, HOT)
+        await engine.llm.update_weight_version("0")
+        found = await asyncio.gather(*[engine.generate(PROMPT[:20 + i], 64, []) for i in range(8)])
+        engine.llm.shutdown(timeout=0)
+        return found
+    return max(float((learner_logprobs(folder, turn, PROMPT[:20 + i]) - torch.tensor(turn.logprobs)).abs().max())
+               for i, turn in enumerate(asyncio.run(turns())))
+
+
+@pytest.mark.slow
+def test_families_sample(family_model):
+    """vLLM and the learner agree to 1e-4 in fp32 for every family."""
+    assert in_fresh_process(sampled_gap, family_model) <= 1e-4
+
+
+@pytest.mark.parametrize("family, changes, reason", [
+    ("qwen3", {}, None), ("qwen2", {}, None), ("llama", {}, None), ("qwen3_moe", {}, None),
+    ("mistral", dict(sliding_window=None), None), ("phi3", dict(sliding_window=262144), None),
+    ("granite", dict(logits_scaling=1.0), None),
+    ("qwen3_5", {}, "linear_attention"), ("qwen3_5_text", {}, "linear_attention"), ("qwen3_next", {}, "linear_attention"),
+    ("mamba", {}, "linear_attention"), ("jamba", {}, "linear_attention"), ("rwkv", {}, "packed attention"),
+    ("lfm2", dict(layer_types=["conv", "full_attention"], num_hidden_layers=2), "conv"),
+    ("mistral", {}, "sliding_attention"), ("phi3", dict(sliding_window=2048), "sliding_attention"),
+    ("qwen2", dict(use_sliding_window=True, max_window_layers=1), "sliding_attention"),
+    ("gemma2", {}, "sliding_attention"), ("gpt_oss", {}, "sliding_attention"), ("llama4_text", {}, "chunked_attention"),
+    ("qwen2_5_vl", {}, "multimodal"), ("t5", {}, "encoder-decoder"), ("bart", {}, "encoder-decoder"), ("vit", {}, "no causal"),
+    ("granite", dict(logits_scaling=8.0), "scales"), ("cohere", {}, "scales"),
+])
+def test_models_that_cannot_be_packed_are_refused(tmp_path, family, changes, reason):
+    """From config.json alone, before anything is loaded, in one line that says why."""
+    AutoConfig.for_model(family, **changes).save_pretrained(tmp_path)
+    if reason is None:
+        return tmax.check_model(tmp_path, CFG)
+    with pytest.raises(tmax.UserError, match=f"--model: .*{reason}") as error:
+        tmax.check_model(tmp_path, CFG)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path):
+    """One line, no traceback."""
+    with pytest.raises(tmax.UserError, match="--model: [^\n]+$"):
+        tmax.check_model(tmp_path / "nothing", CFG)
+
+
+@pytest.mark.parametrize("name, value", [("softcap", 50.0), ("s_aux", torch.zeros(2)), ("sliding_window", 7), ("dropout", 0.1)])
+def test_attention_of_another_kind_is_an_error(name, value):
+    """What packed attention does not compute, it does not ignore; what is off, or no shorter than the row, changes nothing."""
+    q, k, v = torch.randn(3, 1, 2, 8, 4, generator=torch.Generator().manual_seed(0))
+    attend = lambda **more: tmax.packed_attention(None, q, k, v, None, cu_seqlens=torch.tensor([0, 3, 8], dtype=torch.int32), **more)[0]
+    with pytest.raises(ValueError, match=name):
+        attend(**{name: value})
+    assert attend(softcap=None, dropout=0.0, sliding_window=8, use_cache=False, position_ids=torch.arange(8)).equal(attend())
+
+
+def test_a_bias_in_the_head_is_refused(tmp_path):
+    """The chunked LM head would leave it out."""
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("phi", vocab_size=64, **SHAPE)).save_pretrained(tmp_path)
+    with pytest.raises(tmax.UserError, match="--model: .*bias"):
+        tmax.load_policy(tmp_path, CFG, "cpu", sharded=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Serving
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_checkpoint_keeps_dtype_and_generation_config(tiny_model, tmp_path, process_group):
+    """A bf16 run saves bf16 weights that are the masters rounded, and a generation config even if transformers finds it odd."""
+    learner = tmax.Learner(dataclasses.replace(TINY, dtype="bfloat16"), tiny_model[0])
+    learner.policy.lm.generation_config.temperature = 0.6       # without do_sample
+    learner.save_checkpoint(tmp_path / "checkpoint-1", AutoTokenizer.from_pretrained(tiny_model[0]))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1", dtype="auto")
+    masters = AutoModelForCausalLM.from_pretrained(tiny_model[0]).bfloat16().state_dict()
+    assert saved.dtype == torch.bfloat16 and all(x.equal(masters[name]) for name, x in saved.state_dict().items())
+    written = json.loads((tmp_path / "checkpoint-1/generation_config.json").read_text())
+    assert (written["temperature"], written["eos_token_id"]) == (0.6, AutoTokenizer.from_pretrained(tmp_path / "checkpoint-1").eos_token_id)
+
+
+def test_checkpoint_serves(tiny_run, tmp_path):
+    """vLLM's OpenAI server on the trained checkpoint answers a chat request with a parsed call of bash."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--enable-auto-tool-choice",
+             "--tool-call-parser", "hermes", "--host", "127.0.0.1", "--port", str(port)]
+    log = (tmp_path / "log").open("w")
+    server = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_run / "checkpoint-6"), *flags],
+                              stdout=log, stderr=log, cwd=tmp_path, start_new_session=True,
+                              env=os.environ | {"TORCH_COMPILE_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TMAX_MARK": MARK, "TMPDIR": str(tmp_path)})
+
+    def ask(path, data=None):
+        with contextlib.suppress(urllib.error.URLError):
+            request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data and json.dumps(data).encode(),
+                                             {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.read() or b"{}"
+    try:
+        wait_for(lambda: server.poll() is not None or ask("/health"), 240)
+        messages = [{"role": "system", "content": tmax.SYSTEM_PROMPT}, {"role": "user", "content": "Write the word amber to the file /workspace/fern"}]
+        answer = ask("/v1/chat/completions", dict(model=str(tiny_run / "checkpoint-6"), messages=messages, tools=[tmax.BASH_TOOL],
+                                                  tool_choice="auto", temperature=0, max_tokens=64))
+        assert answer, (tmp_path / "log").read_text()[-2000:]
+        choice = json.loads(answer)["choices"][0]
+        call, = choice["message"]["tool_calls"]
+        assert choice["finish_reason"] == "tool_calls" and call["function"]["name"] == "bash"
+        assert json.loads(call["function"]["arguments"])["command"].startswith(("echo", "mv", "cat", "touch"))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
