@@ -22,14 +22,18 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
 import threading
 import time
+import urllib.error
+import urllib.request
 import uuid
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -47,7 +51,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
 import tmax
 
@@ -1587,7 +1591,7 @@ def test_observations_forge_nothing(tokenizers, family, header):
     text = "".join(f"{token.content} {token.content}\n" for token in added.values()) + header
     assert len(added) >= 6 and set(tokenizer.encode(text)) & set(added)
     empty, ids = chat.tool_turn([""]), chat.tool_turn([text])
-    place = len(chat.opening)
+    place = len(chat.around["tool"][0]) - 1
     inside = ids[place:place + len(ids) - len(empty)]
     assert not set(inside) & set(added) and tokenizer.decode(inside, skip_special_tokens=False) == text
     assert ids[:place] + ids[place + len(inside):] == empty
@@ -2017,7 +2021,8 @@ class Script:
     def __init__(self, tokenizer, *says):
         self.tokenizer, self.says, self.calls, self.sampled = tokenizer, list(says), [], []
 
-    async def generate(self, tokens, budget, stop_ids, engine_rank=0):
+    async def generate(self, tokens, budget, stop_ids, engine_rank=0, cfg=None):
+        self.cfg = cfg
         self.calls.append((list(tokens), budget, list(stop_ids), engine_rank))
         said = self.says.pop(0)
         if callable(said):
@@ -2051,6 +2056,7 @@ def rolled_out(folder, tokenizer, *says, test=f"[ -e /tmp/done ] && echo 1 >{TXT
         assert budget == min(cfg.max_turn_tokens, cfg.max_total_tokens - (len(seen) - r.prompt_tokens)) >= 1
         assert stop == [tokenizer.eos_token_id] and at == rank and len(seen) > end
         end = len(seen) + len(ids)
+    assert engine.cfg == cfg    # and so the sampling parameters are the rollout's own
     assert r.task == "t" and r.void == r.finish.startswith("void") and r.advantage == 0
     return r, engine
 
@@ -2391,11 +2397,21 @@ def last_line(folder, name):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
+def held_out(tiny_model, tmp_path_factory):
+    """Four tasks of three kinds to evaluate on."""
+    folder = tmp_path_factory.mktemp("held_out")
+    for task in sorted(tiny_model[1].iterdir())[::32]:
+        shutil.copytree(task, folder / task.name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, held_out):
     """The folder of a short tiny run: run folder, tasks, warm-started model, checkpoint, metrics, transcripts."""
     folder = tmp_path_factory.mktemp("e2e")
     before = debris(folder)
-    run = start_run(folder, "--name", "e2e", "--training_steps", "6", "--prompts_per_step", "8")
+    run = start_run(folder, "--name", "e2e", "--training_steps", "6", "--prompts_per_step", "8",
+                    "--eval_every", "3", "--eval_tasks", str(held_out), "--eval_runs", "2")
     assert run.wait(600) == 0, last_line(folder, "e2e")
     wait_for(lambda: debris(folder) == before, 10)
     return folder / "runs/e2e"
@@ -2407,8 +2423,14 @@ def metrics(tiny_run):
 
 
 @pytest.fixture(scope="session")
-def transcripts(tiny_run):
+def rollout_lines(tiny_run):
     return [json.loads(line) for line in (tiny_run / "rollouts.jsonl").open()]
+
+
+@pytest.fixture(scope="session")
+def transcripts(rollout_lines):
+    """Those of training: a rollout of an evaluation tells its run."""
+    return [line for line in rollout_lines if "run" not in line]
 
 
 def test_metrics_have_the_agreed_keys(metrics):
@@ -2659,7 +2681,7 @@ class Replay:
         seconds = (time.monotonic() - self.start) * len(self.busy)
         Path(self.spec["folder"], "worked").write_text(str(self.worked / seconds))
 
-    async def generate(self, tokens, budget, stop_ids, engine_rank=0):
+    async def generate(self, tokens, budget, stop_ids, engine_rank=0, cfg=None):
         numbers = re.findall(r"#(\d+)\.", self.tokenizer.decode(tokens))
         number = int(numbers[0]) if numbers else next(self.new)
         turns, model, bash = self.spec["times"][number % len(self.spec["times"])]
@@ -2696,7 +2718,7 @@ def replay(tmp_path, tiny_model, process_group, monkeypatch):
         monkeypatch.setenv("TMAX_REPLAY", json.dumps(dict(times=times, broken=broken, folder=str(tmp_path))))
         defaults = dict(max_turn_tokens=512, max_total_tokens=4096, pack_length=8192, num_learners=1, num_engines=1)
         try:
-            tmax.train(dataclasses.replace(TINY, **defaults | cfg), ALONE, tmp_path, tiny_model[0], [task])
+            tmax.train(dataclasses.replace(TINY, **defaults | cfg), ALONE, tmp_path, tiny_model[0], [task], [])
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -2819,3 +2841,328 @@ def test_updates_do_not_depend_on_ranks_and_nodes(tmp_path, policy, groups, proc
 
 if __name__ == "__main__":      # a rank of the test above
     updates_of_a_rank(Path(sys.argv[1]), tmax.join_ranks())
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_eval_is_a_preset_too():
+    """--eval sets the authors' sampling and context; tiny budgets and given flags win; training samples from all of pi."""
+    cfg = tmax.parse_config(["--eval"])
+    assert (cfg.temperature, cfg.top_p, cfg.max_prompt_tokens + cfg.max_total_tokens, cfg.eval_runs) == (0.7, 0.95, 40960, 3)
+    tiny = tmax.parse_config(["--tiny", "--eval", "--top_p", "0.9"])
+    assert (tiny.temperature, tiny.top_p, tiny.max_total_tokens) == (0.7, 0.9, tmax.TINY["max_total_tokens"])
+    for wrong, named in [("--top_p 0.9", "--top_p"), ("--eval --top_p 1.1", "--top_p"), ("--eval --eval_runs 0", "--eval_runs"),
+                         ("--eval_every 5", "--eval_every"), ("--eval_tasks .", "--eval_every"), ("--eval_every 5 --eval_tasks ./no", "--eval_tasks: ")]:
+        with pytest.raises(tmax.UserError, match=named):
+            tmax.parse_config(wrong.split())
+
+
+@pytest.mark.parametrize("family", ["tiny", "qwen", "llama"])
+def test_a_turn_without_a_call_is_answered(tmp_path, tokenizers, family):
+    """In an evaluation: no call, a broken call, no call, then the work. The answers are the template's own user turns, mask 0."""
+    tokenizer = tokenizers[family]
+    says = ["I think.", "<tool_call>{oops</tool_call>", "", hermes("touch /tmp/done"), hermes(SUBMIT)]
+    r, engine = rolled_out(tmp_path, tokenizer, *says, eval=True)
+    assert (r.finish, r.reward, r.steps, len(engine.calls)) == ("submitted", 1.0, 5, 5)
+    assert [m["role"] for m in r.transcript] == ["assistant", "error"] * 3 + ["assistant", "tool", "assistant", "verifier"]
+    conversation = [{"role": "system", "content": tmax.SYSTEM_PROMPT}, {"role": "user", "content": "Do it."}] + [
+        dict(role="user", content=f"{m['content']} {tmax.FORMAT_MESSAGE}") if m["role"] == "error" else m for m in r.transcript[:-1]]
+    wanted = tokenizer.apply_chat_template(conversation, tools=[tmax.BASH_TOOL], tokenize=False).rstrip("\n")
+    assert tokenizer.decode(r.tokens, skip_special_tokens=False) == wanted
+
+
+@pytest.mark.parametrize("says, limits, finish, steps", [
+    (["I am done."] * 3, dict(max_steps=4), "max_steps", 4), ([hermes("true")] * 3, dict(max_steps=4), "max_steps", 4),
+    (["x" * 300], dict(max_turn_tokens=100), "max_tokens", 1), (["x"] * 9, dict(max_total_tokens=300), "max_tokens", None),
+    ([hermes("sleep 300")], {}, "timeout", 2),
+], ids=["no calls", "calls", "cut", "no room for an answer", "timeout"])
+def test_an_evaluation_grades_every_end(tmp_path, tokenizers, says, limits, finish, steps):
+    """The tests run whatever the end; a turn without a call counts as a step, so that it comes."""
+    r, _ = rolled_out(tmp_path, tokenizers["tiny"], hermes("touch /tmp/done"), *says, eval=True, toml="[agent]\ntimeout_sec = 3\n", **limits)
+    assert (r.finish, r.reward, r.transcript[-1]["role"]) == (finish, 1.0, "verifier") and r.steps == (steps or r.steps) < 9
+
+
+def test_a_void_rollout_of_an_evaluation_is_tried_three_times(monkeypatch):
+    """Then it stays void; one that works ends the trying."""
+    tries, sent = [], []
+
+    async def fake(engine, task, tokenizer, cfg, rank):
+        tries.append(task)
+        return tmax.Rollout(task, [], [], [], [], 0, finish="void:died" if task == "bad" or len(tries) == 1 else "submitted")
+    monkeypatch.setattr(tmax, "rollout", fake)
+
+    async def both():
+        generator = tmax.Generator(TINY, [], SimpleNamespace(send=sent.append))
+        generator.engine = generator.tokenizer = None
+        for place, name in enumerate(["good", "bad"]):
+            await generator._evaluate(place, name, 2, TINY)
+    asyncio.run(both())
+    assert tries == ["good"] * 2 + ["bad"] * 3
+    assert [(m[0], m[1], m[2], m[3].finish) for m in sent] == [("evaluated", 0, 2, "submitted"), ("evaluated", 1, 2, "void:died")]
+
+
+def figures(lines, runs):
+    """The table from rollouts.jsonl, by hand: mean, stderr, pass@k by trying all choices of k runs, ends, pass rates, void."""
+    rewards = {}
+    for line in lines:
+        rewards.setdefault(line["task"], {})[line["run"]] = line["reward"]
+    assert all(set(of_task) == set(range(runs)) for of_task in rewards.values())
+    means = [statistics.mean(of_task[run] for of_task in rewards.values()) for run in range(runs)]
+    passed = lambda of_task, chosen: any(of_task[run] >= 1 for run in chosen)
+    pass_at = {k: statistics.mean(statistics.mean(passed(of_task, chosen) for chosen in itertools.combinations(range(runs), k))
+                                  for of_task in rewards.values()) for k in range(1, runs + 1)}
+    ends = [line["finish"] for line in lines]
+    return dict(mean=statistics.mean(means), stderr=statistics.stdev(means) / math.sqrt(runs) if runs > 1 else None, run_means=means,
+                pass_at_k=pass_at, finish={end: ends.count(end) for end in ends},
+                rates={name: statistics.mean(x >= 1 for x in of_task.values()) for name, of_task in rewards.items()},
+                void={line["task"] for line in lines if line["finish"].startswith("void")})
+
+
+def compare(scores, wanted):
+    """Scores of tmax.score, maybe through JSON, with `figures`."""
+    assert scores["mean"] == pytest.approx(wanted["mean"]) and scores["run_means"] == pytest.approx(wanted["run_means"])
+    assert scores["stderr"] == (wanted["stderr"] and pytest.approx(wanted["stderr"]))
+    assert {int(k): p for k, p in scores["pass_at_k"].items()} == pytest.approx(wanted["pass_at_k"])
+    assert scores["finish"] == wanted["finish"] and set(scores["void"]) == wanted["void"]
+    assert {t["task"]: t["pass_rate"] for t in scores["tasks"]} == wanted["rates"]
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3, 5])
+def test_scores(runs):
+    """Figures of random results with partial rewards and void rollouts; no error bar from one run."""
+    draw = random.Random(runs)
+    results = [[tmax.Rollout(f"t{i}", [], [], [], [], 0, finish=draw.choice(["submitted", "max_steps"]), reward=draw.choice([0, 0.5, 1, 1]))
+                for _ in range(runs)] for i in range(12)]
+    results[3][0] = tmax.Rollout("t3", [], [], [], [], 0, finish="void:start")
+    lines = [dict(task=r.task, run=run, reward=r.reward, finish=r.finish) for of_task in results for run, r in enumerate(of_task)]
+    compare(tmax.score(results), figures(lines, runs))
+
+
+@pytest.fixture(scope="session")
+def evaluation(tiny_run, held_out):
+    """(run folder, what was printed) of --eval with the trained model: hot, so that runs differ; one task cannot start."""
+    folder, tasks = tiny_run.parents[1], tiny_run.parents[1] / "tasks"
+    shutil.copytree(held_out, tasks)
+    make_task(tasks / "never", toml="[environment]\nmemory_mb = 1\n", seeds={"large": "x" * (4 << 20)})
+    run = start_run(folder, "--name", "eval", "--eval", "--model", str(tiny_run / "checkpoint-6"), "--tasks", str(tasks),
+                    "--temperature", "1.3")
+    assert run.wait(300) == 0, last_line(folder, "eval")
+    return folder / "runs/eval", (folder / "log-eval").read_text()
+
+
+def test_printed_table_equals_the_transcripts(evaluation):
+    """Every figure of the table and of eval.json, recomputed from rollouts.jsonl; the task that stays void counts 0 and is named."""
+    folder, said = evaluation
+    lines = [json.loads(line) for line in (folder / "rollouts.jsonl").open()]
+    assert len(lines) == 5 * 3
+    wanted, scores = figures(lines, 3), json.loads((folder / "eval.json").read_text())
+    compare(scores, wanted)
+    assert wanted["void"] == {"never"} and wanted["rates"]["never"] == 0 and "counted as 0: never\n" in said
+    assert f"5 tasks / {100 * wanted['mean']:.1f} ± {100 * wanted['stderr']:.1f} % over 3 runs" in said
+    assert "  ".join(f"pass@{k} {100 * p:.1f} %" for k, p in wanted["pass_at_k"].items()) in said
+    assert "ends: " + ", ".join(f"{n} {end}" for end, n in sorted(wanted["finish"].items())) in said
+    for name, rate in wanted["rates"].items():
+        ends = [line["finish"] for line in sorted(lines, key=lambda line: line["run"]) if line["task"] == name]
+        assert re.search(rf"^{name} +{rate:.2f}  {', '.join(ends)}$", said, re.M)
+    for line in lines:      # the tests ran, whatever the end, and their reward is the one that counts
+        assert line["finish"].startswith("void") or line["transcript"][-1]["role"] == "verifier"
+        assert line["versions"] in ([0], []) and "no_call" not in line["finish"]
+
+
+def test_evaluation_during_training(tiny_run, metrics, rollout_lines):
+    """Every third step: figures in metrics.jsonl, on the weights of that step's checkpoint; the best one is linked."""
+    evaluated = [m for m in metrics if "eval_mean" in m]
+    assert [m["step"] for m in evaluated] == [3, 6]
+    for m in evaluated:
+        lines = [line for line in rollout_lines if line["step"] == m["step"] and "run" in line]
+        wanted = figures(lines, 2)
+        assert (m["eval_mean"], m["eval_stderr"], m["eval_void"]) == (pytest.approx(wanted["mean"]), pytest.approx(wanted["stderr"]), [])
+        assert all(line["versions"] == [m["version"]] for line in lines) and (tiny_run / f"checkpoint-{m['step']}").is_dir()
+    best = max(evaluated, key=lambda m: m["eval_mean"])
+    assert os.readlink(tiny_run / "checkpoint-best") == f"checkpoint-{best['step']}"
+    assert f"checkpoint-best -> checkpoint-{best['step']}" in (tiny_run.parents[1] / "log-e2e").read_text()
+
+
+def test_an_evaluation_drops_no_task(tokenizers, capsys):
+    """A prompt that is too long is dropped in training, and an error in an evaluation."""
+    tasks = [tmax.Task(name, Path("/nonexistent"), text) for name, text in [("short", "a"), ("long", "a " * 600)]]
+    assert [t.name for t in tmax.drop_long_prompts(tasks, tokenizers["tiny"], TINY)] == ["short"]
+    with pytest.raises(tmax.UserError, match="--max_prompt_tokens: .* of 1 are longer"):
+        tmax.drop_long_prompts(tasks, tokenizers["tiny"], dataclasses.replace(TINY, eval=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model families: stop tokens, packed logprobs, the engine, and what is refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_turns_end_with_any_end_token(tmp_path):
+    """Stop ids: the tokenizer's eos, generation_config's and the template's. A turn that ends otherwise than in the template
+    is closed as there, by a token that is not trained on; nothing that was sampled leaves."""
+    small_tokenizer(LLAMA, LLAMA_TOKENS, "<|end_of_text|>").save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    python, text, turn = (tokenizer.convert_tokens_to_ids(t) for t in ("<|python_tag|>", "<|end_of_text|>", "<|eot_id|>"))
+    assert set(tmax.ChatFormat(tokenizer).stop_ids) == {text, turn}
+    for listed, stop_ids in [(python, {text, turn, python}), ([text, turn, python], {text, turn, python}), (None, {text, turn})]:
+        GenerationConfig(eos_token_id=listed).save_pretrained(tmp_path)
+        chat = tmax.ChatFormat(tokenizer)
+        assert set(chat.stop_ids) == stop_ids and len(chat.stop_ids) == len(stop_ids)
+    for role in ("tool", "user"):
+        plain = chat.tool_turn(["output"], role)
+        assert turn not in plain[:1] and chat.tool_turn(["output"], role, stop=turn) == plain
+        assert chat.tool_turn(["output"], role, stop=text) == [turn] + plain
+    engine = Script(tokenizer, hermes("touch /tmp/done"), hermes(SUBMIT))       # it ends its turns with <|end_of_text|>
+    task = tmax.load_task(make_task(tmp_path / "t", test=f"[ -e /tmp/done ] && echo 1 >{TXT}"))
+    r = asyncio.run(tmax.rollout(engine, task, tokenizer, CFG))
+    assert (r.finish, r.reward) == ("submitted", 1.0) and r.transcript[0]["content"] == hermes("touch /tmp/done")
+    ended = r.prompt_tokens + len(engine.sampled[0])
+    assert r.tokens[ended - 1:ended + 1] == [text, turn] and r.mask[ended - 1:ended + 1] == [1, 0]
+
+
+FAMILY = {"qwen3": (QWEN, QWEN_TOKENS, "<|im_end|>"), "qwen2": (QWEN, QWEN_TOKENS, "<|im_end|>"), "llama": (LLAMA, LLAMA_TOKENS, "<|eot_id|>")}
+SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+             initializer_range=0.2, max_position_embeddings=2048, bos_token_id=None)
+
+
+@pytest.fixture(scope="session", params=FAMILY)
+def family_model(request, tmp_path_factory):
+    """A folder with a random model and a template of the family; Qwen2's embeddings are tied, as its small ones are."""
+    folder, tokenizer = tmp_path_factory.mktemp(request.param), small_tokenizer(*FAMILY[request.param])
+    torch.manual_seed(4)
+    config = AutoConfig.for_model(request.param, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+                                  pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=request.param == "qwen2", **SHAPE)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_families_train(family_model):
+    """From a folder to logprobs: packed as the learner computes them, against each rollout alone with ordinary attention."""
+    tmax.check_model(family_model, CFG)
+    policy = tmax.load_policy(family_model, CFG, "cpu", sharded=False)
+    chat, draw = tmax.ChatFormat(AutoTokenizer.from_pretrained(family_model)), random.Random(5)
+    rollouts = []
+    for name in ("a", "b", "c"):
+        r = tmax.Rollout(name, [], [], [], [], 0)
+        r.append(chat.prompt(f"Do {name}."), 0)
+        for _ in range(2):
+            r.append([draw.randrange(300) for _ in range(20)] + chat.stop_ids, 1)
+            r.append(chat.tool_turn(["output"]), 0)
+        rollouts.append(r)
+    with torch.no_grad():
+        found = policy.run(tmax.build_pack(rollouts))[0]
+        wanted = torch.cat([unpacked_logprobs(ordinary(policy.lm), r) for r in rollouts])
+    assert (found - wanted).abs().max() <= 1e-5 and wanted.std() > 0.5
+
+
+def sampled_gap(folder):
+    """Largest |log mu - log pi| of some turns that a real engine samples from a model."""
+    async def turns():
+        engine = tmax.Engine(folder, HOT)
+        await engine.llm.update_weight_version("0")
+        found = await asyncio.gather(*[engine.generate(PROMPT[:20 + i], 64, []) for i in range(8)])
+        engine.llm.shutdown(timeout=0)
+        return found
+    return max(float((learner_logprobs(folder, turn, PROMPT[:20 + i]) - torch.tensor(turn.logprobs)).abs().max())
+               for i, turn in enumerate(asyncio.run(turns())))
+
+
+@pytest.mark.slow
+def test_families_sample(family_model):
+    """vLLM and the learner agree to 1e-4 in fp32 for every family."""
+    assert in_fresh_process(sampled_gap, family_model) <= 1e-4
+
+
+@pytest.mark.parametrize("family, changes, reason", [
+    ("qwen3", {}, None), ("qwen2", {}, None), ("llama", {}, None), ("qwen3_moe", {}, None),
+    ("mistral", dict(sliding_window=None), None), ("phi3", dict(sliding_window=262144), None),
+    ("granite", dict(logits_scaling=1.0), None),
+    ("qwen3_5", {}, "linear_attention"), ("qwen3_5_text", {}, "linear_attention"), ("qwen3_next", {}, "linear_attention"),
+    ("mamba", {}, "linear_attention"), ("jamba", {}, "linear_attention"), ("rwkv", {}, "packed attention"),
+    ("lfm2", dict(layer_types=["conv", "full_attention"], num_hidden_layers=2), "conv"),
+    ("mistral", {}, "sliding_attention"), ("phi3", dict(sliding_window=2048), "sliding_attention"),
+    ("qwen2", dict(use_sliding_window=True, max_window_layers=1), "sliding_attention"),
+    ("gemma2", {}, "sliding_attention"), ("gpt_oss", {}, "sliding_attention"), ("llama4_text", {}, "chunked_attention"),
+    ("qwen2_5_vl", {}, "multimodal"), ("t5", {}, "encoder-decoder"), ("bart", {}, "encoder-decoder"), ("vit", {}, "no causal"),
+    ("granite", dict(logits_scaling=8.0), "scales"), ("cohere", {}, "scales"),
+])
+def test_models_that_cannot_be_packed_are_refused(tmp_path, family, changes, reason):
+    """From config.json alone, before anything is loaded, in one line that says why."""
+    AutoConfig.for_model(family, **changes).save_pretrained(tmp_path)
+    if reason is None:
+        return tmax.check_model(tmp_path, CFG)
+    with pytest.raises(tmax.UserError, match=f"--model: .*{reason}") as error:
+        tmax.check_model(tmp_path, CFG)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path):
+    """One line, no traceback."""
+    with pytest.raises(tmax.UserError, match="--model: [^\n]+$"):
+        tmax.check_model(tmp_path / "nothing", CFG)
+
+
+@pytest.mark.parametrize("name, value", [("softcap", 50.0), ("s_aux", torch.zeros(2)), ("sliding_window", 7), ("dropout", 0.1)])
+def test_attention_of_another_kind_is_an_error(name, value):
+    """What packed attention does not compute, it does not ignore; what is off, or no shorter than the row, changes nothing."""
+    q, k, v = torch.randn(3, 1, 2, 8, 4, generator=torch.Generator().manual_seed(0))
+    attend = lambda **more: tmax.packed_attention(None, q, k, v, None, cu_seqlens=torch.tensor([0, 3, 8], dtype=torch.int32), **more)[0]
+    with pytest.raises(ValueError, match=name):
+        attend(**{name: value})
+    assert attend(softcap=None, dropout=0.0, sliding_window=8, use_cache=False, position_ids=torch.arange(8)).equal(attend())
+
+
+def test_a_bias_in_the_head_is_refused(tmp_path):
+    """The chunked LM head would leave it out."""
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("phi", vocab_size=64, **SHAPE)).save_pretrained(tmp_path)
+    with pytest.raises(tmax.UserError, match="--model: .*bias"):
+        tmax.load_policy(tmp_path, CFG, "cpu", sharded=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Serving
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_checkpoint_keeps_dtype_and_generation_config(tiny_model, tmp_path, process_group):
+    """A bf16 run saves bf16 weights that are the masters rounded, and a generation config even if transformers finds it odd."""
+    learner = tmax.Learner(dataclasses.replace(TINY, dtype="bfloat16"), tiny_model[0])
+    learner.policy.lm.generation_config.temperature = 0.6       # without do_sample
+    learner.save_checkpoint(tmp_path / "checkpoint-1", AutoTokenizer.from_pretrained(tiny_model[0]))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1", dtype="auto")
+    masters = AutoModelForCausalLM.from_pretrained(tiny_model[0]).bfloat16().state_dict()
+    assert saved.dtype == torch.bfloat16 and all(x.equal(masters[name]) for name, x in saved.state_dict().items())
+    written = json.loads((tmp_path / "checkpoint-1/generation_config.json").read_text())
+    assert (written["temperature"], written["eos_token_id"]) == (0.6, AutoTokenizer.from_pretrained(tmp_path / "checkpoint-1").eos_token_id)
+
+
+def test_checkpoint_serves(tiny_run, tmp_path):
+    """vLLM's OpenAI server on the trained checkpoint answers a chat request with a parsed call of bash."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--enable-auto-tool-choice",
+             "--tool-call-parser", "hermes", "--host", "127.0.0.1", "--port", str(port)]
+    log = (tmp_path / "log").open("w")
+    server = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_run / "checkpoint-6"), *flags],
+                              stdout=log, stderr=log, cwd=tmp_path, start_new_session=True,
+                              env=os.environ | {"TORCH_COMPILE_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TMAX_MARK": MARK, "TMPDIR": str(tmp_path)})
+
+    def ask(path, data=None):
+        with contextlib.suppress(urllib.error.URLError):
+            request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data and json.dumps(data).encode(),
+                                             {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.read() or b"{}"
+    try:
+        wait_for(lambda: server.poll() is not None or ask("/health"), 240)
+        messages = [{"role": "system", "content": tmax.SYSTEM_PROMPT}, {"role": "user", "content": "Write the word amber to the file /workspace/fern"}]
+        answer = ask("/v1/chat/completions", dict(model=str(tiny_run / "checkpoint-6"), messages=messages, tools=[tmax.BASH_TOOL],
+                                                  tool_choice="auto", temperature=0, max_tokens=64))
+        assert answer, (tmp_path / "log").read_text()[-2000:]
+        choice = json.loads(answer)["choices"][0]
+        call, = choice["message"]["tool_calls"]
+        assert choice["finish_reason"] == "tool_calls" and call["function"]["name"] == "bash"
+        assert json.loads(call["function"]["arguments"])["command"].startswith(("echo", "mv", "cat", "touch"))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

@@ -1595,7 +1595,7 @@ class Learner:
             config = self.policy.lm.config
             config.dtype = self.cfg.dtype
             config.save_pretrained(partial)
-            self.policy.lm.generation_config.save_pretrained(partial)
+            self.policy.lm.generation_config.to_json_file(partial / "generation_config.json")  # save_pretrained refuses some
             tokenizer.save_pretrained(partial)
             partial.rename(folder)
         dist.barrier()
