@@ -2231,10 +2231,10 @@ def test_long_prompts_are_dropped_and_counted(tiny_run, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_reward_rises(tmp_path, seed):
-    """The tiny recipe learns, with any seed: from at most 0.5 to at least 0.8, by at least 0.35."""
-    run = start_run(tmp_path, "--name", "learn", "--seed", str(seed))
+@pytest.mark.parametrize("flags", ["--seed 1", "--seed 2", "--seed 3", "--num_learners 2 --num_engines 2"])
+def test_reward_rises(tmp_path, flags):
+    """The tiny recipe learns, with any seed and on several ranks: from at most 0.5 to at least 0.8, by at least 0.35."""
+    run = start_run(tmp_path, "--name", "learn", *flags.split())
     assert run.wait(1800) == 0, last_line(tmp_path, "learn")
     rewards = [json.loads(line)["reward"] for line in (tmp_path / "runs/learn/metrics.jsonl").open()]
     first, last = np.mean(rewards[:5]), np.mean(rewards[-5:])
@@ -2361,14 +2361,13 @@ def test_benchmark_asynchrony(request, replay, tmp_path, capsys, async_steps, sc
     if "bench" not in request.config.option.markexpr:
         pytest.skip("runs with -m bench")
     times = [[min(turns, 4), model * scale, bash * scale] for turns, model, bash in REAL_TIMES]
-    start = time.monotonic()
-    metrics = replay(times, seconds_update, async_steps=async_steps, prompts_per_step=4, samples_per_prompt=5, training_steps=6,
-                     max_concurrent_rollouts=1000, num_engines=2)
+    metrics = replay(times, seconds_update, async_steps=async_steps, prompts_per_step=4, samples_per_prompt=5, training_steps=10,
+                     max_concurrent_rollouts=1000, num_engines=2)[1:]       # the first step starts everything
     took = sum(m["seconds_generate"] + m["seconds_train"] + m["seconds_gather_write"] for m in metrics)
     with capsys.disabled():
         print(f"\n--async_steps {async_steps}: {sum(5 * m['groups_tried'] for m in metrics) / took:.2f} rollouts/s, an engine had work "
               f"{float((tmp_path / 'worked').read_text()):.0%} of the time, the learner waited "
-              f"{np.mean([m['learners_waited'] for m in metrics[1:]]):.0%} of it, oldest token {max(m['staleness_max'] for m in metrics):.0f} "
+              f"{np.mean([m['learners_waited'] for m in metrics]):.0%} of it, oldest token {max(m['staleness_max'] for m in metrics):.0f} "
               f"versions, {sum(m['groups_stale'] for m in metrics)} groups stale  ({scale:g} of real time, {seconds_update:g} s an update)")
 
 
@@ -2440,6 +2439,23 @@ def test_updates_do_not_depend_on_ranks_and_nodes(tmp_path, policy, groups, proc
         for node in range(nodes):
             delta = recorded_weights(tmp_path / f"{layout}-{node}/weights") - first
             assert (delta - moved).norm() <= 1e-3 * moved.norm()
+
+
+@pytest.mark.slow
+def test_two_nodes_train(tmp_path):
+    """Two nodes of one learner and one engine: tasks are shared out, weights are the same, engines of both follow them."""
+    flags = "--tiny --name nodes --training_steps 3 --prompts_per_step 4 --save_every 1".split()
+    agents = two_nodes(tmax.__file__, *flags, cwd=tmp_path, stdout=(tmp_path / "log-nodes").open("w"))
+    assert [a.wait(900) for a in agents] == [0, 0], last_line(tmp_path, "nodes")
+    run = tmp_path / "runs/nodes"
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    first, second = ([json.loads(line) for line in (run / name).open()] for name in ("rollouts.jsonl", "rollouts-1.jsonl"))
+    assert len(metrics) == 3 and {m["groups_kept"] for m in metrics} == {4}
+    assert not {t["task"] for t in first} & {t["task"] for t in second}
+    for m in metrics:
+        rewards = [t["reward"] for t in first + second if t["step"] == m["step"] and not t["finish"].startswith("void")]
+        assert m["reward"] == pytest.approx(np.mean(rewards)) and (m["mismatch_max"] or 0) <= 1e-4
+    AutoModelForCausalLM.from_pretrained(run / "checkpoint-3")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,9 @@ tokens that the model sampled are packed into long rows, one DPPO step (arXiv 26
 reloaded into vLLM while rollouts go on, at most `async_steps` versions behind.
 
     python tmax.py                          the recipe for 8B on one node with 8 GPUs (4 learn, 4 generate)
+    python tmax.py --plan                   what of it needs how much memory, and whether it fits
+    torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 tmax.py
+                                            two such nodes, each with its own engines, started in one shared folder
     python tmax.py --tiny                   the same code path with a tiny model, on two CPU cores, in minutes
     python tmax.py --tiny --loss grpo       any field of Config is a flag; given flags win over the preset
     python tmax.py --help                   all of them
@@ -1705,6 +1708,8 @@ def plan(cfg, gib, ranks):
     if tokens < longest:
         problems.append(f"an engine has {max(room, 0):.1f} GiB for its KV cache beside {weights:.1f} GiB of weights, and one rollout of "
                         f"{longest:,} tokens needs {longest * kv_token / 2**30:.1f}: lower --max_total_tokens, or take larger GPUs")
+    if torch.cuda.is_available() and weights > (free := shutil.disk_usage("/dev/shm").free / 2**30):
+        problems.append(f"a reload needs {weights:.1f} GiB of /dev/shm, which has {free:.1f}: mount it larger (docker: --shm-size)")
     return "\n".join([
         f"{cfg.model}: {size / 1e9:.2f}B parameters, {cfg.dtype}; {ranks} learner(s), {cfg.num_engines} engine(s), GPUs of {gib:g} GiB",
         f"a learner{learner:29.1f} GiB with a full pack of {cfg.pack_length:,} tokens",
@@ -1714,7 +1719,7 @@ def plan(cfg, gib, ranks):
         f"    {'KV cache':24}{max(room, 0):10.1f}   {tokens:,} tokens, {tokens / longest:.1f} rollouts of {longest:,}",
         f"at most {most} rollouts at once, which vLLM says again, exactly, at the start",
         f"a reload: {weights:.1f} GiB through /dev/shm, and the KV of up to {min(tokens, most * longest):,} tokens an engine anew",
-        *(f"does not fit: {problem}" for problem in problems or ())] + ["it fits"] * (not problems)), problems
+        *(f"does not fit: {problem}" for problem in problems)] + ["it fits"] * (not problems)), problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------
