@@ -6,6 +6,9 @@ tokens that the model sampled are packed into long rows, one DPPO step (arXiv 26
 reloaded into vLLM while rollouts go on, at most `async_steps` versions behind.
 
     python tmax.py                          the recipe for 8B on one node with 8 GPUs (4 learn, 4 generate)
+    python tmax.py --plan                   what of it needs how much memory, and whether it fits
+    torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 tmax.py
+                                            two such nodes, each with its own engines, started in one shared folder
     python tmax.py --tiny                   the same code path with a tiny model, on two CPU cores, in minutes
     python tmax.py --tiny --loss grpo       any field of Config is a flag; given flags win over the preset
     python tmax.py --eval --model PATH --tasks FOLDER       the mean reward with error bars, in the authors' settings
@@ -146,6 +149,8 @@ class Config:
     sandbox: Literal["auto", "bwrap", "docker"] = knob("auto", "docker where an engine answers, else bubblewrap")
     name: str = knob("", "the run's folder is runs/NAME; default: made from the time")
     save_every: int = knob(50, "steps between checkpoints; the last step is always saved")
+    plan: bool = knob(False, "say what needs how much memory, from the model's config.json alone, and end")
+    gpu_memory_gb: float = knob(0.0, "GiB of a GPU, for --plan; 0: those of the GPUs here, or 80")
     tiny: bool = knob(False, "a preset of the fields above for two CPU cores")
 
     def check(self):
@@ -205,6 +210,8 @@ def parse_config(argv):
 def resolve(cfg):
     """Fill in, once, what a 0 or an empty name leaves to the machine. Raises UserError for what cannot be."""
     gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 0))     # set by torchrun
+    if cfg.plan:
+        gpus = (cfg.num_learners and cfg.num_engines and cfg.num_learners + cfg.num_engines) or gpus or 8
     if not gpus and not cfg.tiny and not cfg.oracle:
         raise UserError("the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
                         "python tmax.py --tiny runs the same code on two CPU cores")
@@ -2049,6 +2056,72 @@ def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Plan: memory, from shapes alone.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def learner_memory(config, cfg, ranks):
+    """Bytes of one learner by part, for a model of this configuration sharded over `ranks`, at the peak of a full pack."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    size, layer = (sum(p.numel() for p in module.parameters()) for module in (lm, lm.base_model.layers[0]))
+    c, n, width = config.get_text_config(), cfg.pack_length, getattr(torch, cfg.dtype).itemsize
+    rest = size - c.num_hidden_layers * layer       # embedding and head, which FSDP gathers as one
+    kv = c.num_key_value_heads * head_dim(c)
+    q = c.num_attention_heads * head_dim(c)
+    # What one layer keeps for its backward pass, counted in the model's source: FP32 copies in the four norms, and the inputs and
+    # outputs of the matrix products, of rotary embedding, attention and gate.
+    kept = n * (4 * (4 * c.hidden_size + 2 * q + 2 * kv)
+                + width * (7 * c.hidden_size + 6 * q + 7 * kv + 4 * c.intermediate_size))
+    whole = c.num_hidden_layers
+    return size, {
+        "weights, FP32": 4 * size / ranks, "gradients, FP32": 4 * size / ranks, "optimizer, FP32": 8 * size / ranks,
+        "gathered layers": width * (2 * layer + 2 * rest) + 4 * rest,       # two layers; embedding and head with gradients
+        "activations": n * width * c.hidden_size * whole + kept if cfg.gradient_checkpointing else kept * whole,
+        "logprob chunk": 2 * 4 * 1024 * c.vocab_size + n * c.hidden_size * (4 + width)}
+
+
+def head_dim(c):
+    return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+
+
+def plan(cfg, gib, ranks):
+    """What a node's GPUs of `gib` GiB hold when `ranks` learn: (one screen of text, list of what does not fit).
+
+    Reads config.json only. Raises UserError where there is none. An engine's share: vLLM takes 92 % of a GPU, of which about
+    4 GiB are activations and CUDA graphs."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(cfg.model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model: {cfg.model!r} has no config.json to plan from: {str(error).splitlines()[0]}") from None
+    size, parts = learner_memory(config, cfg, ranks)
+    c, longest = config.get_text_config(), cfg.max_prompt_tokens + cfg.max_total_tokens
+    width, learner = getattr(torch, cfg.dtype).itemsize, sum(parts.values()) / 2**30
+    weights, kv_token = width * size / 2**30, 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim(c) * width
+    room = 0.92 * gib - 4 - weights
+    tokens = max(0, int(room * 2**30 / kv_token))
+    most = concurrency(cfg, tokens * cfg.num_engines)
+    problems = []
+    if learner > 0.95 * gib:
+        problems.append(f"a learner needs {learner:.1f} GiB of {gib:g}: raise --num_learners, lower --pack_length"
+                        + ("" if cfg.gradient_checkpointing else ", or --gradient_checkpointing true"))
+    if tokens < longest:
+        problems.append(f"an engine has {max(room, 0):.1f} GiB for its KV cache beside {weights:.1f} GiB of weights, and one rollout of "
+                        f"{longest:,} tokens needs {longest * kv_token / 2**30:.1f}: lower --max_total_tokens, or take larger GPUs")
+    if torch.cuda.is_available() and weights > (free := shutil.disk_usage("/dev/shm").free / 2**30):
+        problems.append(f"a reload needs {weights:.1f} GiB of /dev/shm, which has {free:.1f}: mount it larger (docker: --shm-size)")
+    return "\n".join([
+        f"{cfg.model}: {size / 1e9:.2f}B parameters, {cfg.dtype}; {ranks} learner(s), {cfg.num_engines} engine(s), GPUs of {gib:g} GiB",
+        f"a learner{learner:29.1f} GiB with a full pack of {cfg.pack_length:,} tokens",
+        *(f"    {name:24}{value / 2**30:10.1f}" for name, value in parts.items()),
+        f"an engine{0.92 * gib:29.1f} GiB",
+        f"    {'weights':24}{weights:10.1f}", f"    {'activations, graphs':24}{4:10.1f}",
+        f"    {'KV cache':24}{max(room, 0):10.1f}   {tokens:,} tokens, {tokens / longest:.1f} rollouts of {longest:,}",
+        f"at most {most} rollouts at once, which vLLM says again, exactly, at the start",
+        f"a reload: {weights:.1f} GiB through /dev/shm, and the KV of up to {min(tokens, most * longest):,} tokens an engine anew",
+        *(f"does not fit: {problem}" for problem in problems)] + ["it fits"] * (not problems)), problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2072,6 +2145,10 @@ def run(cfg):
     cell, tasks, eval_tasks = join_ranks(), [], []
 
     def look():  # on each node, before anything is made
+        if torch.cuda.is_available() and not cfg.tiny:
+            _, problems = plan(cfg, torch.cuda.mem_get_info()[1] / 2**30, dist.get_world_size())
+            if problems:
+                raise UserError(f"--plan says what does not fit: {'; '.join(problems)}")
         check_sandbox(cfg)
         if cfg.model and not cfg.eval:
             check_model(cfg.model, cfg)
@@ -2148,6 +2225,11 @@ def main():
         threading.Thread(target=follow_launcher, daemon=True).start()
     try:
         cfg = resolve(parse_config(sys.argv[1:]))
+        if cfg.plan:
+            gib = cfg.gpu_memory_gb or (torch.cuda.mem_get_info()[1] / 2**30 if torch.cuda.is_available() else 80)
+            text, problems = plan(cfg, gib, cfg.num_learners)
+            print(text)
+            sys.exit(bool(problems))
         (oracle if cfg.oracle else launch if cfg.num_learners > 1 and not under_torchrun else run)(cfg)
     except (UserError, RunFailed) as error:
         reason = f"error: {error}"
