@@ -1674,6 +1674,58 @@ def test_a_tokenizer_that_spells_control_tokens_is_refused():
 # Sandbox: the shell
 # ---------------------------------------------------------------------------------------------------------------------
 
+PROGRAMS = """bash sh echo ls cat cp mv rm mkdir rmdir ln chmod chown touch head tail sort wc cut tr tee env seq yes date sleep timeout kill setpriv
+    nohup setsid id su stat du df dd mktemp basename dirname readlink realpath whoami uname find grep sed tar gzip ps base64 printf
+    mkfifo nproc true false mount umount unshare mknod chroot hostname pkill python3""".split()
+
+
+def host_image(client):
+    """Name of an image of this machine's own programs, their libraries and Python: no registry is needed. Made once."""
+    name = "tmax-test:latest"
+    if client.images.list(name):
+        return name
+    python = Path(subprocess.check_output(["/usr/bin/python3", "-c", "import os; print(os.__file__)"], text=True)).parent
+    programs = [path for path in (shutil.which(p, path="/usr/bin:/usr/sbin:/bin:/sbin") for p in PROGRAMS) if path]
+    linked = subprocess.run(["ldd", *map(os.path.realpath, programs), *python.glob("lib-dynload/*.so")], capture_output=True, text=True)
+    paths = {*map(Path, programs), *map(Path, re.findall(r"(/\S+) \(0x", linked.stdout))}
+    paths |= {Path(os.path.realpath(path)) for path in paths}
+    with tempfile.TemporaryFile() as file:
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for link in ("/bin", "/sbin", "/lib", "/lib64"):
+                if os.path.islink(link):
+                    tar.add(link)
+            for path in {path.parent.resolve() / path.name for path in paths}:
+                tar.add(path)
+            tar.add(python, filter=lambda info: None if re.search(r"/(test|__pycache__|idlelib|config-[^/]+)$", info.name) else info)
+            for folder, mode in {"tmp": 0o1777, "root": 0o700, "app": 0o755, "workspace": 0o755, "home/worker": 0o777, "etc": 0o755, "opt": 0o755, "var": 0o755}.items():
+                info = tarfile.TarInfo(folder)
+                info.type, info.mode = tarfile.DIRTYPE, mode
+                tar.addfile(info)
+            users = b"root:x:0:0::/root:/bin/bash\nworker:x:1000:1000::/home/worker:/bin/bash\n"
+            for info, text in ((tarfile.TarInfo("etc/passwd"), users), (tarfile.TarInfo("etc/group"), b"root:x:0:\nworker:x:1000:\n")):
+                info.size = len(text)
+                tar.addfile(info, io.BytesIO(text))
+        file.seek(0)
+        client.api.import_image_from_data(file, repository="tmax-test", tag="latest")
+    return name
+
+
+@pytest.fixture(scope="session")
+def image():
+    """Name of an image in the Docker engine. Without an engine, tests on docker are skipped."""
+    if not tmax.engine_answers():
+        pytest.skip("no Docker engine answers; .ci/run starts one")
+    return host_image(tmax.docker_client())
+
+
+@pytest.fixture(params=["bwrap", "docker"])
+def cfg(request):
+    """CFG for each kind of sandbox."""
+    if request.param == "bwrap":
+        return CFG
+    return dataclasses.replace(CFG, sandbox="docker", image=request.getfixturevalue("image"), network="none")
+
+
 def in_sandbox(work, task=tmax.Task("t", Path("/nonexistent"), ""), cfg=CFG):
     """Run `work(box)`, a coroutine function, in a sandbox of its own."""
     async def main():
@@ -1723,9 +1775,9 @@ def shell(*commands, timeout=100, **kw):
     "10 MB": [("cat >/tmp/b <<'X'\n" + "y" * 10_000_000 + "\nX\nwc -c </tmp/b", "10000001\n", 0), ("echo ok", "ok\n", 0)],
     "lone surrogate and NUL": [("echo 'a\ud800b'; echo 'c\0d'", "a\\?b\n", 0)],
 }.items(), ids=lambda steps: steps[0])
-def test_shell_keeps_its_state(steps):
+def test_shell_keeps_its_state(steps, cfg):
     """Rows of (command, what it prints, exit code or None), each row in one sandbox: state stays, whatever a command does."""
-    outputs = shell(*(command for command, _, _ in steps[1]))
+    outputs = shell(*(command for command, _, _ in steps[1]), cfg=cfg)
     for (command, text, code), output in zip(steps[1], outputs):
         same = output.text == text or (text and re.search(text, output.text))
         assert same and not output.timed_out, (command[:80], output.text[-300:], output.exit_code)
@@ -1734,12 +1786,12 @@ def test_shell_keeps_its_state(steps):
 
 @pytest.mark.parametrize("command", ["echo started; sleep 100", "echo started; trap '' TERM; sleep 100; sleep 100",
                                      "echo started; sleep 100 & wait", "echo started; while :; do :; done"])
-def test_timeout_ends_a_command_only(command):
+def test_timeout_ends_a_command_only(command, cfg):
     """What it printed is returned; directory, variables, files and a server that was started earlier stay."""
     async def work(box):
         await box.run("cd /var; A=1; echo kept >/tmp/f; sleep 7777 >/dev/null 2>&1 & echo $! >/tmp/pid")
         return await box.run(command, 2), await box.run("kill -0 $(cat /tmp/pid) && echo $PWD $A $(cat /tmp/f)")
-    stopped, after = in_sandbox(work)
+    stopped, after = in_sandbox(work, cfg=cfg)
     assert stopped.timed_out and stopped.text.startswith("started\n") and stopped.exit_code in (124, 137)
     assert after == tmax.Output("/var 1 kept\n", 0, False)
 
@@ -1750,13 +1802,13 @@ def test_own_exit_code_124_is_no_timeout():
         tmax.Output("", 124, False), tmax.Output("", 137, False), tmax.Output("", 124, False)]
 
 
-def test_fork_bomb_is_survived():
+def test_fork_bomb_is_survived(cfg):
     """A fork bomb ends with its timeout; the shell answers afterwards."""
     async def work(box):
         await box.run("A=1")
         await box.run("f() { f | f & }; f; sleep 20", 2)
         return await box.run("echo $A", 100)
-    assert in_sandbox(work).text == "1\n"
+    assert in_sandbox(work, cfg=cfg).text == "1\n"
 
 
 def test_small_writes_all_arrive():
@@ -1799,26 +1851,26 @@ def test_output_is_complete_on_a_busy_machine():
     assert len(texts) == 48 * 24 and set(texts) == {"".join(f"{i}\n" for i in range(1, 3901))}
 
 
-def test_a_gigabyte_is_capped():
+def test_a_gigabyte_is_capped(cfg):
     """1 GB of output: neither this process nor the sandbox keeps it; the observation has its first and last 5,000 characters."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    output, = shell("echo BEGIN; head -c 1000000000 /dev/zero | tr '\\0' x; echo END", timeout=400)
+    output, = shell("echo BEGIN; head -c 1000000000 /dev/zero | tr '\\0' x; echo END", timeout=400, cfg=cfg)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 50_000  # KiB
     assert output.exit_code == 0 and len(output.text) <= 2 * tmax.OUTPUT_KEPT + 1
     seen = tmax.render_observation(output.text, 0)
     assert "BEGIN\n" + "x" * 4994 + "\n" in seen and "x" * 4996 + "END\n\n\n(exit_code=0)" in seen and len(seen) < 10_500
 
 
-def test_background_job_with_stdout_holds_nothing_up():
+def test_background_job_with_stdout_holds_nothing_up(cfg):
     """The answer does not wait for a job that holds stdout: it comes long before the job's end."""
-    outputs = shell("sleep 300 & echo one", "(while sleep 1; do echo spam; done) & echo two", "echo three", timeout=200)
+    outputs = shell("sleep 300 & echo one", "(while sleep 1; do echo spam; done) & echo two", "echo three", timeout=200, cfg=cfg)
     assert [o.text for o in outputs] == ["one\n", "two\n", "three\n"] and not any(o.timed_out for o in outputs)
 
 
-def test_seeds_and_start_directory(tmp_path):
+def test_seeds_and_start_directory(tmp_path, cfg):
     """environment/seeds lies in /workspace; the shell starts in /app."""
     task = tmax.load_task(make_task(tmp_path / "t", seeds={"a b.txt": "ünï", "ü": ""}))
-    assert shell("pwd; cat '/workspace/a b.txt'; ls /workspace | wc -l", task=task)[0].text == "/app\nünï2\n"
+    assert shell("pwd; cat '/workspace/a b.txt'; ls /workspace | wc -l", task=task, cfg=cfg)[0].text == "/app\nünï2\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1868,7 +1920,7 @@ def test_nothing_is_inherited(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret-token")
     with open(__file__) as file:
         os.set_inheritable(file.fileno(), True)
-        env, fds = shell("env; tr '\\0' '\\n' </proc/1/environ", "for p in $$ 1; do for f in /proc/$p/fd/*; do readlink $f; done; done")
+        env, fds = shell("env", "for f in /proc/$$/fd/*; do readlink $f; done; readlink /proc/1/fd/* || cat /proc/1/environ")
     assert "secret-token" not in env.text and {line.split("=")[0] for line in env.text.split()} <= {
         "PATH", "HOME", "LANG", "PWD", "SHLVL", "_", "OLDPWD"}
     assert "test_" not in fds.text and "bwrap" not in fds.text and "socket" not in fds.text
@@ -1996,13 +2048,13 @@ def test_no_bubblewrap_is_one_line(monkeypatch):
 # Sandbox: grading
 # ---------------------------------------------------------------------------------------------------------------------
 
-def graded(folder, test, *commands, toml=None):
+def graded(folder, test, *commands, toml=None, cfg=CFG):
     """Reward and verifier's words after the agent's commands, by a task with this tests/test.sh."""
     async def work(box):
         for command in commands:
             await box.run(command)
         return await box.grade(), box.grading
-    return in_sandbox(work, task=tmax.load_task(make_task(folder, test=test, toml=toml)))
+    return in_sandbox(work, task=tmax.load_task(make_task(folder, test=test, toml=toml)), cfg=cfg)
 
 
 TXT, JSON = "/logs/verifier/reward.txt", "/logs/verifier/reward.json"
@@ -2014,12 +2066,12 @@ TXT, JSON = "/logs/verifier/reward.txt", "/logs/verifier/reward.json"
     (f": >{TXT}", 0), (f"echo 1 1 >{TXT}", 0), (f"printf '\\xff' >{TXT}", 0), (f"echo 1{'0' * 400} >{TXT}", 1),
     (f"head -c 30000 /dev/zero | tr '\\0' '[' >{TXT}", 0), ("true", 0), ("echo 1", 0), (f"echo {MARKER}; echo 1", 0),
     (f"echo '{{\"reward\": 0.75}}' >{JSON}", 0.75), (f"echo '{{\"reward\": \"x\"}}' >{JSON}", 0), (f"echo '{{\"score\": 1}}' >{JSON}", 0),
-    (f"echo '{{\"reward\": null}}' >{JSON}", 0), (f"echo 1 >{TXT}; exit 3", 1), (f"echo 1 >{TXT}; kill -9 $$", 1),
+    (f"echo '{{\"reward\": null}}' >{JSON}", 0), (f"echo 1 >{TXT}; exit 3", 1), (f"echo 1 >{TXT}; kill -9 $$", 0),
     (f"set -e; cd \"$(dirname \"$0\")\"; [ $PWD = /tests ]; echo 1 >{TXT}", 1), (f"exec >/dev/null 2>&1; echo 1 >{TXT}", 1),
     (f"sleep 300 & head -c 90000 /dev/zero | tr '\\0' x; echo 1 >{TXT}", 1),
 ], ids=lambda value: str(value)[:50])
 def test_reward_is_what_the_tests_wrote(tmp_path, test, reward):
-    """reward.txt or reward.json, clipped to [0, 1]; anything else is 0. What the tests print or exit with does not matter."""
+    """reward.txt or reward.json, clipped to [0, 1]; anything else, and tests that were killed, is 0. What they print or exit with does not matter."""
     assert graded(tmp_path / "t", test)[0] == reward
 
 
@@ -2055,11 +2107,14 @@ def test_agent_does_not_reach_the_tests(tmp_path, commands):
     assert reward == 0 and words.startswith("test.sh\n\ncat is /usr/bin/cat\nran\n"), words
 
 
-def test_tests_are_hidden_before_grading(tmp_path):
-    """No /tests and no test.sh before grading; what the agent did, its files and its services, is there for the tests."""
-    test = f"[ -e /tmp/clean ] && [ -e /app/done ] && kill -0 $(cat /tmp/pid) && echo 1 >{TXT}"
+def test_tests_are_hidden_before_grading(tmp_path, cfg):
+    """No /tests and no test.sh before grading; what the agent did, its files and its services, is there for the tests; the rest
+    of what it left running is not."""
+    test = (f"[ -e /tmp/clean ] && [ -e /app/done ] && ! kill -0 $(cat /tmp/pid) && exec 3<>/dev/tcp/127.0.0.1/8000 && printf 'GET /done HTTP/1.0\\n\\n' >&3 "
+            f"&& grep 'it works' <&3 && echo 1 >{TXT}")
     assert graded(tmp_path / "t", test, "[ ! -e /tests ] && [ -z \"$(find / -xdev -name test.sh 2>/dev/null)\" ] && touch /tmp/clean",
-                  "touch /app/done; sleep 7777 >/dev/null 2>&1 & echo $! >/tmp/pid")[0] == 1
+                  "echo it works >/app/done; sleep 7777 >/dev/null 2>&1 & echo $! >/tmp/pid",
+                  "python3 -m http.server 8000 & until (: <>/dev/tcp/127.0.0.1/8000) 2>/dev/null; do sleep .1; done", toml="[verifier]\ntimeout_sec = 20\n", cfg=cfg) == (1, "it works\n\n(exit_code=0)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
