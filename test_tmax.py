@@ -21,6 +21,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,7 +35,6 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import docker
 import huggingface_hub
 import numpy as np
 import pyarrow
@@ -1048,7 +1048,7 @@ def test_errors_are_one_line(tmp_path):
 # Tasks
 # ---------------------------------------------------------------------------------------------------------------------
 
-DOCKER = dataclasses.replace(CFG, sandbox="docker")
+DOCKER = dataclasses.replace(CFG, sandbox="docker", image="any")
 FULL = """version = "1.0"
 [metadata]\ndifficulty = "easy"
 [agent]\ntimeout_sec = 7\nuser = 1000
@@ -1115,11 +1115,14 @@ def test_zoo_of_task_folders(tmp_path, capsys):
 
 
 def test_bubblewrap_takes_no_task_that_needs_an_image(tmp_path, capsys):
-    """docker_image, image.txt and a Dockerfile are three ways to need one; seeds alone are not."""
+    """docker_image, image.txt and a Dockerfile are three ways to need one; seeds alone are not. Docker needs one, or --image."""
     make_task(tmp_path / "plain", seeds={"a": "x"})
     make_task(tmp_path / "toml", toml='[environment]\ndocker_image = "i"')
     make_task(tmp_path / "txt", files={"image.txt": "i"})
     make_task(tmp_path / "file", files={"environment/Dockerfile": "FROM i"})
+    docker = dataclasses.replace(DOCKER, image="")
+    assert [t.name for t in tmax.load_tasks(str(tmp_path), docker)] == ["file", "toml", "txt"]
+    assert "1  names no container image: --image gives one (plain)" in capsys.readouterr().out
     assert [t.name for t in tmax.load_tasks(str(tmp_path), CFG)] == ["plain"]
     assert re.search(r"3  needs a container image.*--sandbox docker \(file, toml, txt\)", capsys.readouterr().out)
 
@@ -1580,6 +1583,58 @@ def test_a_tokenizer_that_spells_control_tokens_is_refused():
 # Sandbox: the shell
 # ---------------------------------------------------------------------------------------------------------------------
 
+PROGRAMS = """bash sh echo ls cat cp mv rm mkdir rmdir ln chmod chown touch head tail sort wc cut tr tee env seq yes date sleep timeout kill setpriv
+    nohup setsid id su stat du df dd mktemp basename dirname readlink realpath whoami uname find grep sed tar gzip ps base64 printf
+    mkfifo nproc true false mount umount unshare mknod chroot hostname pkill python3""".split()
+
+
+def host_image(client):
+    """Name of an image of this machine's own programs, their libraries and Python: no registry is needed. Made once."""
+    name = "tmax-test:latest"
+    if client.images.list(name):
+        return name
+    python = Path(subprocess.check_output(["/usr/bin/python3", "-c", "import os; print(os.__file__)"], text=True)).parent
+    programs = [path for path in (shutil.which(p, path="/usr/bin:/usr/sbin:/bin:/sbin") for p in PROGRAMS) if path]
+    linked = subprocess.run(["ldd", *map(os.path.realpath, programs), *python.glob("lib-dynload/*.so")], capture_output=True, text=True)
+    paths = {*map(Path, programs), *map(Path, re.findall(r"(/\S+) \(0x", linked.stdout))}
+    paths |= {Path(os.path.realpath(path)) for path in paths}
+    with tempfile.TemporaryFile() as file:
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for link in ("/bin", "/sbin", "/lib", "/lib64"):
+                if os.path.islink(link):
+                    tar.add(link)
+            for path in {path.parent.resolve() / path.name for path in paths}:
+                tar.add(path)
+            tar.add(python, filter=lambda info: None if re.search(r"/(test|__pycache__|idlelib|config-[^/]+)$", info.name) else info)
+            for folder, mode in {"tmp": 0o1777, "root": 0o700, "app": 0o755, "workspace": 0o755, "home/worker": 0o777, "etc": 0o755, "opt": 0o755, "var": 0o755}.items():
+                info = tarfile.TarInfo(folder)
+                info.type, info.mode = tarfile.DIRTYPE, mode
+                tar.addfile(info)
+            users = b"root:x:0:0::/root:/bin/bash\nworker:x:1000:1000::/home/worker:/bin/bash\n"
+            for info, text in ((tarfile.TarInfo("etc/passwd"), users), (tarfile.TarInfo("etc/group"), b"root:x:0:\nworker:x:1000:\n")):
+                info.size = len(text)
+                tar.addfile(info, io.BytesIO(text))
+        file.seek(0)
+        client.api.import_image_from_data(file, repository="tmax-test", tag="latest")
+    return name
+
+
+@pytest.fixture(scope="session")
+def image():
+    """Name of an image in the Docker engine. Without an engine, tests on docker are skipped."""
+    if not tmax.engine_answers():
+        pytest.skip("no Docker engine answers; .ci/run starts one")
+    return host_image(tmax.docker_client())
+
+
+@pytest.fixture(params=["bwrap", "docker"])
+def cfg(request):
+    """CFG for each kind of sandbox."""
+    if request.param == "bwrap":
+        return CFG
+    return dataclasses.replace(CFG, sandbox="docker", image=request.getfixturevalue("image"), network="none")
+
+
 def in_sandbox(work, task=tmax.Task("t", Path("/nonexistent"), ""), cfg=CFG):
     """Run `work(box)`, a coroutine function, in a sandbox of its own."""
     async def main():
@@ -1629,9 +1684,9 @@ def shell(*commands, timeout=100, **kw):
     "10 MB": [("cat >/tmp/b <<'X'\n" + "y" * 10_000_000 + "\nX\nwc -c </tmp/b", "10000001\n", 0), ("echo ok", "ok\n", 0)],
     "lone surrogate and NUL": [("echo 'a\ud800b'; echo 'c\0d'", "a\\?b\n", 0)],
 }.items(), ids=lambda steps: steps[0])
-def test_shell_keeps_its_state(steps):
+def test_shell_keeps_its_state(steps, cfg):
     """Rows of (command, what it prints, exit code or None), each row in one sandbox: state stays, whatever a command does."""
-    outputs = shell(*(command for command, _, _ in steps[1]))
+    outputs = shell(*(command for command, _, _ in steps[1]), cfg=cfg)
     for (command, text, code), output in zip(steps[1], outputs):
         same = output.text == text or (text and re.search(text, output.text))
         assert same and not output.timed_out, (command[:80], output.text[-300:], output.exit_code)
@@ -1640,12 +1695,12 @@ def test_shell_keeps_its_state(steps):
 
 @pytest.mark.parametrize("command", ["echo started; sleep 100", "echo started; trap '' TERM; sleep 100; sleep 100",
                                      "echo started; sleep 100 & wait", "echo started; while :; do :; done"])
-def test_timeout_ends_a_command_only(command):
+def test_timeout_ends_a_command_only(command, cfg):
     """What it printed is returned; directory, variables, files and a server that was started earlier stay."""
     async def work(box):
         await box.run("cd /var; A=1; echo kept >/tmp/f; sleep 7777 >/dev/null 2>&1 & echo $! >/tmp/pid")
         return await box.run(command, 2), await box.run("kill -0 $(cat /tmp/pid) && echo $PWD $A $(cat /tmp/f)")
-    stopped, after = in_sandbox(work)
+    stopped, after = in_sandbox(work, cfg=cfg)
     assert stopped.timed_out and stopped.text.startswith("started\n") and stopped.exit_code in (124, 137)
     assert after == tmax.Output("/var 1 kept\n", 0, False)
 
@@ -1656,13 +1711,13 @@ def test_own_exit_code_124_is_no_timeout():
         tmax.Output("", 124, False), tmax.Output("", 137, False), tmax.Output("", 124, False)]
 
 
-def test_fork_bomb_is_survived():
+def test_fork_bomb_is_survived(cfg):
     """A fork bomb ends with its timeout; the shell answers afterwards."""
     async def work(box):
         await box.run("A=1")
         await box.run("f() { f | f & }; f; sleep 20", 2)
         return await box.run("echo $A", 100)
-    assert in_sandbox(work).text == "1\n"
+    assert in_sandbox(work, cfg=cfg).text == "1\n"
 
 
 def test_small_writes_all_arrive():
@@ -1705,26 +1760,26 @@ def test_output_is_complete_on_a_busy_machine():
     assert len(texts) == 48 * 24 and set(texts) == {"".join(f"{i}\n" for i in range(1, 3901))}
 
 
-def test_a_gigabyte_is_capped():
+def test_a_gigabyte_is_capped(cfg):
     """1 GB of output: neither this process nor the sandbox keeps it; the observation has its first and last 5,000 characters."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    output, = shell("echo BEGIN; head -c 1000000000 /dev/zero | tr '\\0' x; echo END", timeout=400)
+    output, = shell("echo BEGIN; head -c 1000000000 /dev/zero | tr '\\0' x; echo END", timeout=400, cfg=cfg)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 50_000  # KiB
     assert output.exit_code == 0 and len(output.text) <= 2 * tmax.OUTPUT_KEPT + 1
     seen = tmax.render_observation(output.text, 0)
     assert "BEGIN\n" + "x" * 4994 + "\n" in seen and "x" * 4996 + "END\n\n\n(exit_code=0)" in seen and len(seen) < 10_500
 
 
-def test_background_job_with_stdout_holds_nothing_up():
+def test_background_job_with_stdout_holds_nothing_up(cfg):
     """The answer does not wait for a job that holds stdout: it comes long before the job's end."""
-    outputs = shell("sleep 300 & echo one", "(while sleep 1; do echo spam; done) & echo two", "echo three", timeout=200)
+    outputs = shell("sleep 300 & echo one", "(while sleep 1; do echo spam; done) & echo two", "echo three", timeout=200, cfg=cfg)
     assert [o.text for o in outputs] == ["one\n", "two\n", "three\n"] and not any(o.timed_out for o in outputs)
 
 
-def test_seeds_and_start_directory(tmp_path):
+def test_seeds_and_start_directory(tmp_path, cfg):
     """environment/seeds lies in /workspace; the shell starts in /app."""
     task = tmax.load_task(make_task(tmp_path / "t", seeds={"a b.txt": "ünï", "ü": ""}))
-    assert shell("pwd; cat '/workspace/a b.txt'; ls /workspace | wc -l", task=task)[0].text == "/app\nünï2\n"
+    assert shell("pwd; cat '/workspace/a b.txt'; ls /workspace | wc -l", task=task, cfg=cfg)[0].text == "/app\nünï2\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1774,7 +1829,7 @@ def test_nothing_is_inherited(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret-token")
     with open(__file__) as file:
         os.set_inheritable(file.fileno(), True)
-        env, fds = shell("env; tr '\\0' '\\n' </proc/1/environ", "for p in $$ 1; do for f in /proc/$p/fd/*; do readlink $f; done; done")
+        env, fds = shell("env", "for f in /proc/$$/fd/*; do readlink $f; done; readlink /proc/1/fd/* || cat /proc/1/environ")
     assert "secret-token" not in env.text and {line.split("=")[0] for line in env.text.split()} <= {
         "PATH", "HOME", "LANG", "PWD", "SHLVL", "_", "OLDPWD"}
     assert "test_" not in fds.text and "bwrap" not in fds.text and "socket" not in fds.text
@@ -1902,13 +1957,13 @@ def test_no_bubblewrap_is_one_line(monkeypatch):
 # Sandbox: grading
 # ---------------------------------------------------------------------------------------------------------------------
 
-def graded(folder, test, *commands, toml=None):
+def graded(folder, test, *commands, toml=None, cfg=CFG):
     """Reward and verifier's words after the agent's commands, by a task with this tests/test.sh."""
     async def work(box):
         for command in commands:
             await box.run(command)
         return await box.grade(), box.grading
-    return in_sandbox(work, task=tmax.load_task(make_task(folder, test=test, toml=toml)))
+    return in_sandbox(work, task=tmax.load_task(make_task(folder, test=test, toml=toml)), cfg=cfg)
 
 
 TXT, JSON = "/logs/verifier/reward.txt", "/logs/verifier/reward.json"
@@ -1920,12 +1975,12 @@ TXT, JSON = "/logs/verifier/reward.txt", "/logs/verifier/reward.json"
     (f": >{TXT}", 0), (f"echo 1 1 >{TXT}", 0), (f"printf '\\xff' >{TXT}", 0), (f"echo 1{'0' * 400} >{TXT}", 1),
     (f"head -c 30000 /dev/zero | tr '\\0' '[' >{TXT}", 0), ("true", 0), ("echo 1", 0), (f"echo {MARKER}; echo 1", 0),
     (f"echo '{{\"reward\": 0.75}}' >{JSON}", 0.75), (f"echo '{{\"reward\": \"x\"}}' >{JSON}", 0), (f"echo '{{\"score\": 1}}' >{JSON}", 0),
-    (f"echo '{{\"reward\": null}}' >{JSON}", 0), (f"echo 1 >{TXT}; exit 3", 1), (f"echo 1 >{TXT}; kill -9 $$", 1),
+    (f"echo '{{\"reward\": null}}' >{JSON}", 0), (f"echo 1 >{TXT}; exit 3", 1), (f"echo 1 >{TXT}; kill -9 $$", 0),
     (f"set -e; cd \"$(dirname \"$0\")\"; [ $PWD = /tests ]; echo 1 >{TXT}", 1), (f"exec >/dev/null 2>&1; echo 1 >{TXT}", 1),
     (f"sleep 300 & head -c 90000 /dev/zero | tr '\\0' x; echo 1 >{TXT}", 1),
 ], ids=lambda value: str(value)[:50])
 def test_reward_is_what_the_tests_wrote(tmp_path, test, reward):
-    """reward.txt or reward.json, clipped to [0, 1]; anything else is 0. What the tests print or exit with does not matter."""
+    """reward.txt or reward.json, clipped to [0, 1]; anything else, and tests that were killed, is 0. What they print or exit with does not matter."""
     assert graded(tmp_path / "t", test)[0] == reward
 
 
@@ -1961,11 +2016,14 @@ def test_agent_does_not_reach_the_tests(tmp_path, commands):
     assert reward == 0 and words.startswith("test.sh\n\ncat is /usr/bin/cat\nran\n"), words
 
 
-def test_tests_are_hidden_before_grading(tmp_path):
-    """No /tests and no test.sh before grading; what the agent did, its files and its services, is there for the tests."""
-    test = f"[ -e /tmp/clean ] && [ -e /app/done ] && kill -0 $(cat /tmp/pid) && echo 1 >{TXT}"
+def test_tests_are_hidden_before_grading(tmp_path, cfg):
+    """No /tests and no test.sh before grading; what the agent did, its files and its services, is there for the tests; the rest
+    of what it left running is not."""
+    test = (f"[ -e /tmp/clean ] && [ -e /app/done ] && ! kill -0 $(cat /tmp/pid) && exec 3<>/dev/tcp/127.0.0.1/8000 && printf 'GET /done HTTP/1.0\\n\\n' >&3 "
+            f"&& grep 'it works' <&3 && echo 1 >{TXT}")
     assert graded(tmp_path / "t", test, "[ ! -e /tests ] && [ -z \"$(find / -xdev -name test.sh 2>/dev/null)\" ] && touch /tmp/clean",
-                  "touch /app/done; sleep 7777 >/dev/null 2>&1 & echo $! >/tmp/pid")[0] == 1
+                  "echo it works >/app/done; sleep 7777 >/dev/null 2>&1 & echo $! >/tmp/pid",
+                  "python3 -m http.server 8000 & until (: <>/dev/tcp/127.0.0.1/8000) 2>/dev/null; do sleep .1; done", toml="[verifier]\ntimeout_sec = 20\n", cfg=cfg) == (1, "it works\n\n(exit_code=0)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2149,7 +2207,7 @@ def test_a_sandbox_that_does_not_start_voids_the_rollout(tmp_path, tokenizers, m
 def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
     """`--eval --oracle` from the command line, without a model or a GPU: the solution runs where the agent would, with the files
     beside it, and the tests decide. What is printed is what oracle.json holds."""
-    test = f'[ "$(cat /app/done)" = yes ] && echo 1 >{TXT} || echo 0.5 >{TXT}'
+    test = f'[ -e /app/done ] || exit; [ "$(cat /app/done)" = yes ] && echo 1 >{TXT} || echo 0.5 >{TXT}'
     tasks = {"right": "cp /solution/data done", "wrong": "echo no >done", "slow": "cp /solution/data done; sleep 60", "none": None}
     for name, solution in tasks.items():
         files = {"solution/solve.sh": solution, "solution/data": "yes"} if solution else {}
@@ -2174,16 +2232,14 @@ def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
 @pytest.fixture
 def images(tmp_path, monkeypatch):
     """image_of(task) of a fresh process in a fresh folder, with the client of the engine; skipped where none answers."""
-    try:
-        client = docker.from_env()
-        client.ping()
-    except (docker.errors.DockerException, OSError) as error:
-        pytest.skip(f"no Docker engine: {error}")
+    if not tmax.engine_answers():
+        pytest.skip("no Docker engine answers; .ci/run starts one")
     for name, fresh in dict(image_states={}, IMAGE_PAUSE=0.0).items():
         monkeypatch.setattr(tmax, name, fresh)
     monkeypatch.chdir(tmp_path)
     cfg = dataclasses.replace(DOCKER, name="run")
-    return SimpleNamespace(client=client, of=lambda task: tmax.image_of(client, task, cfg),
+    client = tmax.docker_client()
+    return SimpleNamespace(client=client, of=lambda task: tmax.image_of(client, task, cfg, SimpleNamespace(wait=lambda pause: False)),
                            log=lambda: "".join(p.read_text() for p in tmp_path.glob("runs/run/images/*.log")))
 
 
@@ -2203,9 +2259,9 @@ def test_an_image_is_built_once_for_each_content(images, tmp_path):
             names = list(pool.map(images.of, tasks * 4))
         assert names == names[:3] * 4 and names[0] == names[1] != names[2]
         assert [len(images.client.images.get(name).history()) for name in set(names)] == [1, 1]
-        assert images.log().count(": docker build") == 2
+        assert images.log().count("docker build") == 2
         tmax.image_states.clear()
-        assert list(map(images.of, tasks)) == names[:3] and images.log().count(": docker build") == 2
+        assert list(map(images.of, tasks)) == names[:3] and images.log().count("docker build") == 2
     finally:
         for name in {images.of(task) for task in tasks}:
             images.client.images.remove(name)
@@ -2218,7 +2274,7 @@ def test_an_image_that_cannot_be_built(images, tmp_path, capsys, lines, said):
     for _ in range(5):
         with pytest.raises(tmax.SandboxLost, match="image"):
             images.of(task)
-    assert images.log().count(": docker build") == 3 and said in images.log()
+    assert images.log().count("docker build") == 3 and said in images.log()
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 3 and all("task t: " in line for line in told) and "set aside" in told[2] and "runs/run/images/" in told[2]
 
@@ -2229,17 +2285,12 @@ def test_rollouts_of_a_group_share_a_failure(images, tmp_path, monkeypatch):
     task = recipe(tmp_path / "t", "HELLO")
     with ThreadPoolExecutor(8) as pool:
         lost = [pool.submit(images.of, task).exception() for _ in range(8)]
-    assert [str(error) for error in lost] == ["image"] * 8 and images.log().count(": docker build") == 1
+    assert [str(error) for error in lost] == ["image"] * 8 and images.log().count("docker build") == 1
 
 
-@pytest.fixture
-def base_image():
-    return "tmax-test"
-
-
-def test_a_build_that_takes_too_long_is_stopped(images, base_image, tmp_path):
+def test_a_build_that_takes_too_long_is_stopped(images, image, tmp_path):
     """At [environment] build_timeout_sec, and what it ran is gone."""
-    task = dataclasses.replace(recipe(tmp_path / "t", f"FROM {base_image}\nRUN sleep 987"), build_timeout=3.0)
+    task = dataclasses.replace(recipe(tmp_path / "t", f"FROM {image}\nRUN sleep 987"), build_timeout=3.0)
     start = time.monotonic()
     with pytest.raises(tmax.SandboxLost, match="image"):
         images.of(task)
@@ -2295,13 +2346,12 @@ def test_an_image_is_pulled(images, registry, tmp_path, monkeypatch):
     failures += [500, 500]  # to the engine's HEAD and to its GET
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(images.of, [task] * 4)) == [task.image] * 4
-    assert failures == [] and images.log().count(": docker pull") == 2
+    assert failures == [] and images.log().count("docker pull") == 2
     images.client.images.remove(task.image)
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "nothing"))
-    monkeypatch.setattr(tmax.time, "sleep", lambda _: None)
     with pytest.raises(tmax.SandboxLost, match="image"):
         images.of(task)
-    assert images.log().count(": docker pull") == 5 and "no basic auth credentials" in images.log()
+    assert images.log().count("docker pull") == 5 and "no basic auth credentials" in images.log()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -42,10 +42,12 @@ import queue
 import random
 import re
 import resource
+import secrets
 import select
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -134,6 +136,8 @@ class Config:
     num_engines: int = knob(0, "vLLM engines; 0: the other half of the GPUs, or one on a CPU")
     max_concurrent_rollouts: int = knob(256, "rollouts, and so sandboxes, at once")
     sandbox: Literal["auto", "bwrap", "docker"] = knob("auto", "docker where an engine answers, else bubblewrap")
+    image: str = knob("", "container image of tasks that have none of their own")
+    network: Literal["auto", "none", "public"] = knob("auto", "of containers; auto: as each task says; bubblewrap has none")
     eval: bool = knob(False, "evaluate instead of training")
     oracle: bool = knob(False, "with --eval: each task's own solution instead of a model, to tell sound tasks from broken ones")
     name: str = knob("", "the run's folder is runs/NAME; default: made from the time")
@@ -298,6 +302,8 @@ def load_tasks(source, cfg):
             task = load_task(root / name, images.get(name, ""))
             if cfg.sandbox == "bwrap" and (task.image or task.builds):
                 raise ValueError("needs a container image, and bubblewrap has none: --sandbox docker")
+            if cfg.sandbox == "docker" and not (task.image or task.builds or cfg.image):
+                raise ValueError("names no container image: --image gives one")
             tasks.append(task)
         except (ValueError, OSError, TypeError, AttributeError) as reason:  # task.toml may hold anything
             refused.setdefault(str(reason).replace(f"{root / name}/", ""), []).append(name)
@@ -415,11 +421,12 @@ image_slots = threading.Semaphore(4)    # pulls and builds at once
 image_states = {}                       # image name -> lock, number of failures, earliest time of the next try
 
 
-def image_of(client, task, cfg):
+def image_of(client, task, cfg, stop=threading.Event()):
     """The name of the task's container image, which the engine then has: pulled, or built once for a content of environment/.
 
-    Blocking, any number of threads. Raises SandboxLost("image"); runs/NAME/images/ has the log. After three failures the image
-    is not tried again, and so its tasks are set aside. The docker program does the work because the SDK knows no BuildKit."""
+    Blocking, any number of threads. Raises SandboxLost("image"), also once `stop` is set; the log is in runs/NAME/images/. After
+    three failures the image is not tried again, and so its tasks are set aside. The docker program does the work because the
+    SDK knows no BuildKit."""
     name = f"tmax-build:{content_hash(task.path / 'environment')}" if task.builds else task.image or cfg.image
     state = image_states.setdefault(name, SimpleNamespace(lock=threading.Lock(), failures=0, again=0.0))
     with state.lock:
@@ -429,15 +436,15 @@ def image_of(client, task, cfg):
             log = Path("runs", cfg.name, "images", re.sub(r"[^\w.-]", "_", name)[-100:] + ".log")
             log.parent.mkdir(parents=True, exist_ok=True)
             command = ["build", "--tag", name, "--", str(task.path / "environment")] if task.builds else ["pull", "--", name]
+            command = ["timeout", "--verbose", "--foreground", "-k", "10", str(task.build_timeout), "docker", *command]
             # The program would go by its own context where DOCKER_HOST is not set, and the SDK does not.
             env = {"DOCKER_HOST": "unix:///var/run/docker.sock", **os.environ}
-            with image_slots, log.open("ab") as file:
+            with image_slots, log.open("ab", buffering=0) as file:
                 for pause in (0,) if task.builds else (0, 2, 10):
-                    time.sleep(pause)
-                    file.write(f"{time.ctime()}: {task.name}: docker {shlex.join(command)}\n".encode())
-                    file.flush()
-                    limited = ["timeout", "--verbose", "--foreground", "-k", "10", str(task.build_timeout), "docker", *command]
-                    if not subprocess.call(limited, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env):
+                    if stop.wait(pause):
+                        raise SandboxLost("image")
+                    file.write(f"{time.ctime()}: {task.name}: {shlex.join(command)}\n".encode())
+                    if not subprocess.call(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env):
                         return name
             state.failures, state.again = state.failures + 1, time.monotonic() + IMAGE_PAUSE
             fate = "set aside" if state.failures == 3 else "to be tried again"
@@ -446,73 +453,140 @@ def image_of(client, task, cfg):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sandbox: one per rollout. A bash loop is process 1 of its own namespaces; it starts a fresh bash for every command, with
-# directory, variables, functions and umask kept in a file, so that `exit`, `exec`, `set -e` or `kill -9 -1` end only a command.
+# Sandbox: one per rollout. A bash loop is process 1 of a container or of bubblewrap's namespaces; it starts a fresh bash for
+# every command, with directory, variables, functions and umask kept in a file, so that `exit`, `exec`, `set -e` or
+# `kill -9 -1` end only a command. The loop and the tests hold a capability, SETPCAP, that the agent's commands are started
+# without. It gives no power over the host, yet the kernel lets no process look into one that holds more than itself: the
+# agent, although root, cannot open /proc/1/fd or /proc/1/mem, and so neither forges an answer nor writes a reward.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_PROCESSES = 256
+MAX_PROCESSES = 512
+MAX_FILE = 16 << 20     # KiB in one file
+MAX_OPEN = 4096         # open files of a process
 OUTPUT_KEPT = 20_000    # bytes of a command's output kept from its beginning and again from its end
+GRACE = 20              # seconds that the loop may stay silent beyond a command's own limit
 
-# Reads "MODE SECONDS BYTES\n" and a command of that many bytes; answers "EXIT_CODE BASE64(output)\n". A reader of its own
-# caps each command's output, so that a job left in the background, holding stdout, delays no answer and floods nothing.
+# Reads "MODE SECONDS BYTES NAME\n" and that many bytes; answers "EXIT_CODE BASE64(output) REWARD\n". The bytes are a command
+# (agent, grade) or a tar file for the folder NAME (upload, tests). A reader of its own caps each command's output, so that
+# a job left in the background, holding stdout, delays no answer and floods nothing. The loop writes no file whose name the
+# agent could know beforehand and make a link of: NAME of a command is a random one, for its output.
 # Builtins wherever possible: hundreds of commands a minute share two cores with the learner in the tiny run.
+#   fd 4  a file without a name for the process group of the command; fd 5 and 6: two more for the reward (see `tests`)
 #   fd 8  a command's stdout and stderr, on their way to the reader (dd for the beginning, tail for the end)
 #   fd 7  the same pipe's other end: `read -t 0` on it tells whether the reader still has something to read
-#   fd 9  a fifo that never holds anything: `read -t` on it sleeps without a process
+#   fd 9  a pipe that never holds anything: `read -t` on it sleeps without a process
 #   env   which of two files holds the last saved state; a command that dies in the middle of saving spoils only the other
 SHELL_LOOP = r"""
-state=$1 run_command=$2 keep=$3 processes=$4 kilobytes=$5 n=0 env=0
+state=$1 run_command=$2 keep=$3 limits=$4 user=$5 home=$HOME n=0 env=0 services= readers=()
 for fd in /proc/$$/fd/*; do (( ${fd##*/} > 2 )) && eval "exec ${fd##*/}<&-"; done 2>/dev/null  # nothing of the host stays open
 for signal in HUP INT QUIT TERM USR1 USR2 PIPE ALRM; do trap : $signal; done  # a handler: children get the default back
-mkdir -p "$state" && mkfifo "$state/never" && exec 9<>"$state/never"
-echo ready
-while read -r mode seconds bytes; do
-  n=$((n + 1)) new=$((1 - env)) saved= start=$SECONDS
-  head -c "$bytes" >"$state/command"
+cd /app 2>/dev/null
+agent=(setpriv --bounding-set=-setpcap,-sys_ptrace --inh-caps=-setpcap,-sys_ptrace --ambient-caps=-all)
+if [ "$user" ]; then
+  eval "home=~$user"
+  group=$(id -g "$user") && agent+=(--reuid "$user" --regid "$group" --init-groups) || agent+=(--reuid "$user" --regid "$user" --clear-groups)
+fi 2>/dev/null
+"${agent[@]}" true 2>/dev/null && protected=protected || protected=bare agent=()
+[ "$user" ] && [ "$protected" = bare ] && exit  # it would run as root
+mkdir -p -m 1777 "$state" && exec 9<> <(:) 4<>"$state/4" 5<>"$state/5" 6<>"$state/6" && rm "$state"/[456] && echo "$protected"
+
+end_leftovers() {  # ends what the agent left running, but for services: what holds a socket, and the descendants of such
+  local -A parent socket; local pid fd stat up killed
+  for _ in {1..20}; do
+    parent=() socket=() services= killed=
+    for pid in "${readers[@]}"; do socket[$pid]=1; done  # a service that logs to one would die with it
+    for pid in /proc/[0-9]*; do
+      stat=; read -r -d '' stat <"$pid/stat"; set -- ${stat##*) }; pid=${pid#/proc/}
+      [[ $pid = $$ || -z $1 || $1 = [ZX] ]] && continue
+      parent[$pid]=$2
+      for fd in /proc/$pid/fd/*; do [ -S "$fd" ] && socket[$pid]=1 && break; done
+    done
+    for pid in "${!parent[@]}"; do
+      for (( up = pid; up > 1; up = ${parent[$up]:-0} )); do [ "${socket[$up]}" ] && break; done
+      if (( up > 1 )); then services=1; else kill -KILL "$pid"; killed=1; fi
+    done
+    [ "$killed" ] || return
+    read -t .01 -u 9
+  done
+  services=1  # what multiplies faster than it is ended is watched like a service
+}
+
+while read -r mode seconds bytes name; do
+  n=$((n + 1)) new=$((1 - env)) saved= reward= start=$SECONDS who=("${agent[@]}")
+  [ -d "$state" ] || mkdir -p -m 1777 "$state"
+  if [ "$mode" = tests ]; then  # real, empty folders, whatever is there
+    end_leftovers
+    [ -d /logs ] && [ ! -L /logs ] || rm -rf /logs
+    rm -rf /tests /logs/verifier; mkdir -p /logs; mkdir /tests /logs/verifier
+    # A service could write the reward; so it goes through links that only holders of SETPCAP can follow, into files without a name.
+    [ "$services" ] && for fd in 5:txt 6:json; do ln -s "/proc/$$/fd/${fd%:*}" "/logs/verifier/reward.${fd#*:}"; done
+    mode=upload
+  fi
+  if [ "$mode" = upload ]; then
+    [ -d "$name" ] || mkdir -p "$name"
+    head -c "$bytes" | { tar -xf - --no-same-owner -C "$name"; code=$?; cat >/dev/null; exit "$code"; }
+    echo "$?  "
+    continue
+  fi
+  LC_ALL=C IFS= read -r -N "$bytes" command
+  [ "$mode" = grade ] && who=()
   exec 8> >({ dd bs=1 count="$keep"; LC_ALL=C IFS= read -r -d '' -n 1 byte && printf "%b" "${byte:-\\0}" && exec tail -c "$keep"
-            } >"$state/out.$n" 2>/dev/null)
+            } >"$state/out.$name" 2>/dev/null)
   reader=$!; exec 7</proc/self/fd/8
-  ( ulimit -c 0 -u "$processes" -v "$kilobytes"; echo "$BASHPID" >"$state/group"
-    exec timeout -k 2 "$seconds" bash -c "$run_command" bash "$state" "$mode" "$env" "$new" "$n" ) </dev/null >&8 2>&1 7<&- 8>&- 9>&-
-  code=$?
+  ( ulimit -c 0 $limits; echo 1000 >/proc/self/oom_score_adj; echo "$BASHPID" >"/proc/$$/fd/4"
+    [ "${who[*]}" ] && HOME=$home
+    exec timeout -k 2 "$seconds" "${who[@]}" bash -c "$run_command" bash "$state" "$mode" "$env" "$new" "$n"
+  ) </dev/null >&8 2>&1 3<<<"$command" 4>&- 5>&- 6>&- 7<&- 8>&- 9>&-
+  code=$? command=
   exec 8>&-
   (( (code == 124 || code == 137) && SECONDS - start >= ${seconds%.*} )) &&  # it ran out of time: end all of it
-    read -r group <"$state/group" && kill -KILL -- "-$group"
+    read -r group <"/proc/$$/fd/4" && kill -KILL -- "-$group"
   late=$((SECONDS + 5))  # for a job in the background that never stops writing; one that only holds the pipe costs 127 ms
   for pause in .001 .002 .004 .008 .016 .032 .064; do
     while kill -0 "$reader" && read -t 0 -u 7 && (( SECONDS < late )); do read -t .002 -u 9; done
     kill -0 "$reader" || break; read -t "$pause" -u 9
   done
   exec 7<&-
+  kill -0 "$reader" && readers+=("$reader")
   read -r saved <"$state/saved" && [ "$saved" = "$n" ] && env=$new
-  printf '%s ' "$code"; base64 -w0 "$state/out.$n"; echo
+  [ "$mode" = grade ] && for fd in 5:txt 6:json; do
+    file=/logs/verifier/reward.${fd#*:} fd=/proc/$$/fd/${fd%:*}
+    [ "$services" ] && { [ -L "$file" ] && [ "$file" -ef "$fd" ] || { reward=tampered; break; }; }
+    [ -f "$file" ] && LC_ALL=C IFS= read -r -N 4096 reward <"$file"
+    [ "$reward" ] && break
+  done
+  printf '%s ' "$code"; base64 -w0 "$state/out.$name"; printf ' %s\n' "${reward//[[:space:]]/$'\t'}"
   (( n % 16 )) || rm -f "$state"/out.*  # a process for every sixteenth command only
 done 2>/dev/null
 """
 
-# Runs one command. Mode "agent" restores the state that the last command left and saves it again, at the end or from
-# an EXIT trap; mode "clean" knows nothing of the agent's variables and functions.
+# Runs one command, which comes on fd 3. Mode "agent" restores the state that the last command left and saves it again, at the
+# end or from an EXIT trap; mode "grade" knows nothing of the agent's variables and functions.
 SHELL_COMMAND = r"""
-__state=$1 __mode=$2 __old=$1/env.$3 __new=$1/env.$4 __n=$5; set --
+__state=$1 __mode=$2 __old=$1/env.$3 __new=$1/env.$4 __n=$5
+LC_ALL=C IFS= read -r -d '' __command <&3; exec 3<&-; set -- "${__command%$'\n'}"; unset __command
 __save() { { builtin declare -p; builtin declare -f; builtin umask -p; builtin printf 'builtin cd -- %q\n' "$PWD"; } >"$__new" &&
            builtin echo "$__n" >"$__state/saved"; } 2>/dev/null
 if [ "$__mode" = agent ]; then
   __now="__old=$__old __new=$__new __n=$__n"
-  [ -e "$__old" ] && { builtin set -- "$__now"; . "$__old"; builtin eval "$1"; builtin set --; } >/dev/null 2>&1
+  [ -e "$__old" ] && { builtin set -- "$1" "$__now"; . "$__old"; builtin eval "$2"; } >/dev/null 2>&1
   trap __save EXIT
 fi
-eval "$(<"$__state/command")"
+eval "builtin set --; $1"
 __code=$?; [ "$__mode" = agent ] && __save; exit $__code
 """
 
 
 # Without --cap-drop ALL and --disable-userns, a root that starts bubblewrap could be followed out through a remount of /usr.
-BWRAP_FLAGS = """--unshare-all --unshare-user --disable-userns --cap-drop ALL --die-with-parent --new-session --as-pid-1
-    --uid 0 --gid 0 --hostname sandbox --clearenv --setenv HOME /root --setenv LANG C.UTF-8
+BWRAP_FLAGS = """--unshare-all --unshare-user --disable-userns --cap-drop ALL --cap-add CAP_SETPCAP --die-with-parent --new-session
+    --as-pid-1 --uid 0 --gid 0 --hostname sandbox --clearenv --setenv HOME /root --setenv LANG C.UTF-8
     --setenv PATH /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
     --ro-bind /usr /usr --ro-bind-try /etc/alternatives /etc/alternatives --ro-bind-try /etc/ld.so.cache /etc/ld.so.cache
     --proc /proc --dev /dev --size 67108864 --tmpfs /dev/shm --remount-ro /dev
     --perms 1777 --dir /tmp --dir /root --dir /home --dir /opt --dir /var --dir /app --dir /workspace --chdir /app""".split()
+# What apt, chown, su and servers need. SYS_PTRACE, like SETPCAP, is the loop's alone: it sees which processes of other users
+# hold sockets; both reach no further than the container's own processes.
+CAPABILITIES = "CHOWN DAC_OVERRIDE FOWNER FSETID SETUID SETGID KILL NET_BIND_SERVICE SYS_CHROOT SETPCAP SYS_PTRACE".split()
 
 
 class Output(NamedTuple):
@@ -525,18 +599,85 @@ class SandboxLost(Exception):
     """The sandbox could not be started, died or stopped answering: the rollout is void, it says nothing of the model."""
 
 
+class KilledItself(Exception):
+    """The agent's own doing ended its sandbox (out of memory, its shell stopped): the rollout counts, with reward 0."""
+
+
+class DockerStream(io.RawIOBase):
+    """The engine's multiplexed stream of a container's stdin and stdout, as an ordinary file: frames of 8 bytes of header, whose
+    last four are the length, and data."""
+
+    def __init__(self, sock):
+        self.sock, self.left = sock, 0
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        header = b""
+        while not self.left:
+            if not (part := self.sock.recv(8 - len(header))):
+                return 0
+            header += part
+            if len(header) == 8:
+                self.left, header = int.from_bytes(header[4:], "big"), b""
+        count = self.sock.recv_into(buffer, min(len(buffer), self.left))
+        self.left -= count
+        return count
+
+
+@functools.lru_cache
+def docker_client():
+    """The Docker engine of DOCKER_HOST, or the local one; one client for each process. Raises DockerException."""
+    return docker.from_env(timeout=60, max_pool_size=64)
+
+
+def engine_answers():
+    try:
+        return docker_client().ping()
+    except (OSError, docker.errors.DockerException):
+        return False
+
+
+def process_mark(pid):
+    """What tells a process from every other, of any boot and machine, now and later: boot, process namespace, number, start.
+    Raises OSError when there is no such process."""
+    started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')} {pid} {started}"
+
+
+def remove_containers(owned_by_me=False):
+    """Remove the containers of this process, or those that dead processes of this machine have left. Nothing of others."""
+    with contextlib.suppress(OSError, docker.errors.DockerException):
+        for container in docker_client().containers.list(all=True, filters={"label": "tmax.owner"}, ignore_removed=True):
+            mark, dead = container.labels["tmax.owner"].split(), False
+            try:
+                dead = mark[:2] == process_mark("self").split()[:2] and process_mark(mark[2]).split() != mark
+            except OSError:
+                dead = True
+            if mark == process_mark(os.getpid()).split() if owned_by_me else dead:
+                with contextlib.suppress(docker.errors.APIError):
+                    container.remove(force=True)
+
+
 class Sandbox:
-    """A machine for one rollout, behind bubblewrap: no network, no host process, no host file but the system's, read-only.
+    """A machine for one rollout: a container of the Docker engine, or bubblewrap (no network, no host file but the system's,
+    read-only; what it writes lies in memory, a tmpfs of limited size).
 
         async with Sandbox(task, cfg) as box:
             output = await box.run("ls", timeout=120)
             reward = await box.grade()
 
-    Everything it writes lies in memory (a tmpfs of limited size) and is gone with it. Raises SandboxLost."""
+    All of it is gone with the sandbox. Raises SandboxLost, KilledItself."""
     uids = itertools.count(1_900_000_000 + os.getpid() % 10_000 * 10_000)  # so that the limit on processes is each sandbox's own
+    starting = threading.BoundedSemaphore(8)    # an engine that starts hundreds of containers at once fails
+    lock = threading.Lock()
+    said = set()                                # messages that are said once
 
     def __init__(self, task, cfg):
-        self.task, self.cfg, self.grading, self.process, self.ready = task, cfg, "", None, False
+        self.task, self.cfg, self.grading, self.tampered = task, cfg, "", False
+        self.process = self.container = self.socket = self.stdin = self.stdout = None
+        self.ready, self.closing = False, threading.Event()
         # One thread for the sandbox's whole life: bubblewrap dies with the *thread* that started it, as is wanted.
         self.thread = ThreadPoolExecutor(1)
 
@@ -545,105 +686,216 @@ class Sandbox:
             await self._in_thread(self._open)
             seeds = self.task.path / "environment/seeds"
             if seeds.is_dir() and any(seeds.iterdir()):
-                if (await self.run(self._unpack(seeds, "/workspace"), 60, mode="clean")).exit_code:
-                    raise SandboxLost("upload")
+                await self.upload(seeds, "/workspace")
+        except KilledItself as reason:  # nobody has worked in it yet
+            await self.__aexit__()
+            raise SandboxLost(f"{reason}") from None
         except BaseException:
             await self.__aexit__()
             raise
         return self
 
     async def __aexit__(self, *_):
+        self.closing.set()
         if self.ready:
-            self.process.kill()  # now, whatever the thread is waiting for
+            self._hang_up()  # now, whatever the thread is waiting for
         await asyncio.shield(self._in_thread(self._close))
         self.thread.shutdown(wait=False)
+
+    def _hang_up(self):
+        """End the exchange that another thread is in, and with it the sandbox."""
+        if self.process:
+            self.process.kill()
+        else:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
 
     def _close(self):
         if self.process:
             self.process.kill()
             self.process.wait()
-            for pipe in (self.process.stdin, self.process.stdout):
-                with contextlib.suppress(OSError):  # a command that it did not take any more
-                    pipe.close()
+        if self.container:
+            with contextlib.suppress(OSError, docker.errors.DockerException):  # gone already
+                self.container.remove(force=True)
+        for pipe in (self.stdin, self.stdout, self.socket):
+            with contextlib.suppress(OSError):  # a command that it did not take any more
+                pipe and pipe.close()
+        self.process = self.container = self.socket = self.stdin = self.stdout = None
 
     def _in_thread(self, function, *args):
         return asyncio.get_running_loop().run_in_executor(self.thread, function, *args)
 
+    def _say_once(self, message):
+        with Sandbox.lock:
+            if message not in Sandbox.said:
+                print(f"sandbox: {message}", file=sys.stderr, flush=True)
+            Sandbox.said.add(message)
+
     def _open(self):
-        try:
-            binary = os.open(bwrap_path(), os.O_RDONLY)  # by descriptor: the other uid may not be able to follow the path
-        except OSError as error:
-            raise SandboxLost(f"start: {error}") from error
+        """Start the loop, again after some seconds if that fails; while the engine is down, wait for it."""
+        pauses = iter((0.3, 1, 3))
+        while True:
+            try:
+                image = image_of(docker_client(), self.task, self.cfg, self.closing) if self.cfg.sandbox == "docker" else None
+                with Sandbox.starting:
+                    self._open_docker(image) if image else self._open_bwrap()
+                    hello = self.stdout.readline(20)
+                if hello not in (b"protected\n", b"bare\n"):
+                    raise OSError("its shell does not start")
+                if hello == b"bare\n":
+                    self._say_once(f"{image}: no setpriv in there: an agent could forge its reward")
+                if self.socket:
+                    self.socket.settimeout(None)
+                self.ready = True
+                return
+            except docker.errors.ImageNotFound:
+                raise SandboxLost("image") from None
+            except (OSError, docker.errors.DockerException) as error:  # requests' own are OSErrors
+                self._close()
+                if self.cfg.sandbox == "docker" and not engine_answers():
+                    self._wait_for_engine()
+                    continue
+                pause = next(pauses, None)
+                if pause is None or self.closing.wait(pause):
+                    print(f"sandbox: it does not start: {error}", file=sys.stderr, flush=True)
+                    raise SandboxLost("start") from error
+
+    def _wait_for_engine(self):
+        self._say_once("the Docker engine does not answer; rollouts wait for it")
+        while not engine_answers():
+            if self.closing.wait(1):
+                raise SandboxLost("start")
+        with Sandbox.lock:
+            if Sandbox.said:
+                print("sandbox: the Docker engine answers again", file=sys.stderr, flush=True)
+            Sandbox.said.clear()
+
+    def _loop(self, limits, user=""):
+        return ["bash", "--noprofile", "--norc", "-c", SHELL_LOOP, "bash", "/dev/shm/.shell", SHELL_COMMAND, str(OUTPUT_KEPT),
+                f"-n {MAX_OPEN} -f {MAX_FILE} {limits}", user]
+
+    def _open_bwrap(self):
+        binary = os.open(bwrap_path(), os.O_RDONLY)  # by descriptor: the other uid may not be able to follow the path
         uid, memory = str(next(self.uids)), self.task.memory_mb
         other_uid = [] if os.getuid() else ["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups"]
         system = [flag for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64") if os.path.lexists(path) for flag in
                   (("--symlink", os.readlink(path), path) if os.path.islink(path) else ("--ro-bind", path, path))]
-        loop = ["bash", "--noprofile", "--norc", "-c", SHELL_LOOP, "bash", "/dev/shm/.shell", SHELL_COMMAND, str(OUTPUT_KEPT),
-                str(MAX_PROCESSES), str(memory << 10)]
         try:
             self.process = subprocess.Popen(
-                [*other_uid, f"/proc/self/fd/{binary}", "--size", str(memory << 20), "--tmpfs", "/", *system, *BWRAP_FLAGS, *loop],
+                [*other_uid, f"/proc/self/fd/{binary}", "--size", str(memory << 20), "--tmpfs", "/", *system, *BWRAP_FLAGS,
+                 *self._loop(f"-u {MAX_PROCESSES} -v {memory << 10}")],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[binary])
-        except OSError as error:
-            raise SandboxLost(f"start: {error}") from error
         finally:
             os.close(binary)
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
         # Never killed before it is up: bubblewrap ties its child's life to its own only late, so a child would survive it.
-        (answer := select.poll()).register(self.process.stdout, select.POLLIN)
-        self.ready = bool(answer.poll(60_000)) and self.process.stdout.readline() == b"ready\n"
-        if not self.ready:
-            raise SandboxLost("start")
+        (answer := select.poll()).register(self.stdout, select.POLLIN)
+        answer.poll(60_000)
 
-    async def run(self, command, timeout=None, mode="agent"):
+    def _open_docker(self, image):
+        client, task = docker_client(), self.task
+        public = {"auto": task.network == "public"}.get(self.cfg.network, self.cfg.network == "public")
+        if public:
+            with Sandbox.lock:
+                if not client.networks.list(names=["^tmax$"]):
+                    client.networks.create("tmax", options={"com.docker.network.bridge.enable_icc": "false"})
+        user = (task.user or client.api.inspect_image(image)["Config"].get("User") or "").split(":")[0]
+        user = "" if user in ("root", "0") else user
+        memory = f"{task.memory_mb}m"
+        self.container = client.containers.create(
+            image, [], entrypoint=self._loop("", user),
+            user="0", stdin_open=True, auto_remove=True, log_config=docker.types.LogConfig(type="none"),
+            labels={"tmax.owner": process_mark(os.getpid()), "tmax.run": self.cfg.name}, network="tmax" if public else "none",
+            mem_limit=memory, memswap_limit=memory, pids_limit=MAX_PROCESSES, cpu_period=100_000, cpu_quota=int(task.cpus * 100_000),
+            cap_drop=["ALL"], cap_add=CAPABILITIES, security_opt=["no-new-privileges"])
+        # The engine closes the loop's stdin when this connection ends, however its owner does; the loop then ends by itself.
+        attached = self.container.attach_socket(params={"stdin": 1, "stdout": 1, "stream": 1})
+        self.socket = attached._sock
+        self.socket.settimeout(60)
+        self.stdout, self.stdin = io.BufferedReader(DockerStream(self.socket)), self.socket.makefile("wb")
+        self.container.start()
+
+    async def upload(self, folder, target):
+        """Copy what is in a folder here to the folder `target` there."""
+        if (await self._exchange("upload", 300, folder, target)).exit_code:
+            raise SandboxLost("upload")
+
+    async def run(self, command, timeout=None):
         """Run a bash command in the sandbox's shell; after `timeout` seconds it is stopped. Returns Output."""
-        timeout = timeout or self.cfg.bash_timeout
+        return await self._exchange("agent", timeout or self.cfg.bash_timeout, command)
+
+    async def _exchange(self, mode, timeout, payload, name=""):
+        """Send a command, or a folder as the tar file of it, and wait for the loop's answer. Returns Output."""
         start = time.monotonic()
-        try:  # the deadline also holds from outside, should the loop itself be starved
-            code, output = await asyncio.wait_for(self._in_thread(self._exchange, mode, command, timeout), timeout + 20)
+        try:  # the deadline also holds from outside, should the loop be starved or something in the sandbox stop its helpers
+            code, output, self.reward = await asyncio.wait_for(
+                self._in_thread(self._send_and_receive, mode, timeout, payload, name or secrets.token_hex(8)), timeout + GRACE)
         except TimeoutError:
-            self.process.kill()
-            raise SandboxLost("silent") from None
+            alive = await asyncio.to_thread(self._alive)
+            self._hang_up()
+            raise (KilledItself if alive else SandboxLost)("silent") from None
         timed_out = code in (124, 137) and time.monotonic() - start >= timeout
         return Output(output.decode("utf-8", "replace"), code, timed_out)
 
-    def _exchange(self, mode, command, timeout):
-        data = command.encode("utf-8", "replace")
-        try:
-            self.process.stdin.write(f"{mode} {timeout:.3f} {len(data)}\n".encode() + data)
-            self.process.stdin.flush()
-            code, output = self.process.stdout.readline().split(b" ")
-        except (OSError, ValueError) as error:
-            raise SandboxLost("died") from error
-        return int(code), base64.b64decode(output)
+    def _send_and_receive(self, mode, timeout, payload, name):
+        with tempfile.TemporaryFile() as data:
+            if isinstance(payload, str):
+                data.write(payload.encode("utf-8", "replace").replace(b"\0", b""))
+            else:
+                with tarfile.open(fileobj=data, mode="w") as tar:
+                    tar.add(payload, arcname=".")
+            size = data.tell()
+            data.seek(0)
+            try:
+                self.stdin.write(f"{mode} {timeout:.3f} {size} {name}\n".encode())
+                shutil.copyfileobj(data, self.stdin)
+                self.stdin.flush()
+                code, output, reward = self.stdout.readline(4 * OUTPUT_KEPT).rstrip(b"\n").split(b" ")
+                return int(code), base64.b64decode(output, validate=True), reward.decode("utf-8", "replace")
+            except (OSError, ValueError) as error:  # ValueError: it ended within its answer
+                raise KilledItself("out of memory") if self._out_of_memory() else SandboxLost("died") from error
 
-    def _unpack(self, folder, target):
-        """A command that copies a local folder to `target`."""
-        archive = io.BytesIO()
-        with tarfile.open(fileobj=archive, mode="w") as tar:
-            tar.add(folder, arcname=".")
-        data = base64.encodebytes(archive.getvalue()).decode()
-        return f"[ -d {target} ] || mkdir -p {target}; base64 -d <<'.' | tar -xf - --no-same-owner -C {target} || exit 125\n{data}.\n"
+    def _alive(self):
+        """Whether the loop's process is still there, so that it is the sandbox that is silent, not its machine."""
+        if self.process:
+            return self.process.poll() is None
+        try:
+            return docker_client().api.inspect_container(self.container.id)["State"]["Running"]
+        except (OSError, docker.errors.DockerException):
+            return False
+
+    def _out_of_memory(self):
+        """Whether the loop fell to the container's memory limit. The container is removed by now; the engine remembers."""
+        if not self.container or self.closing.is_set():
+            return False
+        with contextlib.suppress(OSError, docker.errors.DockerException):
+            now = int(time.time())
+            return any(docker_client().api.events(since=now - 60, until=now + 1, decode=True,
+                                                  filters={"container": self.container.id, "event": "oom"}))
+        return False
 
     async def grade(self):
         """Run the task's hidden tests and return the reward they wrote, clipped to [0, 1].
 
-        /tests and /logs/verifier are made anew. No reward, or one that is no number, is 0; `self.grading` says why."""
-        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in self.task.verifier_env)
-        output = await self.run(
-            "rm -rf /tests /logs/verifier; mkdir -p /tests /logs/verifier\n" + self._unpack(self.task.path / "tests", "/tests")
-            + f"{exports}cd /app 2>/dev/null || cd /workspace\nbash /tests/test.sh", self.task.verifier_timeout, mode="clean")
-        self.grading = render_observation(output.text, output.exit_code)
-        if output.timed_out:
-            self.grading += f"\nstopped after {self.task.verifier_timeout:g} s"
+        All but services is ended first; /tests and /logs/verifier are made anew. No reward, one that is no number, or one that
+        another than the tests wrote (`self.tampered`) is 0; `self.grading` says why."""
+        limit = self.task.verifier_timeout
+        put = await self._exchange("tests", 60, self.task.path / "tests", "/tests")
+        if put.exit_code:
+            self.grading = f"no reward: the tests could not be put in place (exit code {put.exit_code})"
             return 0.0
-        found = (await self.run("cd /logs/verifier; cat reward.txt 2>/dev/null || cat reward.json", 60, mode="clean")).text
+        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in self.task.verifier_env)
+        output = await self._exchange("grade", limit, f"{exports}cd /app 2>/dev/null\nexec bash /tests/test.sh")
+        self.grading, self.tampered = render_observation(output.text, output.exit_code), self.reward == "tampered"
         try:
-            reward = json.loads(found) if found.lstrip().startswith("{") else found
+            reward = json.loads(self.reward) if self.reward.lstrip().startswith("{") else self.reward
             reward = float(reward["reward"] if isinstance(reward, dict) else reward)
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             reward = math.nan
-        if math.isnan(reward):
-            self.grading += f"\nno reward: {found[:200]!r}"
+        reason = (f"stopped after {limit:g} s" if output.timed_out else "killed" if output.exit_code in (137, 143) else
+                  "the reward file is not the tests' own" if self.tampered else f"{self.reward[:200]!r}" if math.isnan(reward) else "")
+        if reason:
+            self.grading += f"\nno reward: {reason}"
             return 0.0
         return min(1.0, max(0.0, reward))
 
@@ -658,17 +910,31 @@ def bwrap_path():
 
 
 def check_sandbox(cfg):
-    """Start and use one sandbox before anything expensive happens. Raises UserError in one line."""
+    """Choose the kind of sandbox, remove what dead runs have left, and use one sandbox before anything expensive happens.
+    Raises UserError in one line."""
+    if cfg.sandbox == "auto":
+        cfg.sandbox = "docker" if engine_answers() else "bwrap"
     if cfg.sandbox == "docker":
-        raise UserError("--sandbox: docker is not there yet; use --sandbox bwrap")
+        if not engine_answers():
+            raise UserError(f"--sandbox: no Docker engine answers at {os.environ.get('DOCKER_HOST', 'its usual socket')}")
+        if cfg.tiny and not cfg.image:
+            raise UserError("--image: the tiny tasks need one in containers; name any with bash, coreutils and tar")
+        remove_containers()
+        if not cfg.image:  # every task has its own
+            return
+    else:
+        print("sandbox: bubblewrap: no network; the host's /usr instead of the tasks' images; memory is limited per process and for "
+              "files, not for a rollout as a whole", file=sys.stderr)
 
     async def probe():
-        async with Sandbox(Task("probe", Path("/nonexistent"), ""), cfg) as box:
+        async with Sandbox(Task("probe", Path("/nonexistent"), "", network="no-network"), cfg) as box:
             return (await box.run("echo $((6 * 7))", 10)).text
     try:
         works = asyncio.run(probe()) == "42\n"
-    except SandboxLost:
+    except (SandboxLost, KilledItself):
         works = False
+    if not works and cfg.sandbox == "docker":
+        raise UserError(f"--image: a container of {cfg.image} does not run bash as it should")
     if not works:
         raise UserError("--sandbox: bubblewrap cannot make a sandbox here (it needs unprivileged user namespaces: "
                         "sysctl kernel.unprivileged_userns_clone=1, or kernel.apparmor_restrict_unprivileged_userns=0)")
@@ -827,7 +1093,7 @@ class Rollout:
     versions: list[int]             # policy version that sampled the token; -1 elsewhere
     prompt_tokens: int
     reward: float = 0.0
-    finish: str = ""                # submitted | no_call | max_steps | max_tokens | timeout | void:REASON
+    finish: str = ""                # submitted | no_call | max_steps | max_tokens | timeout | killed_itself | tampered | void:REASON
     steps: int = 0                  # bash calls
     advantage: float = 0.0
     seconds_bash: float = 0.0
@@ -845,39 +1111,37 @@ class Rollout:
 
 
 async def rollout(engine, task, tokenizer, cfg, engine_rank=0):
-    """Let the policy work on a task in a fresh sandbox, then grade it. Returns a Rollout; infrastructure faults void it."""
-    prompt = chat_format(tokenizer).prompt(task.instruction)
+    """Let the policy work on a task in a fresh sandbox, then grade it. Returns a Rollout; infrastructure faults void it.
+
+    With --oracle, the task's own solution works in its place; engine and tokenizer are None then."""
+    prompt = [] if cfg.oracle else chat_format(tokenizer).prompt(task.instruction)
     r = Rollout(task.name, [], [], [], [], len(prompt))
     r.append(prompt, 0)
     try:
         async with Sandbox(task, cfg) as box:
-            r.finish = await agent_loop(engine, box, r, tokenizer, cfg, engine_rank)
+            r.finish = await (run_solution(box, r) if cfg.oracle else agent_loop(engine, box, r, tokenizer, cfg, engine_rank))
             if r.finish in ("submitted", "timeout"):
                 r.reward = await box.grade()
                 r.transcript.append({"role": "verifier", "content": box.grading})
+                r.finish = "tampered" if box.tampered else r.finish
+    except KilledItself as reason:
+        r.finish = "killed_itself"
+        r.transcript.append({"role": "error", "content": f"the sandbox ended: {reason}"})
     except SandboxLost as reason:
         r.finish = f"void:{reason}"
     return r
 
 
-async def oracle_rollout(task, cfg):
-    """A rollout in which the task's own solution/solve.sh works in place of a model."""
-    r = Rollout(task.name, [], [], [], [], 0)
-    if not (task.path / "solution/solve.sh").is_file():
-        r.finish = "no_solution"
-        return r
-    try:
-        async with Sandbox(task, cfg) as box:
-            start = time.monotonic()
-            await box.run(box._unpack(task.path / "solution", "/solution"), 60, mode="clean")
-            output = await box.run("bash /solution/solve.sh", task.agent_timeout)
-            r.finish, r.seconds_bash = "timeout" if output.timed_out else "submitted", time.monotonic() - start
-            r.transcript.append({"role": "tool", "content": render_observation(output.text, output.exit_code)})
-            r.reward = await box.grade()
-            r.transcript.append({"role": "verifier", "content": box.grading})
-    except SandboxLost as reason:
-        r.finish = f"void:{reason}"
-    return r
+async def run_solution(box, r):
+    """The task's own solution/solve.sh in place of a policy (--oracle); returns the name of the end."""
+    solution, start = box.task.path / "solution", time.monotonic()
+    if not (solution / "solve.sh").is_file():
+        return "no_solution"
+    await box.upload(solution, "/solution")
+    output = await box.run("bash /solution/solve.sh", box.task.agent_timeout)
+    r.seconds_bash = time.monotonic() - start
+    r.transcript.append({"role": "tool", "content": render_observation(output.text, output.exit_code)})
+    return "timeout" if output.timed_out else "submitted"
 
 
 async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
@@ -1765,7 +2029,7 @@ def oracle(cfg):
 
     async def one(task):
         async with free:
-            r = await oracle_rollout(task, cfg)
+            r = await rollout(None, task, None, cfg)
         print(f"{'pass' if r.reward >= 1 else 'FAIL'}  reward {r.reward:.2f}  {r.finish:<12} {r.task}")
         return dict(task=r.task, reward=r.reward, finish=r.finish, seconds_bash=r.seconds_bash, transcript=r.transcript)
 
