@@ -2239,7 +2239,7 @@ def images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = dataclasses.replace(DOCKER, name="run")
     client = tmax.docker_client()
-    return SimpleNamespace(client=client, of=lambda task: tmax.image_of(client, task, cfg, SimpleNamespace(wait=lambda pause: False)),
+    return SimpleNamespace(client=client, of=lambda task, stop=SimpleNamespace(wait=lambda pause: time.sleep(min(pause, 0.05))): tmax.image_of(client, task, cfg, stop),
                            log=lambda: "".join(p.read_text() for p in tmp_path.glob("runs/run/images/*.log")))
 
 
@@ -2289,12 +2289,18 @@ def test_rollouts_of_a_group_share_a_failure(images, tmp_path, monkeypatch):
 
 
 def test_a_build_that_takes_too_long_is_stopped(images, image, tmp_path):
-    """At [environment] build_timeout_sec, and what it ran is gone."""
+    """At [environment] build_timeout_sec, and when the rollout is cancelled, which is no failure; what it ran is gone."""
     task = dataclasses.replace(recipe(tmp_path / "t", f"FROM {image}\nRUN sleep 987"), build_timeout=3.0)
     start = time.monotonic()
     with pytest.raises(tmax.SandboxLost, match="image"):
         images.of(task)
     assert 3 <= time.monotonic() - start < 20 and "sending signal TERM" in images.log()
+    task = dataclasses.replace(task, build_timeout=600.0)
+    stop = threading.Event()
+    threading.Timer(1, stop.set).start()
+    with pytest.raises(tmax.SandboxLost, match="image"):
+        images.of(task, stop)
+    assert 4 <= time.monotonic() - start < 40 and list(tmax.image_states.values())[0].failures == 1
     wait_for(lambda: not any("sleep 987" in str(c.attrs["Config"]["Cmd"]) for c in images.client.containers.list()), 20)
 
 
@@ -2352,6 +2358,33 @@ def test_an_image_is_pulled(images, registry, tmp_path, monkeypatch):
     with pytest.raises(tmax.SandboxLost, match="image"):
         images.of(task)
     assert images.log().count("docker pull") == 5 and "no basic auth credentials" in images.log()
+
+
+def test_tasks_run_as_they_say(images, image, tmp_path, capsys):
+    """The oracle on tasks whose Dockerfile starts from a local image: what task.toml and the folder say is there, solutions pass,
+    a wrong one fails, timeouts end them, an image that cannot be built voids. One build serves all with the same environment."""
+    look = f'[ -e /built ] && [ "$(cat /workspace/seed)" = x ] && [ "$KEY" = "a b" ] && [ -e /tmp/done ] && echo 1 >{TXT}'
+    toml = "[agent]\ntimeout_sec = {}\n{}[verifier]\ntimeout_sec = {}\n[verifier.env]\nKEY = 'a b'\n[environment]\nmemory_mb = {}"
+    tasks = {   # solution, tests, task.toml, Dockerfile -> reward, end
+        "right": ("touch /tmp/done", look, toml.format(60, "", 60, 512), "touch /built", 1, "submitted"),
+        "wrong": ("touch /tmp/other", look, toml.format(60, "", 60, 512), "touch /built", 0, "submitted"),
+        "slow": ("touch /tmp/done; sleep 600", look, toml.format(2, "", 60, 512), "touch /built", 1, "timeout"),
+        "slow-tests": ("", f"echo 1 >{TXT}; sleep 600", toml.format(60, "", 2, 512), "touch /built", 0, "submitted"),
+        "user": ("id -un >/tmp/who", f'[ "$(cat /tmp/who) $(id -un)" = "worker root" ] && echo 1 >{TXT}',
+                 toml.format(60, "user = 'worker'\n", 60, 512), "touch /built", 1, "submitted"),
+        "memory": ("python3 -c 'x = bytearray(300 << 20)' || touch /tmp/stopped; python3 -c 'x = bytearray(20 << 20)' && touch /tmp/small",
+                   f"[ -e /tmp/stopped ] && [ -e /tmp/small ] && echo 1 >{TXT}", toml.format(60, "", 60, 100), "touch /built", 1, "submitted"),
+        "unbuilt": ("", "", toml.format(60, "", 60, 512), "exit 3", 0, "void:image"),
+    }
+    for name, (solution, test, spec, step, *_) in tasks.items():
+        make_task(tmp_path / "tasks" / name, test, toml=spec, seeds={"seed": "x"},
+                  files={"solution/solve.sh": solution, "environment/Dockerfile": f"FROM {image}\nRUN {step} # {tmp_path}"})
+    tmax.oracle(dataclasses.replace(DOCKER, tasks=[str(tmp_path / "tasks")], oracle=True, image="", network="none", name="run"))
+    said = {t["task"]: t for t in json.loads(Path("runs/run/oracle.json").read_text())["tasks"]}
+    assert {name: (t["reward"], t["finish"]) for name, t in said.items()} == {name: (r, end) for name, (*_, r, end) in tasks.items()}
+    assert "stopped after 2 s" in str(said["slow-tests"]["transcript"]) and "returned a non-zero code: 3" in images.log()
+    assert images.log().count("docker build") == 2 and "4 of 7 tasks" in capsys.readouterr().out
+    images.client.images.remove(images.of(tmax.load_task(tmp_path / "tasks/right")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -424,9 +424,9 @@ image_states = {}                       # image name -> lock, number of failures
 def image_of(client, task, cfg, stop=threading.Event()):
     """The name of the task's container image, which the engine then has: pulled, or built once for a content of environment/.
 
-    Blocking, any number of threads. Raises SandboxLost("image"), also once `stop` is set; the log is in runs/NAME/images/. After
-    three failures the image is not tried again, and so its tasks are set aside. The docker program does the work because the
-    SDK knows no BuildKit."""
+    Blocking, in any number of threads; ends early once `stop` is set. Raises SandboxLost("image"); the log is in runs/NAME/images.
+    After three failures an image is not tried again, and so its tasks are set aside. The docker program does the work because
+    the SDK knows no BuildKit."""
     name = f"tmax-build:{content_hash(task.path / 'environment')}" if task.builds else task.image or cfg.image
     state = image_states.setdefault(name, SimpleNamespace(lock=threading.Lock(), failures=0, again=0.0))
     with state.lock:
@@ -442,10 +442,16 @@ def image_of(client, task, cfg, stop=threading.Event()):
             with image_slots, log.open("ab", buffering=0) as file:
                 for pause in (0,) if task.builds else (0, 2, 10):
                     if stop.wait(pause):
-                        raise SandboxLost("image")
+                        break
                     file.write(f"{time.ctime()}: {task.name}: {shlex.join(command)}\n".encode())
-                    if not subprocess.call(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env):
+                    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env)
+                    while process.poll() is None:
+                        if stop.wait(0.1):
+                            process.terminate()
+                    if process.returncode == 0:
                         return name
+            if stop.wait(0):
+                raise SandboxLost("image")
             state.failures, state.again = state.failures + 1, time.monotonic() + IMAGE_PAUSE
             fate = "set aside" if state.failures == 3 else "to be tried again"
             print(f"task {task.name}: its image could not be had, {fate}: see {log}", file=sys.stderr)
