@@ -1584,7 +1584,7 @@ def test_a_tokenizer_that_spells_control_tokens_is_refused():
 # ---------------------------------------------------------------------------------------------------------------------
 
 PROGRAMS = """bash sh echo ls cat cp mv rm mkdir rmdir ln chmod chown touch head tail sort wc cut tr tee env seq yes date sleep timeout kill setpriv
-    nohup setsid id su stat du df dd mktemp basename dirname readlink realpath whoami uname find grep sed tar gzip ps base64 printf
+    nohup setsid id stat du df dd mktemp basename dirname readlink realpath whoami uname find grep sed tar gzip ps base64 printf
     mkfifo nproc true false mount umount unshare mknod chroot hostname pkill python3""".split()
 
 
@@ -1805,20 +1805,20 @@ def test_system_folders_cannot_be_written():
     assert Path("/usr/bin/env").exists()
 
 
-def test_no_network():
+def test_no_network(cfg):
     """Only an empty loopback of its own: a server on the host's cannot be reached, by TCP or by abstract socket."""
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as unix:
         unix.bind(f"\0tmax-{uuid.uuid4()}")
         port = server.getsockname()[1]
         reach, devices = shell(f"for host in 127.0.0.1 localhost 1.1.1.1; do (exec 3<>/dev/tcp/$host/{port}) 2>/dev/null && echo reached; done; "
-                               "echo tried", "tail -n +3 /proc/net/dev | cut -d: -f1; cat /proc/net/unix | grep -c '@' ")
+                               "echo tried", "tail -n +3 /proc/net/dev | cut -d: -f1; cat /proc/net/unix | grep -c '@' ", cfg=cfg)
     assert reach.text == "tried\n"
     assert devices.text.split() == ["lo", "0"]
 
 
-def test_no_host_process_is_seen():
+def test_no_host_process_is_seen(cfg):
     """Process numbers are the sandbox's own: few, and none belongs to the host."""
-    pids, mine = shell("echo /proc/[0-9]*", f"ls -d /proc/{os.getpid()} 2>&1; cat /proc/1/comm")
+    pids, mine = shell("echo /proc/[0-9]*", f"ls -d /proc/{os.getpid()} 2>&1; cat /proc/1/comm", cfg=cfg)
     assert len(pids.text.split()) < 10 and mine.text.endswith("bash\n")
     if os.getpid() > 1000:
         assert "No such file" in mine.text
@@ -1863,6 +1863,49 @@ def test_memory_is_limited():
     assert file.exit_code != 0 and process.exit_code != 0 and after.text == "ok\n"
 
 
+def test_isolation_of_containers(cfg, tmp_path):
+    """From inside: no file of the host, no engine, no way to get more rights; containers of a public network reach each other not."""
+    if cfg.sandbox != "docker":
+        pytest.skip("bubblewrap has tests of its own above")
+    (tmp_path / "secret").write_text("s")
+    public = dataclasses.replace(cfg, network="public")
+
+    async def work(box):
+        refused = [await box.run(command) for command in (
+            "mount -t tmpfs none /tmp", "mount --bind /tmp /usr", "umount /proc", "unshare -Ur true", "unshare -m true", "mknod /tmp/d b 7 0",
+            "hostname x", "echo 1 >/proc/sys/kernel/panic", "echo b >/proc/sysrq-trigger", f"[ -e '{tmp_path}' ]", f"[ -e '{tmax.__file__}' ]",
+            "[ -e /var/run/docker.sock ] || [ -e /run/docker.sock ]", "exec 3<>/dev/tcp/1.1.1.1/80")]
+        assert [output.exit_code == 0 for output in refused] == [False] * len(refused), refused
+        caps = await box.run("grep -E '^(CapEff|CapBnd|NoNewPrivs):' /proc/self/status; id -u worker; chown worker /tmp; setpriv --reuid worker --clear-groups id -u")
+        assert caps.text.split()[1::2][:3] == ["00000000000404fb", "00000000000404fb", "1"] and caps.text.endswith("1000\n1000\n")
+    in_sandbox(work, cfg=cfg)
+
+    async def neighbour(box):
+        await box.run("python3 -m http.server 8000 >/dev/null 2>&1 & until (: <>/dev/tcp/127.0.0.1/8000) 2>/dev/null; do sleep .1; done")
+        box.container.reload()
+        address = box.container.attrs["NetworkSettings"]["Networks"]["tmax"]["IPAddress"]
+        async with tmax.Sandbox(tmax.Task("t", Path("/nonexistent"), ""), public) as other:
+            return (await other.run(f"timeout 3 bash -c 'exec 3<>/dev/tcp/{address}/8000'; echo $?; tail -n +3 /proc/net/dev | wc -l")).text
+    if tmax.docker_client().info()["BridgeNfIptables"]:
+        try:
+            assert in_sandbox(neighbour, cfg=public) == "124\n2\n"
+        except tmax.SandboxLost:
+            pytest.skip("this engine has no bridge network")
+
+
+def test_a_task_names_its_user(tmp_path, cfg):
+    """[agent] user: the agent works as that user; files of root are not its to write; the tests run as root."""
+    if cfg.sandbox == "bwrap":
+        pytest.skip("a sandbox of bubblewrap has one user")
+    task = dataclasses.replace(tmax.load_task(make_task(tmp_path / "t", test=f"id -u; rm /usr/bin/nproc && echo 1 >{TXT}")), user="worker")
+
+    async def work(box):
+        text = (await box.run("id -un; echo $HOME; touch ~/mine; rm -f /usr/bin/nproc; A=1; grep CapEff /proc/self/status")).text
+        return text + (await box.run("echo $A; ls ~")).text, await box.grade()
+    text, reward = in_sandbox(work, task=task, cfg=cfg)
+    assert text.startswith("worker\n/home/worker\nrm:") and text.endswith("CapEff:\t0000000000000000\n1\nmine\n") and reward == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sandbox: its end
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1890,14 +1933,20 @@ def alive(monkeypatch):
     return count
 
 
+def our_containers():
+    """Containers of this process in the engine."""
+    containers = tmax.docker_client().containers.list(all=True, filters={"label": "tmax.owner"}, ignore_removed=True)
+    return [c for c in containers if c.labels["tmax.owner"] == tmax.process_mark(os.getpid())]
+
+
 @pytest.mark.parametrize("how", ["return", "exception", "cancelled"])
-def test_no_process_is_left(alive, how):
+def test_no_process_is_left(alive, how, cfg):
     """However `async with` ends, in the middle of a command too, background jobs, TERM-proof ones and all else are gone."""
     async def main():
-        async with tmax.Sandbox(tmax.Task("t", Path("/nonexistent"), ""), CFG) as box:
+        async with tmax.Sandbox(tmax.Task("t", Path("/nonexistent"), ""), cfg) as box:
             await box.run(f"(trap '' TERM HUP; exec setsid bash -c 'exec -a {alive.mark} sleep 7777') >/dev/null 2>&1 &\n"
                           f"until grep -q '^{alive.mark}' /proc/$!/cmdline; do sleep .05; done")
-            assert alive(wait=False) >= 3
+            assert alive(wait=False) >= 2
             if how == "exception":
                 raise KeyError
             if how == "cancelled":
@@ -1912,12 +1961,12 @@ def test_no_process_is_left(alive, how):
     assert not [t for t in threading.enumerate() if t.name.startswith("ThreadPool") and t.is_alive() and t.join(10)]
 
 
-@pytest.mark.parametrize("delay", [0, 0.003, 0.01, 0.03, 0.1])
-def test_cancelled_start_leaves_no_process(alive, delay):
+@pytest.mark.parametrize("delay", [0, 0.003, 0.01, 0.03, 0.1, 0.4])
+def test_cancelled_start_leaves_no_process(alive, delay, cfg):
     """Cancelled at any point of its start."""
     async def main():
         async def hold():
-            async with tmax.Sandbox(tmax.Task("t", Path("/nonexistent"), ""), CFG):
+            async with tmax.Sandbox(tmax.Task("t", Path("/nonexistent"), ""), cfg):
                 await asyncio.sleep(100)
         tasks = [asyncio.create_task(hold()) for _ in range(3)]
         await asyncio.sleep(delay)
@@ -1925,21 +1974,104 @@ def test_cancelled_start_leaves_no_process(alive, delay):
             task.cancel()
         assert all(isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*tasks, return_exceptions=True))
     asyncio.run(main())
-    assert alive() == 0
+    assert alive() == 0 and (cfg.sandbox == "bwrap" or wait_for(lambda: not our_containers(), 20) is None)
+
+
+def kill_from_outside(box):
+    """As somebody else would: the sandbox's own functions are not asked."""
+    box.process.kill() if box.process else tmax.docker_client().api.kill(box.container.id)
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_killed_from_outside_is_lost(alive, busy):
+def test_killed_from_outside_is_lost(alive, busy, cfg):
     """SandboxLost at once if it is killed during a command, at the next command else; nothing is started in its place."""
     async def work(box):
         if busy:
-            asyncio.get_running_loop().call_later(1, box.process.kill)
+            asyncio.get_running_loop().call_later(1, kill_from_outside, box)
             await box.run("sleep 7777", 300)
-        box.process.kill()
+        kill_from_outside(box)
         await box.run("echo still here")
-    with pytest.raises(tmax.SandboxLost):
-        in_sandbox(work)
+    with pytest.raises(tmax.SandboxLost, match="died"):
+        in_sandbox(work, cfg=cfg)
     assert alive() == 0
+
+
+@pytest.mark.parametrize("command, memory, reason", [
+    ("kill -STOP $PPID", 512, "silent"), ("head -c 99M /dev/zero >/dev/shm/f; sleep 1; echo", 40, "out of memory"),
+], ids=["stopped", "memory"])
+def test_an_agent_that_ends_its_own_sandbox(tmp_path, tokenizers, monkeypatch, cfg, command, memory, reason):
+    """Finish killed_itself, reward 0, and not void: a rollout cannot get out of its group."""
+    if cfg.sandbox == "bwrap" and reason == "out of memory":
+        pytest.skip("its loop has memory of its own")
+    monkeypatch.setattr(tmax, "GRACE", 3)
+    task = dataclasses.replace(tmax.load_task(make_task(tmp_path / "t")), memory_mb=memory)
+    script = Script(tokenizers["tiny"], *[hermes(command)] * 9)
+    r = asyncio.run(tmax.rollout(script, task, tokenizers["tiny"], dataclasses.replace(cfg, bash_timeout=4.0, max_total_tokens=4096)))
+    assert (r.finish, r.reward, r.void) == ("killed_itself", 0.0, False) and reason in r.transcript[-1]["content"]
+
+
+def hold_containers(cfg):
+    """Body of a process that has four containers at work, until it is killed."""
+    tmax.docker_client.cache_clear()
+
+    async def one():
+        async with tmax.Sandbox(tmax.Task("t", Path("/nonexistent"), ""), cfg) as box:
+            await box.run("sleep 7777", 9999)
+
+    async def main():
+        await asyncio.gather(*[one() for _ in range(4)])
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("moment", [0.05, 0.5, 2.5, *(pytest.param(random.Random(i).uniform(0, 3), marks=pytest.mark.slow) for i in range(20))])
+def test_killed_owner_leaves_no_container(image, moment):
+    """SIGKILL of the process that owns containers: the next start removes them, and nothing of others."""
+    client, cfg = tmax.docker_client(), dataclasses.replace(CFG, sandbox="docker", image=image, network="none", name=f"leak-{uuid.uuid4()}")
+    left = lambda: client.containers.list(all=True, filters={"label": f"tmax.run={cfg.name}"}, ignore_removed=True)
+    mounts = Path("/proc/mounts").read_text()
+    others = [client.containers.create(image, "true", labels=labels) for labels in ({}, {"tmax.owner": tmax.process_mark(os.getpid())}, {
+        "tmax.owner": "another-machine pid:[1] 1 1"})]
+    try:
+        owner = multiprocessing.get_context("fork").Process(target=hold_containers, args=(cfg,))
+        owner.start()
+        time.sleep(moment)
+        owner.kill()
+        owner.join()
+        wait_for(lambda: tmax.remove_containers() or not left(), 30)    # a container may be in the making
+        assert all(client.containers.get(c.id) for c in others)
+    finally:
+        for container in others:
+            container.remove(force=True)
+    wait_for(lambda: Path("/proc/mounts").read_text() == mounts, 30)
+
+
+@pytest.mark.parametrize("moment", [0.3, *(pytest.param(random.Random(i).uniform(0, 2), marks=pytest.mark.slow) for i in range(6))])
+def test_a_killed_engine_is_waited_for(image, moment, capfd):
+    """SIGKILL of the engine: its containers are lost (void); new ones start as soon as it is back, with a message each time."""
+    folder = Path(os.environ.get("DOCKER_HOST", "").removeprefix("unix://")).parent
+    if not (folder / "docker.pid").exists():
+        pytest.skip("the engine is not .ci/run's own")
+    cfg, task = dataclasses.replace(CFG, sandbox="docker", image=image, network="none"), tmax.Task("t", Path("/nonexistent"), "")
+
+    async def later():
+        async with tmax.Sandbox(task, cfg) as box:
+            return (await box.run("echo $((6 * 7))")).text
+
+    async def main():
+        with pytest.raises(tmax.SandboxLost):
+            async with tmax.Sandbox(task, cfg) as box:
+                asyncio.get_running_loop().call_later(moment, os.kill, int((folder / "docker.pid").read_text()), signal.SIGKILL)
+                await box.run("sleep 7777")
+        waiting = [asyncio.create_task(later()) for _ in range(3)]
+        await asyncio.sleep(1.5)
+        assert not any(task.done() for task in waiting)
+        await asyncio.to_thread(subprocess.run, ["bash", Path(tmax.__file__).parent / ".ci/run", "engine", folder], check=True)
+        return await asyncio.gather(*waiting)
+    tmax.Sandbox.said.clear()
+    assert asyncio.run(main()) == ["42\n"] * 3
+    said = capfd.readouterr().err
+    assert said.count("the Docker engine does not answer") == said.count("the Docker engine answers again") == 1, said
+    wait_for(lambda: not our_containers(), 30)
 
 
 def test_no_bubblewrap_is_one_line(monkeypatch):
@@ -2010,9 +2142,9 @@ def test_verifier_sees_its_environment(tmp_path):
     ["trap 'echo 1' EXIT DEBUG ERR; alias cat='echo 1'; shopt -s expand_aliases; set -e"],
     ["exec() { echo 1; }; eval() { echo 1; }; export -f exec eval; readonly __state=1 __code=0"],
 ], ids=["pre-written", "/logs linked", "/logs/verifier linked", "/tests linked", "own /tests", "functions", "PATH", "BASH_ENV", "traps", "builtins"])
-def test_agent_does_not_reach_the_tests(tmp_path, commands):
+def test_agent_does_not_reach_the_tests(tmp_path, commands, cfg):
     """Tests that give 0 still give 0, and find only their own files, whatever the agent left behind."""
-    reward, words = graded(tmp_path / "t", "ls -A /tests; echo $BASH_ENV; type cat; echo ran", *commands)
+    reward, words = graded(tmp_path / "t", "ls -A /tests; echo $BASH_ENV; type cat; echo ran", *commands, cfg=cfg)
     assert reward == 0 and words.startswith("test.sh\n\ncat is /usr/bin/cat\nran\n"), words
 
 
@@ -2023,7 +2155,73 @@ def test_tests_are_hidden_before_grading(tmp_path, cfg):
             f"&& grep 'it works' <&3 && echo 1 >{TXT}")
     assert graded(tmp_path / "t", test, "[ ! -e /tests ] && [ -z \"$(find / -xdev -name test.sh 2>/dev/null)\" ] && touch /tmp/clean",
                   "echo it works >/app/done; sleep 7777 >/dev/null 2>&1 & echo $! >/tmp/pid",
-                  "python3 -m http.server 8000 & until (: <>/dev/tcp/127.0.0.1/8000) 2>/dev/null; do sleep .1; done", toml="[verifier]\ntimeout_sec = 20\n", cfg=cfg) == (1, "it works\n\n(exit_code=0)")
+                  "python3 -m http.server 8000 & until (: <>/dev/tcp/127.0.0.1/8000) 2>/dev/null; do sleep .1; done", toml="[verifier]\ntimeout_sec = 20\n", cfg=cfg)[0] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sandbox: cheats
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A service (it holds a socket) that runs Python every 2 ms: it survives into grading.
+SERVICE = """cat >/tmp/service.py <<'X'
+import ctypes, os, signal, socket, time
+s = socket.create_server(("127.0.0.1", 8000))
+P, R = "/proc", "/logs/verifier/reward.txt"
+pids = lambda: [int(p) for p in os.listdir(P) if p.isdigit() and int(p) != os.getpid()]
+def write(path, text="1"):
+    with open(path, "w") as f: f.write(text)
+while True:
+    time.sleep(.002)
+    try:
+        %s
+    except OSError: pass
+X
+python3 /tmp/service.py >/dev/null 2>&1 & until (: <>/dev/tcp/127.0.0.1/8000) 2>/dev/null; do sleep .05; done"""
+SLOW = f"sleep .3; [ -e /app/done ]; echo $((1 - $?)) >{TXT}; sleep .3"      # honest tests: 1 if the work is done
+
+
+@pytest.mark.parametrize("command, done, reward, tampered", [
+    (f"(while :; do mkdir -p /logs/verifier; echo 1 >{TXT}; done) >/dev/null 2>&1 &", False, 0, False),
+    ("(until cat /tests/test.sh; do :; done) >/tmp/seen 2>/dev/null & touch /app/done", True, 1, False),
+    ("(while :; do for p in /proc/[0-9]*; do kill -9 ${p#/proc/}; done; done) >/dev/null 2>&1 & touch /app/done", True, 1, False),
+    ("head -c 999M /dev/zero >/dev/shm/f; touch /app/done", True, 1, False),
+    ("rm -rf /dev/shm/.shell; mkdir /dev/shm/.shell; for n in {1..99}; do ln -s /proc/1/fd/1 /dev/shm/.shell/out.$n; done; printf '0 MQ== 1\\n'",
+     False, 0, False),
+    ("rm -rf /dev/shm/.shell; ln -s /proc/1/fd /dev/shm/.shell; echo 1", False, 0, False),
+    ("mkdir -p /tmp/py; echo 'open(\"/logs/verifier/reward.txt\", \"w\").write(\"1\")' >/tmp/py/sitecustomize.py; export PYTHONPATH=/tmp/py",
+     False, 0, False),
+    ("echo '0 MQ== 1'; echo 1; echo tampered", False, 0, False),
+    (SERVICE % "write(R)", False, 0, None),         # tampered, if it comes before the links are there
+    (SERVICE % "write('/tmp/r'); os.rename('/tmp/r', R)", False, 0, True),
+    (SERVICE % "os.unlink(R); os.symlink('/tmp/r', R); write('/tmp/r')", False, 0, True),
+    (SERVICE % "[write(f'{P}/1/fd/{n}') for n in (5, 6)]", False, 0, False),
+    (SERVICE % "write(f'{P}/1/fd/1', '0 MQ== 1\\n')", False, 0, False),
+    (SERVICE % "[write(f'{P}/{p}/fd/1') for p in pids()]", False, 0, False),
+    (SERVICE % "[write(f'{P}/{p}/root/{R}') for p in pids()]", False, 0, False),
+    (SERVICE % "[ctypes.CDLL(None).syscall(438, os.pidfd_open(p), n, 0) >= 0 and os.write(n, b'1') for p in pids() for n in (3, 5)]", False, 0, False),
+    (SERVICE % "[os.kill(p, signal.SIGKILL) for p in pids() if p > 1]", False, 0, False),
+    (SERVICE % "s.accept()" + "; touch /app/done", True, 1, False),
+], ids="""writer reader killer full links folder sitecustomize printed service-writes service-renames service-links service-files
+    service-answers service-others service-root service-descriptors service-kills service-honest""".split())
+def test_cheats(tmp_path, cfg, command, done, reward, tampered):
+    """What else the agent tries ends with the reward that its work deserves, or with `tampered`."""
+    async def work(box):
+        await box.run(command)
+        return await box.grade(), box.tampered, box.grading
+    test = f"[ ! -s /tmp/seen ] || exit 1\n{'python3 -c 1;' * ('sitecustomize' in command)} {SLOW}"
+    task = tmax.load_task(make_task(tmp_path / "t", test=test))
+    got = in_sandbox(work, task=dataclasses.replace(task, memory_mb=1024), cfg=cfg)
+    assert got[0] == reward and tampered in (got[1], None), got
+
+
+@pytest.mark.parametrize("command", [
+    "printf '#!/bin/sh\\necho 1 >/logs/verifier/reward.txt; exec sleep 9' >/tmp/python3; chmod +x /tmp/python3; mv /tmp/python3 $(type -p python3)",
+    SERVICE % "write('/tests/test.sh', f'echo 1 >{R}')",
+], ids=["replaced program", "rewritten tests"])
+def test_what_one_container_cannot_keep_apart(tmp_path, image, command):
+    """Measured, and in the README: root in a container can replace programs that the tests call, a service can rewrite the tests."""
+    cfg = dataclasses.replace(CFG, sandbox="docker", image=image, network="none")
+    assert graded(tmp_path / "t", "sleep 1\ntimeout 1 python3 -c 1", command, cfg=cfg)[0] == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2186,7 +2384,7 @@ def test_a_lost_sandbox_voids_the_rollout(tmp_path, tokenizers, monkeypatch, whe
     monkeypatch.setattr(tmax, "Sandbox", Recorded)
 
     def kill():
-        boxes[0].process.kill()
+        kill_from_outside(boxes[0])
         boxes[0].process.wait()
         return hermes("ls" if when == "before a command" else SUBMIT)
     r, _ = rolled_out(tmp_path, tokenizers["tiny"], hermes("touch /tmp/done"), kill)
@@ -2512,10 +2710,13 @@ def test_checkpoint_is_a_hugging_face_folder(tiny_run):
 
 
 @pytest.mark.parametrize("victim", ["learner", "generator", "interrupt"])
-def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim):
-    """SIGKILL of the learner, of the generator, or Ctrl-C: everything ends soon, metrics so far can be read."""
+def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim, request):
+    """SIGKILL of the learner, of the generator, or Ctrl-C: everything ends soon, metrics so far can be read. In containers where
+    there is an engine, but for the first."""
+    engine = victim != "learner" and tmax.engine_answers()
     before = debris(tmp_path)
-    flags = ("--model", str(tiny_run / "model"), "--tasks", str(tiny_run / "tasks"), "--prompts_per_step", "2")
+    flags = ("--sandbox", "docker", "--image", request.getfixturevalue("image")) if engine else ()
+    flags += ("--model", str(tiny_run / "model"), "--tasks", str(tiny_run / "tasks"), "--prompts_per_step", "2")
     run = start_run(tmp_path, "--name", victim, *flags)
     steps = tmp_path / f"runs/{victim}/metrics.jsonl"
     wait_for(lambda: steps.exists() and steps.stat().st_size)
@@ -2529,6 +2730,7 @@ def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim):
         os.kill(generator, signal.SIGKILL)
     assert run.wait(60) != 0
     wait_for(lambda: debris(tmp_path) == before, 30)
+    wait_for(lambda: not engine or not tmax.docker_client().containers.list(all=True, filters={"label": f"tmax.run={victim}"}), 30)
     assert all(json.loads(line)["step"] for line in steps.open())
     if victim == "generator":
         assert last_line(tmp_path, victim).startswith("error: generator:")

@@ -655,15 +655,19 @@ def process_mark(pid):
 def remove_containers(owned_by_me=False):
     """Remove the containers of this process, or those that dead processes of this machine have left. Nothing of others."""
     with contextlib.suppress(OSError, docker.errors.DockerException):
-        for container in docker_client().containers.list(all=True, filters={"label": "tmax.owner"}, ignore_removed=True):
-            mark, dead = container.labels["tmax.owner"].split(), False
+        me = process_mark(os.getpid())
+
+        def remove(container):
+            mark = container.labels["tmax.owner"]
             try:
-                dead = mark[:2] == process_mark("self").split()[:2] and process_mark(mark[2]).split() != mark
+                dead = mark.split()[:2] == me.split()[:2] and process_mark(mark.split()[2]) != mark
             except OSError:
                 dead = True
-            if mark == process_mark(os.getpid()).split() if owned_by_me else dead:
-                with contextlib.suppress(docker.errors.APIError):
+            if mark == me if owned_by_me else dead:
+                with contextlib.suppress(OSError, docker.errors.DockerException):
                     container.remove(force=True)
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(remove, docker_client().containers.list(all=True, filters={"label": "tmax.owner"}, ignore_removed=True)))
 
 
 class Sandbox:
@@ -739,7 +743,7 @@ class Sandbox:
 
     def _open(self):
         """Start the loop, again after some seconds if that fails; while the engine is down, wait for it."""
-        pauses = iter((0.3, 1, 3))
+        pauses = iter((0.3, 1))
         while True:
             try:
                 image = image_of(docker_client(), self.task, self.cfg, self.closing) if self.cfg.sandbox == "docker" else None
@@ -1268,6 +1272,8 @@ def generator_main(cfg, model, tasks, run_dir, memory, pipe):
 
 def end_generator(memory):
     """The last act of the generator's process group: engine processes and sandboxes end with it."""
+    if docker_client.cache_info().currsize:
+        remove_containers(owned_by_me=True)
     shutil.rmtree(memory, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
@@ -1797,6 +1803,8 @@ class GeneratorClient:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.join()
+        if self.cfg.sandbox == "docker":
+            remove_containers()
         shutil.rmtree(self.memory, ignore_errors=True)
         self.log.close()
 
