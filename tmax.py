@@ -345,6 +345,8 @@ def load_tasks(source, cfg):
             task = load_task(root / name, images.get(name, ""))
             if cfg.sandbox == "bwrap" and (task.image or task.builds):
                 raise ValueError("needs a container image, and bubblewrap has none: --sandbox docker")
+            if cfg.sandbox == "docker" and not (task.image or task.builds or cfg.image):
+                raise ValueError("names no container image: --image gives one")
             tasks.append(task)
         except (ValueError, OSError, TypeError, AttributeError) as reason:  # task.toml may hold anything
             refused.setdefault(str(reason).replace(f"{root / name}/", ""), []).append(name)
@@ -462,11 +464,12 @@ image_slots = threading.Semaphore(4)    # pulls and builds at once
 image_states = {}                       # image name -> lock, number of failures, earliest time of the next try
 
 
-def image_of(client, task, cfg):
+def image_of(client, task, cfg, stop=threading.Event()):
     """The name of the task's container image, which the engine then has: pulled, or built once for a content of environment/.
 
-    Blocking, any number of threads. Raises SandboxLost("image"); runs/NAME/images/ has the log. After three failures the image
-    is not tried again, and so its tasks are set aside. The docker program does the work because the SDK knows no BuildKit."""
+    Blocking, in any number of threads; ends early once `stop` is set. Raises SandboxLost("image"); the log is in runs/NAME/images.
+    After three failures an image is not tried again, and so its tasks are set aside. The docker program does the work because
+    the SDK knows no BuildKit."""
     name = f"tmax-build:{content_hash(task.path / 'environment')}" if task.builds else task.image or cfg.image
     state = image_states.setdefault(name, SimpleNamespace(lock=threading.Lock(), failures=0, again=0.0))
     with state.lock:
@@ -476,16 +479,22 @@ def image_of(client, task, cfg):
             log = Path("runs", cfg.name, "images", re.sub(r"[^\w.-]", "_", name)[-100:] + ".log")
             log.parent.mkdir(parents=True, exist_ok=True)
             command = ["build", "--tag", name, "--", str(task.path / "environment")] if task.builds else ["pull", "--", name]
+            command = ["timeout", "--verbose", "--foreground", "-k", "10", str(task.build_timeout), "docker", *command]
             # The program would go by its own context where DOCKER_HOST is not set, and the SDK does not.
             env = {"DOCKER_HOST": "unix:///var/run/docker.sock", **os.environ}
-            with image_slots, log.open("ab") as file:
+            with image_slots, log.open("ab", buffering=0) as file:
                 for pause in (0,) if task.builds else (0, 2, 10):
-                    time.sleep(pause)
-                    file.write(f"{time.ctime()}: {task.name}: docker {shlex.join(command)}\n".encode())
-                    file.flush()
-                    limited = ["timeout", "--verbose", "--foreground", "-k", "10", str(task.build_timeout), "docker", *command]
-                    if not subprocess.call(limited, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env):
+                    if stop.wait(pause):
+                        break
+                    file.write(f"{time.ctime()}: {task.name}: {shlex.join(command)}\n".encode())
+                    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env)
+                    while process.poll() is None:
+                        if stop.wait(0.1):
+                            process.terminate()
+                    if process.returncode == 0:
                         return name
+            if stop.wait(0):
+                raise SandboxLost("image")
             state.failures, state.again = state.failures + 1, time.monotonic() + IMAGE_PAUSE
             fate = "set aside" if state.failures == 3 else "to be tried again"
             print(f"task {task.name}: its image could not be had, {fate}: see {log}", file=sys.stderr)
@@ -729,8 +738,8 @@ class Sandbox:
         try:
             await self._in_thread(self._open)
             seeds = self.task.path / "environment/seeds"
-            if seeds.is_dir() and any(seeds.iterdir()) and (await self.upload(seeds, "/workspace")).exit_code:
-                raise SandboxLost("upload")
+            if seeds.is_dir() and any(seeds.iterdir()):
+                await self.upload(seeds, "/workspace")
         except KilledItself as reason:  # nobody has worked in it yet
             await self.__aexit__()
             raise SandboxLost(f"{reason}") from None
@@ -780,13 +789,14 @@ class Sandbox:
         pauses = iter((0.3, 1))
         while True:
             try:
+                image = image_of(docker_client(), self.task, self.cfg, self.closing) if self.cfg.sandbox == "docker" else None
                 with Sandbox.starting:
-                    (self._open_docker if self.cfg.sandbox == "docker" else self._open_bwrap)()
+                    self._open_docker(image) if image else self._open_bwrap()
                     hello = self.stdout.readline(20)
                 if hello not in (b"protected\n", b"bare\n"):
                     raise OSError("its shell does not start")
                 if hello == b"bare\n":
-                    self._say_once(f"{self.task.image or self.cfg.image}: no setpriv in there: an agent could forge its reward")
+                    self._say_once(f"{image}: no setpriv in there: an agent could forge its reward")
                 if self.socket:
                     self.socket.settimeout(None)
                 self.ready = True
@@ -835,9 +845,8 @@ class Sandbox:
         (answer := select.poll()).register(self.stdout, select.POLLIN)
         answer.poll(60_000)
 
-    def _open_docker(self):
+    def _open_docker(self, image):
         client, task = docker_client(), self.task
-        image = image_of(client, task, self.cfg)
         public = {"auto": task.network == "public"}.get(self.cfg.network, self.cfg.network == "public")
         if public:
             with Sandbox.lock:
@@ -859,13 +868,14 @@ class Sandbox:
         self.stdout, self.stdin = io.BufferedReader(DockerStream(self.socket)), self.socket.makefile("wb")
         self.container.start()
 
+    async def upload(self, folder, target):
+        """Copy what is in a folder here to the folder `target` there."""
+        if (await self._exchange("upload", 300, folder, target)).exit_code:
+            raise SandboxLost("upload")
+
     async def run(self, command, timeout=None):
         """Run a bash command in the sandbox's shell; after `timeout` seconds it is stopped. Returns Output."""
         return await self._exchange("agent", timeout or self.cfg.bash_timeout, command)
-
-    async def upload(self, folder, target):
-        """Copy a local folder into the sandbox. Returns Output."""
-        return await self._exchange("upload", 300, folder, target)
 
     async def _exchange(self, mode, timeout, payload, name=""):
         """Send a command, or a folder as the tar file of it, and wait for the loop's answer. Returns Output."""
@@ -965,9 +975,6 @@ def check_sandbox(cfg):
         remove_containers()
         if not cfg.image:  # every task has its own
             return
-    else:
-        print("sandbox: bubblewrap: no network; the host's /usr instead of the tasks' images; memory is limited per process and for "
-              "files, not for a rollout as a whole", file=sys.stderr)
 
     async def probe():
         async with Sandbox(Task("probe", Path("/nonexistent"), "", network="no-network"), cfg) as box:
@@ -2449,6 +2456,8 @@ def run(cfg):
     cfg.name = run_dir.name
     together(choose if cell.first else idle)
     if dist.get_rank() == 0:
+        if cfg.sandbox == "bwrap":
+            print("sandboxes: bubblewrap: no network; memory is limited for each process and for files, not for a rollout as a whole")
         print(f"{len(tasks)} tasks, run folder {run_dir}; vLLM is starting")
     if cfg.eval:
         return evaluate(cfg, cell, run_dir, model, tasks)
