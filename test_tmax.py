@@ -2340,6 +2340,7 @@ def test_staleness_never_exceeds_the_bound(replay, tmp_path, async_steps, second
     assert all(m["updated"] for m in metrics)
     oldest = max(m["staleness_max"] for m in metrics)
     assert oldest == async_steps if seconds_update else oldest <= async_steps
+    assert slow or not any(m["groups_stale"] for m in metrics)      # by construction, not by the safety net
     assert all(0 <= m["staleness_mean"] <= m["staleness_max"] for m in metrics)
     for line in (tmp_path / "rollouts.jsonl").open():
         assert async_steps or len(json.loads(line)["versions"]) == 1
