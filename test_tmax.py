@@ -862,7 +862,7 @@ QWEN3_8B = dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
 @needs_gpu
 @pytest.mark.parametrize("count", [1, 4, 16])
 def test_gpu_benchmark_update(request, monkeypatch, capsys, count, peak=989e12):
-    """One update at the shapes of Qwen3-8B, with as many layers as one GPU holds: a full pack of `count` rollouts, 71 % sampled.
+    """One update at the shapes of Qwen3-8B, as many layers as one GPU holds: a full pack of `count` rollouts, 71 % sampled.
 
     MFU = (6 N P + 6 M V d + 6 L q sum n^2) / (seconds * peak): N tokens through P layer parameters, M sampled ones through
     the head, causal attention of L layers with q = heads * head_dim over segments of n. Recomputed activations do not count."""
@@ -881,7 +881,8 @@ def test_gpu_benchmark_update(request, monkeypatch, capsys, count, peak=989e12):
     try:
         learner, n = tmax.Learner(cfg, "random", cell), cfg.pack_length // count
         mask = [int(i > 900 and i % 100 < 73) for i in range(n)]
-        packs = [tmax.build_pack([tmax.Rollout("t", [7] * n, mask, [-12.0] * n, [0] * n, 1, advantage=i - 0.5) for i in range(count)])]
+        rollouts = [tmax.Rollout("t", [7] * n, mask, [-12.0] * n, [0] * n, 1, advantage=i - 0.5) for i in range(count)]
+        packs = [tmax.build_pack(rollouts)]
 
         def seconds(repeats):
             torch.cuda.synchronize()
@@ -899,8 +900,8 @@ def test_gpu_benchmark_update(request, monkeypatch, capsys, count, peak=989e12):
     sampled, inside = count * sum(mask), sum(p.numel() for p in learner.policy.lm.base_model.layers.parameters())
     flops = 6 * count * n * inside + 6 * sampled * 151936 * 4096 + 6 * layers * 4096 * count * n * n
     with capsys.disabled():
-        print(f"\n{layers} layers, {count} rollouts of {n} tokens on {torch.cuda.get_device_name()}: {count * n / took:.0f} tokens/s, "
-              f"MFU {flops / took / peak:.1%} of {peak / 1e12:g} TFLOP/s, {took:.2f} s an update, optimizer step included")
+        print(f"\n{layers} layers, {count} rollouts of {n} tokens on {torch.cuda.get_device_name()}: {took:.2f} s an update with "
+              f"the optimizer's step, {count * n / took:.0f} tokens/s, MFU {flops / took / peak:.1%} of {peak / 1e12:g} TFLOP/s")
         print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=12, max_name_column_width=60))
 
 
@@ -1076,8 +1077,8 @@ def test_tiny_is_a_preset_and_given_flags_win():
 
 
 @pytest.mark.parametrize("gpus, ranks, world, flags, split", [
-    (0, 0, 1, "--tiny", (1, 1)), (0, 0, 1, "--tiny --num_learners 2 --num_engines 3", (2, 3)), (8, 0, 1, "", (4, 4)), (2, 0, 1, "", (1, 1)),
-    (8, 0, 1, "--num_learners 2", (2, 6)), (8, 0, 1, "--num_engines 6 --num_learners 2", (2, 6)), (8, 6, 12, "", (6, 2)),
+    (0, 0, 1, "--tiny", (1, 1)), (0, 0, 1, "--tiny --num_learners 2 --num_engines 3", (2, 3)), (8, 0, 1, "", (4, 4)),
+    (2, 0, 1, "", (1, 1)), (8, 0, 1, "--num_learners 2", (2, 6)), (8, 0, 1, "--num_engines 3", (4, 3)), (8, 6, 12, "", (6, 2)),
     (1, 0, 1, "--tiny", (1, 1)), (0, 2, 4, "--tiny", (2, 1)), (1, 0, 1, "", "there is 1"), (0, 0, 1, "", "needs GPUs"),
     (8, 0, 1, "--num_learners 5 --num_engines 4", "make 9 GPUs"), (8, 4, 4, "--num_learners 2", "torchrun started 4"),
     (8, 4, 12, "", "32 groups are no equal shares for 3 nodes")])
@@ -1094,7 +1095,8 @@ def test_split_of_a_node(monkeypatch, gpus, ranks, world, flags, split):
         assert (cfg.num_learners, cfg.num_engines) == split and cfg.name
 
 
-@pytest.mark.parametrize("visible, devices", [(None, "4,5,6,7"), ("7,6,5,4,3,2,1,0", "3,2,1,0"), ("0,1,2,3,9", "9"), ("5", "5")])
+@pytest.mark.parametrize("visible, devices",
+                         [(None, "4,5,6,7"), ("7,6,5,4,3,2,1,0", "3,2,1,0"), ("0,1,2,3,9", "9"), ("5", "5")])
 def test_engines_get_the_other_gpus(monkeypatch, visible, devices):
     """The GPUs after the learners' four; the only one, if it must be shared."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
@@ -2830,18 +2832,17 @@ def descendants(pid):
 
 
 @pytest.mark.parametrize("victim, learners, engines, said", [
-    ("learner", 1, 1, None), ("interrupt", 2, 1, "stopped"), ("generator", 1, 1, "error: generator: .*newest checkpoint: runs/.*/checkpoint-"),
-    ("engine", 1, 2, "error: generator: .*Engine.*newest checkpoint: runs/.*/checkpoint-"),
-    ("rank", 2, 1, "error: learner rank 1: killed by SIGKILL; newest checkpoint: runs/.*/checkpoint-"),
+    ("learner", 1, 1, None), ("generator", 1, 1, "error: generator: .*ended unexpectedly"),
+    ("engine", 1, 2, "error: generator: .*Engine"), ("interrupt", 2, 1, "stopped"), ("rank", 2, 1, "error: learner rank 1: killed by SIGKILL"),
     pytest.param("launcher", 2, 2, None, marks=pytest.mark.slow),
-    pytest.param("generator", 2, 2, "error: generator: .*newest checkpoint: runs/.*/checkpoint-", marks=pytest.mark.slow)])
+    pytest.param("generator", 2, 2, "error: generator: .*ended unexpectedly", marks=pytest.mark.slow)])
 def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim, learners, engines, said, request):
     """SIGKILL of any process, or Ctrl-C: everything ends within a minute and not with 0, nothing is left, metrics so far can be
     read; the last line is the reason, and names the newest checkpoint. Some in containers, where there is an engine."""
     before, docker = debris(tmp_path), victim in ("generator", "interrupt") and tmax.engine_answers()
     flags = ("--sandbox", "docker", "--image", request.getfixturevalue("image")) if docker else ()
     flags += ("--model", str(tiny_run / "model"), "--tasks", str(tiny_run / "tasks"), "--prompts_per_step", "2", "--save_every", "1",
-             "--num_learners", str(learners), "--num_engines", str(engines))
+              "--num_learners", str(learners), "--num_engines", str(engines))
     run = start_run(tmp_path, "--name", victim, *flags)
     steps = tmp_path / f"runs/{victim}/metrics.jsonl"
     wait_for(lambda: list(steps.parent.glob("checkpoint-*[0-9]")), 180)
@@ -2855,7 +2856,10 @@ def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim, learners, engines
     wait_for(lambda: debris(tmp_path) == before, 30)
     wait_for(lambda: not docker or not tmax.docker_client().containers.list(all=True, filters={"label": f"tmax.run={victim}"}), 30)
     assert all(json.loads(line)["step"] for line in steps.open())
-    assert said is None or re.match(said, last_line(tmp_path, victim))
+    if said:
+        last = last_line(tmp_path, victim)
+        assert re.match(said, last)
+        assert victim == "interrupt" or re.search("; newest checkpoint: runs/.*/checkpoint-[1-9]", last)
 
 
 class InThisProcess:
@@ -3072,10 +3076,12 @@ def test_staleness_never_exceeds_the_bound(replay, tmp_path, async_steps, second
     assert all(m["updated"] for m in metrics)
     oldest = max(m["staleness_max"] for m in metrics)
     assert oldest == async_steps if seconds_update else oldest <= async_steps
+    assert slow or not any(m["groups_stale"] for m in metrics)      # by construction, not by the safety net
     assert all(0 <= m["staleness_mean"] <= m["staleness_max"] for m in metrics)
     for line in (tmp_path / "rollouts.jsonl").open():
         assert async_steps or len(json.loads(line)["versions"]) == 1
-    assert np.mean([m["learners_waited"] for m in metrics[1:]]) < 0.5 if seconds_update else any(m["waiting_bash"] for m in metrics)
+    waited = np.mean([m["learners_waited"] for m in metrics[1:]])
+    assert waited < 0.5 if seconds_update else any(m["waiting_bash"] for m in metrics)
 
 
 def test_failed_reload_ends_the_run_and_leaves_a_checkpoint(replay, tmp_path):
@@ -3093,14 +3099,15 @@ def test_benchmark_asynchrony(request, replay, tmp_path, capsys, async_steps, sc
     if "bench" not in request.config.option.markexpr:
         pytest.skip("runs with -m bench")
     times = [[min(turns, 4), model * scale, bash * scale] for turns, model, bash in REAL_TIMES]
-    metrics = replay(times, seconds_update, async_steps=async_steps, prompts_per_step=4, samples_per_prompt=5, training_steps=10,
-                     max_concurrent_rollouts=1000, num_engines=2)[1:]       # the first step starts everything
+    metrics = replay(times, seconds_update, async_steps=async_steps, prompts_per_step=4, samples_per_prompt=5,
+                     training_steps=10, max_concurrent_rollouts=1000, num_engines=2)[1:]    # the first step starts everything
     took = sum(m["seconds_generate"] + m["seconds_train"] + m["seconds_gather_write"] for m in metrics)
     with capsys.disabled():
-        print(f"\n--async_steps {async_steps}: {sum(5 * m['groups_tried'] for m in metrics) / took:.2f} rollouts/s, an engine had work "
-              f"{float((tmp_path / 'worked').read_text()):.0%} of the time, the learner waited "
-              f"{np.mean([m['learners_waited'] for m in metrics]):.0%} of it, oldest token {max(m['staleness_max'] for m in metrics):.0f} "
-              f"versions, {sum(m['groups_stale'] for m in metrics)} groups stale  ({scale:g} of real time, {seconds_update:g} s an update)")
+        print(f"\n--async_steps {async_steps}: {sum(5 * m['groups_tried'] for m in metrics) / took:.2f} rollouts/s, "
+              f"an engine had work {float((tmp_path / 'worked').read_text()):.0%} of the time, "
+              f"the learner waited {np.mean([m['learners_waited'] for m in metrics]):.0%} of it, "
+              f"oldest token {max(m['staleness_max'] for m in metrics):.0f} versions, "
+              f"{sum(m['groups_stale'] for m in metrics)} stale groups  ({scale:g} of real time, {seconds_update:g} s an update)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3119,7 +3126,8 @@ def updates_of_a_rank(folder, cell):
     mine = groups if cell.nodes == 1 else groups[:5] if cell.node == 0 else groups[5:]
     rewards = [r.reward for r in sum(mine, [])]
     figures = dict(rewards=rewards, groups_tried=len(mine), waiting=tmax.Counter(model=len(mine)))
-    generator = SimpleNamespace(collect=lambda step, version: (mine, figures), memory=folder / f"{cell.nodes}x{cell.ranks}-{cell.node}")
+    generator = SimpleNamespace(collect=lambda step, version: (mine, figures),
+                                memory=folder / f"{cell.nodes}x{cell.ranks}-{cell.node}")
     gradients, metrics = [], []
     learner.optimizer.register_step_pre_hook(lambda *_: gradients.append(torch.cat(
         [getattr(p.grad, "full_tensor", lambda: p.grad)().flatten() for p in learner.policy.parameters()])))
@@ -3147,8 +3155,8 @@ def two_nodes(*args, **kw):
     """Two agents on this machine, a rank each."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    return [agent("--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", *args, **kw)
-            for _ in range(2)]
+    meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}"]
+    return [agent("--nnodes", 2, "--nproc_per_node", 1, *meet, *args, **kw) for _ in range(2)]
 
 
 def test_updates_do_not_depend_on_ranks_and_nodes(tmp_path, policy, groups, process_group):
@@ -3166,7 +3174,7 @@ def test_updates_do_not_depend_on_ranks_and_nodes(tmp_path, policy, groups, proc
         assert (gradient - wanted).norm() <= 1e-5 * wanted.norm()
         for got, want in zip(seen, metrics):
             assert {k: got[k] for k in ("reward", "tokens")} == {k: pytest.approx(want[k]) for k in ("reward", "tokens")}
-            assert got["loss"] == pytest.approx(want["loss"], rel=1e-3) and got["drift_max"] == pytest.approx(want["drift_max"], rel=1e-3)
+            assert [got[k] for k in ("loss", "drift_max")] == pytest.approx([want[k] for k in ("loss", "drift_max")], rel=1e-3)
             assert got["waiting_model"] == nodes        # one on each
         for node in range(nodes):
             delta = recorded_weights(tmp_path / f"{layout}-{node}/weights") - first
@@ -3208,11 +3216,11 @@ def test_plan_of_the_recipe_fits(tmp_path):
     text, problems = planned(tmp_path, num_hidden_layers=36, **QWEN3_8B)
     assert not problems and text.endswith("it fits")
     lines = {line.split("  ")[0]: line for line in map(str.strip, text.splitlines())}
-    assert "8.19B parameters" in text and "4 learner(s), 4 engine(s)" in text
+    assert "8.19B parameters" in text and "4 learner(s) and 4 engine(s)" in text
     assert lines["optimizer, FP32"].endswith(f"{8 * 8190735360 / 4 / 2**30:.1f}")
     tokens = int((0.92 * 80 - 4 - 2 * 8190735360 / 2**30) * 2**30 / (144 * 1024))      # the recipe's 144 KiB a token
     assert f"{tokens:,} tokens, {tokens / 34816:.1f} rollouts" in lines["KV cache"] and 10 <= tokens / 34816 <= 13
-    assert "a reload: 15.3 GiB" in text
+    assert "a reload: 15.3 through" in text
 
 
 def test_plan_names_what_does_not_fit(tmp_path):

@@ -1395,8 +1395,8 @@ class Generator:
         await self.engine.llm.update_weight_version("0")
         most = concurrency(self.cfg, self.engine.kv_tokens)
         self.rollouts = asyncio.Semaphore(most)
-        self.pipe.send(("ready", f"vLLM is ready: {self.cfg.num_engines} engine(s), KV cache for {self.engine.kv_tokens:,} tokens, "
-                                 f"at most {most} rollouts at once"))
+        self.pipe.send(("ready", f"vLLM is ready: {self.cfg.num_engines} engine(s), KV cache for {self.engine.kv_tokens:,} "
+                                 f"tokens, at most {most} rollouts at once"))
         while True:
             message = asyncio.create_task(inbox.get())
             while not message.done():  # a group that raises ends the generator: faults of sandboxes do not get here
@@ -1769,8 +1769,9 @@ def step_metrics(seen, version):
     moved = (seen["logprobs"].exp() - seen["rollout_logprobs"].exp()).abs()
     up, down, newest = seen["advantages"] > 0, seen["advantages"] < 0, seen["versions"] == version
     lag = version - seen["versions"]
-    sums = torch.stack([x.double().sum() for x in (torch.ones_like(gap), seen["loss"], seen["kept"], seen["entropy"], moved, lag,
-                                                   up, seen["kept"] * up, down, seen["kept"] * down)])
+    kept = seen["kept"]
+    sums = torch.stack([x.double().sum() for x in (torch.ones_like(gap), seen["loss"], kept, seen["entropy"], moved, lag,
+                                                   up, kept * up, down, kept * down)])
     top = lambda x: x.double().max() if len(x) else torch.tensor(-1.0, dtype=torch.float64)
     tops = torch.stack([top(x) for x in (gap, gap[newest], moved, (seen["logprobs"] - seen["rollout_logprobs"]).exp(), lag)])
     dist.all_reduce(sums)
@@ -2100,8 +2101,9 @@ def report(m, cfg, run_dir):
         file.write(json.dumps(m) + "\n")
     show = lambda key, form: "-" if m.get(key) is None else format(m[key], form)
     few = f" (only these useful of {m['groups_tried']})" if m["groups_kept"] < cfg.prompts_per_step else ""
-    tqdm.write(f"step {m['step']:>3}  reward {show('reward', '.3f')}  groups {m['groups_kept']} kept{few} {m['groups_zero_spread']} flat "
-               f"{m['groups_stale']} stale {m['groups_void']} void  tokens {show('tokens', 'd')} ({show('kept_fraction', '.3f')} kept)  "
+    tqdm.write(f"step {m['step']:>3}  reward {show('reward', '.3f')}  groups {m['groups_kept']} kept{few} "
+               f"{m['groups_zero_spread']} flat {m['groups_stale']} stale {m['groups_void']} void  "
+               f"tokens {show('tokens', 'd')} ({show('kept_fraction', '.3f')} kept)  "
                f"mismatch {show('mismatch_max', '.0e')} drift {show('drift_max', '.0e')} lag {show('staleness_max', '.0f')}  "
                f"generate {m['seconds_generate']:.1f} train {m['seconds_train']:.1f} reload {show('seconds_reload', '.2f')} s"
                + ("" if "eval_mean" not in m else f"  evaluation {m['eval_mean']:.3f} ± {show('eval_stderr', '.3f')}"))
@@ -2340,66 +2342,64 @@ def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
 # Plan: memory, from shapes alone.
 # ---------------------------------------------------------------------------------------------------------------------
 
+def head_dim(c):
+    return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+
+
 def learner_memory(config, cfg, ranks):
-    """Bytes of one learner by part, for a model of this configuration sharded over `ranks`, at the peak of a full pack."""
+    """(parameters, {part: bytes of one learner}) for a model of this configuration sharded over `ranks`, with a full pack."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
     size, layer = (sum(p.numel() for p in module.parameters()) for module in (lm, lm.base_model.layers[0]))
     c, n, width = config.get_text_config(), cfg.pack_length, getattr(torch, cfg.dtype).itemsize
     rest = size - c.num_hidden_layers * layer       # embedding and head, which FSDP gathers as one
-    kv = c.num_key_value_heads * head_dim(c)
-    q = c.num_attention_heads * head_dim(c)
-    # What one layer keeps for its backward pass, counted in the model's source: FP32 copies in the four norms, and the inputs and
-    # outputs of the matrix products, of rotary embedding, attention and gate.
-    kept = n * (4 * (4 * c.hidden_size + 2 * q + 2 * kv)
-                + width * (7 * c.hidden_size + 6 * q + 7 * kv + 4 * c.intermediate_size))
-    whole = c.num_hidden_layers
+    d, q, kv = c.hidden_size, c.num_attention_heads * head_dim(c), c.num_key_value_heads * head_dim(c)
+    # What the backward pass of one layer needs, counted in the model's source: FP32 copies in the four norms; what goes into
+    # and comes out of matrix products, rotary embedding, attention and gate.
+    kept = n * (4 * (4 * d + 2 * q + 2 * kv) + width * (7 * d + 6 * q + 7 * kv + 4 * c.intermediate_size))
     return size, {
         "weights, FP32": 4 * size / ranks, "gradients, FP32": 4 * size / ranks, "optimizer, FP32": 8 * size / ranks,
         "gathered layers": width * (2 * layer + 2 * rest) + 4 * rest,       # two layers; embedding and head with gradients
-        "activations": n * width * c.hidden_size * whole + kept if cfg.gradient_checkpointing else kept * whole,
-        "logprob chunk": 2 * 4 * 1024 * c.vocab_size + n * c.hidden_size * (4 + width)}
-
-
-def head_dim(c):
-    return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        "activations": n * width * d * c.num_hidden_layers + kept if cfg.gradient_checkpointing else kept * c.num_hidden_layers,
+        "logprob chunk": 2 * 4 * 1024 * c.vocab_size + n * d * (4 + width)}
 
 
 def plan(cfg, gib, ranks):
-    """What a node's GPUs of `gib` GiB hold when `ranks` learn: (one screen of text, list of what does not fit).
+    """What GPUs of `gib` GiB hold when `ranks` of them learn: (one screen of text, list of what does not fit).
 
-    Reads config.json only. Raises UserError where there is none. An engine's share: vLLM takes 92 % of a GPU, of which about
-    4 GiB are activations and CUDA graphs."""
+    Reads config.json only; raises UserError where there is none. Of a GPU, 5 % stay free of learners; vLLM takes 92 %, of which
+    about 4 GiB are activations and CUDA graphs."""
     try:
         config = transformers.AutoConfig.from_pretrained(cfg.model)
     except (OSError, ValueError) as error:
         raise UserError(f"--model: {cfg.model!r} has no config.json to plan from: {str(error).splitlines()[0]}") from None
     size, parts = learner_memory(config, cfg, ranks)
-    c, longest = config.get_text_config(), cfg.max_prompt_tokens + cfg.max_total_tokens
-    width, learner = getattr(torch, cfg.dtype).itemsize, sum(parts.values()) / 2**30
-    weights, kv_token = width * size / 2**30, 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim(c) * width
-    room = 0.92 * gib - 4 - weights
-    tokens = max(0, int(room * 2**30 / kv_token))
+    c, width = config.get_text_config(), getattr(torch, cfg.dtype).itemsize
+    longest = cfg.max_prompt_tokens + cfg.max_total_tokens
+    learner, weights = sum(parts.values()) / 2**30, width * size / 2**30
+    per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim(c) * width / 2**30
+    room = max(0.0, 0.92 * gib - 4 - weights)
+    tokens = int(room / per_token)
     most = concurrency(cfg, tokens * cfg.num_engines)
     problems = []
     if learner > 0.95 * gib:
-        problems.append(f"a learner needs {learner:.1f} GiB of {gib:g}: raise --num_learners, lower --pack_length"
+        problems.append(f"a learner needs {learner:.1f} GiB of {gib:.0f}: raise --num_learners, lower --pack_length"
                         + ("" if cfg.gradient_checkpointing else ", or --gradient_checkpointing true"))
     if tokens < longest:
-        problems.append(f"an engine has {max(room, 0):.1f} GiB for its KV cache beside {weights:.1f} GiB of weights, and one rollout of "
-                        f"{longest:,} tokens needs {longest * kv_token / 2**30:.1f}: lower --max_total_tokens, or take larger GPUs")
+        problems.append(f"an engine has {room:.1f} GiB for its KV cache beside {weights:.1f} of weights, and a rollout of "
+                        f"{longest:,} tokens needs {longest * per_token:.1f}: lower --max_total_tokens, or take larger GPUs")
     if torch.cuda.is_available() and weights > (free := shutil.disk_usage("/dev/shm").free / 2**30):
-        problems.append(f"a reload needs {weights:.1f} GiB of /dev/shm, which has {free:.1f}: mount it larger (docker: --shm-size)")
+        problems.append(f"a reload needs {weights:.1f} GiB of /dev/shm, which has {free:.1f}: mount it larger")
+    row = lambda name, value: f"    {name:24}{value:8.1f}"
     return "\n".join([
-        f"{cfg.model}: {size / 1e9:.2f}B parameters, {cfg.dtype}; {ranks} learner(s), {cfg.num_engines} engine(s), GPUs of {gib:g} GiB",
-        f"a learner{learner:29.1f} GiB with a full pack of {cfg.pack_length:,} tokens",
-        *(f"    {name:24}{value / 2**30:10.1f}" for name, value in parts.items()),
-        f"an engine{0.92 * gib:29.1f} GiB",
-        f"    {'weights':24}{weights:10.1f}", f"    {'activations, graphs':24}{4:10.1f}",
-        f"    {'KV cache':24}{max(room, 0):10.1f}   {tokens:,} tokens, {tokens / longest:.1f} rollouts of {longest:,}",
-        f"at most {most} rollouts at once, which vLLM says again, exactly, at the start",
-        f"a reload: {weights:.1f} GiB through /dev/shm, and the KV of up to {min(tokens, most * longest):,} tokens an engine anew",
-        *(f"does not fit: {problem}" for problem in problems)] + ["it fits"] * (not problems)), problems
+        f"{cfg.model}: {size / 1e9:.2f}B parameters, {cfg.dtype}",
+        f"{ranks} learner(s) and {cfg.num_engines} engine(s) on GPUs of {gib:.0f} GiB; all figures in GiB",
+        f"a learner, with a pack of {cfg.pack_length:,} tokens: {learner:.1f}", *(row(k, v / 2**30) for k, v in parts.items()),
+        f"an engine: {0.92 * gib:.1f}", row("weights", weights), row("activations, graphs", 4),
+        row("KV cache", room) + f"   {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length",
+        f"about {most} rollouts at once",
+        f"a reload: {weights:.1f} through /dev/shm, then the KV of up to {min(tokens, most * longest):,} tokens an engine anew",
+        *(f"does not fit: {problem}" for problem in problems), *([] if problems else ["it fits"])]), problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2483,8 +2483,8 @@ def launch(cfg):
             if reason.exists():
                 sys.exit(reason.read_text())
             rank, failure = min(error.failures.items(), key=lambda f: f[1].exitcode)    # killed (below 0), before its victims
-            died = f"killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode} (see above)"
-            raise RunFailed(f"learner rank {rank}: {died}") from None
+            raise RunFailed(f"learner rank {rank}: " + (f"killed by {failure.signal_name()}" if failure.exitcode < 0 else
+                                                        f"ended with {failure.exitcode} (see above)")) from None
 
 
 def follow_launcher():
