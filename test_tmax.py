@@ -3315,7 +3315,8 @@ def test_a_void_rollout_of_an_evaluation_is_tried_three_times(monkeypatch):
     monkeypatch.setattr(tmax, "rollout", fake)
 
     async def both():
-        generator = tmax.Generator(TINY, ALONE, [], SimpleNamespace(send=sent.append))
+        generator = tmax.Generator(dataclasses.replace(TINY, num_engines=1), ALONE, [], SimpleNamespace(send=sent.append))
+        generator.rollouts = asyncio.Semaphore(4)
         generator.engine = generator.tokenizer = None
         for place, name in enumerate(["good", "bad"]):
             await generator._evaluate(place, name, 2, TINY)
