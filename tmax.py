@@ -1681,7 +1681,7 @@ def learner_memory(config, cfg, ranks):
         "weights, FP32": 4 * size / ranks, "gradients, FP32": 4 * size / ranks, "optimizer, FP32": 8 * size / ranks,
         "gathered layers": width * (2 * layer + 2 * rest) + 4 * rest,       # two layers; embedding and head with gradients
         "activations": n * width * d * c.num_hidden_layers + kept if cfg.gradient_checkpointing else kept * c.num_hidden_layers,
-        "logprob chunk": 2 * 4 * 1024 * c.vocab_size + n * d * (4 + width)}
+        "logprob chunk": 2 * 4 * min(1024, n) * c.vocab_size + n * d * (4 + width)}
 
 
 def plan(cfg, gib, ranks):
