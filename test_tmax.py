@@ -2041,7 +2041,8 @@ def transcripts(tiny_run):
 def test_metrics_have_the_agreed_keys(metrics):
     """One object a step, with the keys that forks and plots rely on."""
     keys = set("""step reward groups_kept groups_zero_spread groups_stale rollouts_void tokens loss grad_norm kept_fraction
-                  mismatch_max drift_max entropy staleness_max seconds_generate seconds_train seconds_reload""".split())
+                  mismatch_max drift_max entropy staleness_max seconds_generate seconds_train seconds_reload
+                  staleness_mean seconds_gather_write learners_waited waiting_model waiting_bash waiting_grading""".split())
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
     assert all(keys <= set(m) for m in metrics)
 
