@@ -2268,6 +2268,7 @@ REAL_TIMES = [[float(x) for x in triple.split("/")] for triple in """
 class Replay:
     """In vLLM's place: each rollout makes `turns` turns of one sleep each, then submits. TMAX_REPLAY holds the times, as
     (turns, seconds of the model, seconds of bash), taken in order; versions are those of the moment, half a turn each."""
+    errored = False
 
     def __init__(self, model, cfg):
         self.llm, self.version, self.kv_tokens, self.new = self, 0, 1 << 40, itertools.count()

@@ -863,25 +863,37 @@ class Generator:
         self.rollouts = asyncio.Semaphore(most)
         self.pipe.send(("ready", f"vLLM is ready: {self.cfg.num_engines} engine(s), KV cache for {self.engine.kv_tokens:,} "
                                  f"tokens, at most {most} rollouts at once"))
+        self.running.add(asyncio.create_task(self._watch_engine()))
         while True:
-            message = asyncio.create_task(inbox.get())
-            while not message.done():  # a group that raises ends the generator: faults of sandboxes do not get here
-                done, _ = await asyncio.wait([message, *self.running], return_when=asyncio.FIRST_COMPLETED)
-                for group in done - {message}:
-                    self.running.discard(group)
-                    group.result()
-            match message.result():
+            match await self._meanwhile(inbox.get()):
                 case None:
                     return await self._stop()
                 case ("weights", folder, version):
                     try:
-                        self.pipe.send(("loaded", await asyncio.wait_for(self.engine.reload(folder, version), 600)))
+                        reload = asyncio.wait_for(self.engine.reload(folder, version), 600)
+                        self.pipe.send(("loaded", await self._meanwhile(reload)))
                     except TimeoutError:
                         raise RunFailed(f"vLLM did not take over weights {version} within 600 s") from None
                 case ("allow", allowed):
                     while self.started < allowed:
                         self.running.add(asyncio.create_task(self._group(self.started)))
                         self.started += 1
+
+    async def _meanwhile(self, awaitable):
+        """Its result. A group that raises meanwhile ends the generator: faults of sandboxes do not get here."""
+        task = asyncio.ensure_future(awaitable)
+        while not task.done():
+            done, _ = await asyncio.wait([task, *self.running], return_when=asyncio.FIRST_COMPLETED)
+            for group in done - {task}:
+                self.running.discard(group)
+                group.result()
+        return task.result()
+
+    async def _watch_engine(self):
+        """Raise when an engine is dead: a reload would wait for it, and nobody asks it anything while all rollouts are in bash."""
+        while not self.engine.llm.errored:
+            await asyncio.sleep(1)
+        raise self.engine.llm.dead_error
 
     def _read(self, loop, inbox):
         message = ()
