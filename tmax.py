@@ -1397,19 +1397,15 @@ class Generator:
         self.rollouts = asyncio.Semaphore(most)
         self.pipe.send(("ready", f"vLLM is ready: {self.cfg.num_engines} engine(s), KV cache for {self.engine.kv_tokens:,} "
                                  f"tokens, at most {most} rollouts at once"))
+        self.running.add(asyncio.create_task(self._watch_engine()))
         while True:
-            message = asyncio.create_task(inbox.get())
-            while not message.done():  # a group that raises ends the generator: faults of sandboxes do not get here
-                done, _ = await asyncio.wait([message, *self.running], return_when=asyncio.FIRST_COMPLETED)
-                for group in done - {message}:
-                    self.running.discard(group)
-                    group.result()
-            match message.result():
+            match await self._meanwhile(inbox.get()):
                 case None:
                     return await self._stop()
                 case ("weights", folder, version):
                     try:
-                        self.pipe.send(("loaded", await asyncio.wait_for(self.engine.reload(folder, version), 600)))
+                        reload = asyncio.wait_for(self.engine.reload(folder, version), 600)
+                        self.pipe.send(("loaded", await self._meanwhile(reload)))
                     except TimeoutError:
                         raise RunFailed(f"vLLM did not take over weights {version} within 600 s") from None
                 case ("evaluate", tasks, cfg):
@@ -1419,6 +1415,22 @@ class Generator:
                     while self.started < allowed:
                         self.running.add(asyncio.create_task(self._group(self.started)))
                         self.started += 1
+
+    async def _meanwhile(self, awaitable):
+        """Its result. A group that raises meanwhile ends the generator: faults of sandboxes do not get here."""
+        task = asyncio.ensure_future(awaitable)
+        while not task.done():
+            done, _ = await asyncio.wait([task, *self.running], return_when=asyncio.FIRST_COMPLETED)
+            for group in done - {task}:
+                self.running.discard(group)
+                group.result()
+        return task.result()
+
+    async def _watch_engine(self):
+        """Raise when an engine is dead: a reload would wait for it, and nobody asks it anything while all rollouts are in bash."""
+        while not self.engine.llm.errored:
+            await asyncio.sleep(1)
+        raise self.engine.llm.dead_error
 
     def _read(self, loop, inbox):
         message = ()
@@ -2361,7 +2373,7 @@ def learner_memory(config, cfg, ranks):
         "weights, FP32": 4 * size / ranks, "gradients, FP32": 4 * size / ranks, "optimizer, FP32": 8 * size / ranks,
         "gathered layers": width * (2 * layer + 2 * rest) + 4 * rest,       # two layers; embedding and head with gradients
         "activations": n * width * d * c.num_hidden_layers + kept if cfg.gradient_checkpointing else kept * c.num_hidden_layers,
-        "logprob chunk": 2 * 4 * 1024 * c.vocab_size + n * d * (4 + width)}
+        "logprob chunk": 2 * 4 * min(1024, n) * c.vocab_size + n * d * (4 + width)}
 
 
 def plan(cfg, gib, ranks):
