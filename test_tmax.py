@@ -1806,8 +1806,8 @@ def test_a_killed_engine_is_waited_for(image, moment, capfd):
     tmax.Sandbox.said.clear()
     assert asyncio.run(main()) == ["42\n"] * 3
     said = capfd.readouterr().err
-    assert said.count("the Docker engine does not answer") == said.count("the Docker engine answers again") == 1, said
-    wait_for(lambda: not our_containers(), 30)
+    assert said.count("engine: it does not answer") == said.count("engine: it answers again") == 1, said
+    wait_for(lambda: tmax.remove_containers(owned_by_me=True) or not our_containers(), 30)
 
 
 def test_no_bubblewrap_is_one_line(monkeypatch):
