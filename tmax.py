@@ -1147,14 +1147,12 @@ class Pack:
 def build_pack(rollouts):
     """One Pack of whole rollouts. Without any it holds a single token that nothing is predicted from: a rank without work
     still takes part in every collective, and adds exactly zero."""
-    lengths = [len(r.tokens) for r in rollouts] or [1]
-    tokens = np.concatenate([np.asarray(r.tokens, np.int64) for r in rollouts] or [np.zeros(1, np.int64)])
-    sampled = np.flatnonzero(np.concatenate([np.asarray(r.mask) for r in rollouts] or [np.zeros(1)]))
-    of_sampled = lambda name, dtype: (np.concatenate([np.asarray(getattr(r, name), dtype) for r in rollouts])[sampled]
-                                      if rollouts else np.zeros(0, dtype))
-    advantages = np.repeat(np.asarray([r.advantage for r in rollouts] or [0.0], np.float32), lengths)
+    rollouts = rollouts or [Rollout("empty", tokens=[0], mask=[0], logprobs=[0.0], versions=[-1], prompt_tokens=1)]
+    join = lambda name, dtype: np.concatenate([np.asarray(getattr(r, name), dtype) for r in rollouts])
+    lengths, tokens, sampled = [len(r.tokens) for r in rollouts], join("tokens", np.int64), np.flatnonzero(join("mask", bool))
+    advantages = np.repeat(np.asarray([r.advantage for r in rollouts], np.float32), lengths)
     return Pack(tokens, np.concatenate([np.arange(n) for n in lengths]), np.cumsum([0, *lengths], dtype=np.int32), sampled - 1,
-                tokens[sampled], of_sampled("logprobs", np.float32), advantages[sampled], of_sampled("versions", np.int64))
+                tokens[sampled], join("logprobs", np.float32)[sampled], advantages[sampled], join("versions", np.int64)[sampled])
 
 
 def pack_cost(length):
@@ -1672,7 +1670,7 @@ def tiny_task(kind, first, second, folder=None):
     """A task about two words: its instruction and its solution as [(command, output), …]; written to `folder` if given."""
     a, b = f"/workspace/{first}", f"/workspace/{second}"
     instruction, seeds, solution, test = {
-        "write": (f"Write the word {first} to the file {b}", {}, [(f"echo {first} > {b}", "")], f'[ "$(cat {b})" = {first} ]'),
+        "write": (f"Write the line /{first} to the file {b}", {}, [(f"echo /{first} > {b}", "")], f'[ "$(cat {b})" = /{first} ]'),
         "rename": (f"Rename the file {a} to {b}", {first: ""}, [(f"mv {a} {b}", "")], f"[ -e {b} ] && [ ! -e {a} ]"),
         "follow": (f"Read the file {a} and make the file that it names", {first: f"{b}\n"},
                    [(f"cat {a}", f"{b}\n"), (f"touch {b}", "")], f"[ -e {b} ]"),
