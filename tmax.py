@@ -283,21 +283,22 @@ fi 2>/dev/null
 mkdir -p -m 1777 "$state" && exec 9<> <(:) 4<>"$state/4" 5<>"$state/5" 6<>"$state/6" && rm "$state"/[456] && echo "$protected"
 
 end_leftovers() {  # ends what the agent left running, but for services: what holds a socket, and the descendants of such
-  local -A parent socket; local pid fd stat up killed
+  local -A parent socket; local pid fd stat up again
   for _ in {1..20}; do
-    parent=() socket=() services= killed=
+    parent=() socket=() services= again=
     for pid in "${readers[@]}"; do socket[$pid]=1; done  # a service that logs to one would die with it
     for pid in /proc/[0-9]*; do
       stat=; read -r -d '' stat <"$pid/stat"; set -- ${stat##*) }; pid=${pid#/proc/}
-      [[ $pid = $$ || -z $1 || $1 = [ZX] ]] && continue
+      [ "$pid" = $$ ] && continue
+      [[ -z $1 || $1 = [ZX] ]] && { again=1; continue; }  # it ended just now, and may have left a child that is not in this list
       parent[$pid]=$2
       for fd in /proc/$pid/fd/*; do [ -S "$fd" ] && socket[$pid]=1 && break; done
     done
     for pid in "${!parent[@]}"; do
       for (( up = pid; up > 1; up = ${parent[$up]:-0} )); do [ "${socket[$up]}" ] && break; done
-      if (( up > 1 )); then services=1; else kill -KILL "$pid"; killed=1; fi
+      if (( up > 1 )); then services=1; else kill -KILL "$pid"; again=1; fi
     done
-    [ "$killed" ] || return
+    [ "$again" ] || return
     read -t .01 -u 9
   done
   services=1  # what multiplies faster than it is ended is watched like a service
