@@ -2165,8 +2165,8 @@ def test_a_killed_engine_is_waited_for(image, moment, capfd):
     tmax.Sandbox.said.clear()
     assert asyncio.run(main()) == ["42\n"] * 3
     said = capfd.readouterr().err
-    assert said.count("the Docker engine does not answer") == said.count("the Docker engine answers again") == 1, said
-    wait_for(lambda: not our_containers(), 30)
+    assert said.count("engine: it does not answer") == said.count("engine: it answers again") == 1, said
+    wait_for(lambda: tmax.remove_containers(owned_by_me=True) or not our_containers(), 30)
 
 
 def test_no_bubblewrap_is_one_line(monkeypatch):
@@ -2253,6 +2253,46 @@ def test_tests_are_hidden_before_grading(tmp_path, cfg):
                   "python3 -m http.server 8000 & until (: <>/dev/tcp/127.0.0.1/8000) 2>/dev/null; do sleep .1; done", toml="[verifier]\ntimeout_sec = 20\n", cfg=cfg)[0] == 1
 
 
+@pytest.mark.bench
+def test_benchmark_sandboxes(cfg, capsys):
+    """Sandboxes started and closed per second, commands per second over 16 of them, latency of one; beside `docker exec`."""
+    task = tmax.Task("t", Path("/nonexistent"), "")
+
+    async def timed(work, times):
+        start = time.monotonic()
+        await asyncio.gather(*[work(i) for i in range(times)])
+        return time.monotonic() - start
+
+    async def start_and_close(_):
+        async with tmax.Sandbox(task, cfg):
+            pass
+
+    async def main():
+        started = 32 / await timed(start_and_close, 32)
+        async with contextlib.AsyncExitStack() as stack:
+            boxes = await asyncio.gather(*[stack.enter_async_context(tmax.Sandbox(task, cfg)) for _ in range(16)])
+
+            async def ours(box):
+                assert (await box.run("echo x")).text == "x\n"
+
+            async def execs(box):
+                await asyncio.to_thread(box.container.exec_run, ["bash", "-c", "echo x"])
+            rows = {}
+            for name, run in {"this loop": ours, "docker exec": execs}.items():
+                if name == "this loop" or cfg.sandbox == "docker":
+                    async def one_after_another(box, times=10):
+                        for _ in range(times):
+                            await run(box)
+                    rows[name] = await timed(lambda i: one_after_another(boxes[0]), 1) / 10, 160 / await timed(
+                        lambda i: one_after_another(boxes[i]), 16)
+        return started, rows
+    started, rows = asyncio.run(main())
+    with capsys.disabled():
+        print(f"\n{cfg.sandbox}, {os.cpu_count()} cores: {started:.1f} sandboxes started and closed per second")
+        for name, (latency, rate) in rows.items():
+            print(f"  {name:12} {1000 * latency:6.0f} ms a command   {rate:6.1f} commands/s over 16 sandboxes")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sandbox: cheats
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2277,6 +2317,14 @@ SLOW = f"sleep .3; [ -e /app/done ]; echo $((1 - $?)) >{TXT}; sleep .3"      # h
 
 @pytest.mark.parametrize("command, done, reward, tampered", [
     (f"(while :; do mkdir -p /logs/verifier; echo 1 >{TXT}; done) >/dev/null 2>&1 &", False, 0, False),
+    ("""cat >/tmp/hop.py <<'X'
+import os
+while True:
+    if os.fork(): os._exit(0)
+    try: open("/logs/verifier/reward.txt", "w").write("1")
+    except OSError: pass
+X
+python3 /tmp/hop.py >/dev/null 2>&1 &""", False, 0, None),      # a new process every millisecond: none is there when it is looked at
     ("(until cat /tests/test.sh; do :; done) >/tmp/seen 2>/dev/null & touch /app/done", True, 1, False),
     ("(while :; do for p in /proc/[0-9]*; do kill -9 ${p#/proc/}; done; done) >/dev/null 2>&1 & touch /app/done", True, 1, False),
     ("head -c 999M /dev/zero >/dev/shm/f; touch /app/done", True, 1, False),
@@ -2296,7 +2344,7 @@ SLOW = f"sleep .3; [ -e /app/done ]; echo $((1 - $?)) >{TXT}; sleep .3"      # h
     (SERVICE % "[ctypes.CDLL(None).syscall(438, os.pidfd_open(p), n, 0) >= 0 and os.write(n, b'1') for p in pids() for n in (3, 5)]", False, 0, False),
     (SERVICE % "[os.kill(p, signal.SIGKILL) for p in pids() if p > 1]", False, 0, False),
     (SERVICE % "s.accept()" + "; touch /app/done", True, 1, False),
-], ids="""writer reader killer full links folder sitecustomize printed service-writes service-renames service-links service-files
+], ids="""writer hopper reader killer full links folder sitecustomize printed service-writes service-renames service-links service-files
     service-answers service-others service-root service-descriptors service-kills service-honest""".split())
 def test_cheats(tmp_path, cfg, command, done, reward, tampered):
     """What else the agent tries ends with the reward that its work deserves, or with `tampered`."""

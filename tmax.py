@@ -533,28 +533,30 @@ cd /app 2>/dev/null
 agent=(setpriv --bounding-set=-setpcap,-sys_ptrace --inh-caps=-setpcap,-sys_ptrace --ambient-caps=-all)
 if [ "$user" ]; then
   eval "home=~$user"
-  group=$(id -g "$user") && agent+=(--reuid "$user" --regid "$group" --init-groups) || agent+=(--reuid "$user" --regid "$user" --clear-groups)
+  group=$(id -g "$user") && agent+=(--init-groups) || agent+=(--clear-groups)
+  agent+=(--reuid "$user" --regid "${group:-$user}")
 fi 2>/dev/null
 "${agent[@]}" true 2>/dev/null && protected=protected || protected=bare agent=()
 [ "$user" ] && [ "$protected" = bare ] && exit  # it would run as root
 mkdir -p -m 1777 "$state" && exec 9<> <(:) 4<>"$state/4" 5<>"$state/5" 6<>"$state/6" && rm "$state"/[456] && echo "$protected"
 
 end_leftovers() {  # ends what the agent left running, but for services: what holds a socket, and the descendants of such
-  local -A parent socket; local pid fd stat up killed
+  local -A parent socket; local pid fd stat up again
   for _ in {1..20}; do
-    parent=() socket=() services= killed=
+    parent=() socket=() services= again=
     for pid in "${readers[@]}"; do socket[$pid]=1; done  # a service that logs to one would die with it
     for pid in /proc/[0-9]*; do
       stat=; read -r -d '' stat <"$pid/stat"; set -- ${stat##*) }; pid=${pid#/proc/}
-      [[ $pid = $$ || -z $1 || $1 = [ZX] ]] && continue
+      [ "$pid" = $$ ] && continue
+      [[ -z $1 || $1 = [ZX] ]] && { again=1; continue; }  # it ended just now, and may have left a child that is not in this list
       parent[$pid]=$2
       for fd in /proc/$pid/fd/*; do [ -S "$fd" ] && socket[$pid]=1 && break; done
     done
     for pid in "${!parent[@]}"; do
       for (( up = pid; up > 1; up = ${parent[$up]:-0} )); do [ "${socket[$up]}" ] && break; done
-      if (( up > 1 )); then services=1; else kill -KILL "$pid"; killed=1; fi
+      if (( up > 1 )); then services=1; else kill -KILL "$pid"; again=1; fi
     done
-    [ "$killed" ] || return
+    [ "$again" ] || return
     read -t .01 -u 9
   done
   services=1  # what multiplies faster than it is ended is watched like a service
@@ -567,7 +569,7 @@ while read -r mode seconds bytes name; do
     end_leftovers
     [ -d /logs ] && [ ! -L /logs ] || rm -rf /logs
     rm -rf /tests /logs/verifier; mkdir -p /logs; mkdir /tests /logs/verifier
-    # A service could write the reward; so it goes through links that only holders of SETPCAP can follow, into files without a name.
+    # A service could write the reward, which therefore goes through links that only holders of SETPCAP can follow.
     [ "$services" ] && for fd in 5:txt 6:json; do ln -s "/proc/$$/fd/${fd%:*}" "/logs/verifier/reward.${fd#*:}"; done
     mode=upload
   fi
@@ -627,8 +629,8 @@ __code=$?; [ "$__mode" = agent ] && __save; exit $__code
 
 
 # Without --cap-drop ALL and --disable-userns, a root that starts bubblewrap could be followed out through a remount of /usr.
-BWRAP_FLAGS = """--unshare-all --unshare-user --disable-userns --cap-drop ALL --cap-add CAP_SETPCAP --die-with-parent --new-session
-    --as-pid-1 --uid 0 --gid 0 --hostname sandbox --clearenv --setenv HOME /root --setenv LANG C.UTF-8
+BWRAP_FLAGS = """--unshare-all --unshare-user --disable-userns --cap-drop ALL --cap-add CAP_SETPCAP --die-with-parent
+    --new-session --as-pid-1 --uid 0 --gid 0 --hostname sandbox --clearenv --setenv HOME /root --setenv LANG C.UTF-8
     --setenv PATH /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
     --ro-bind /usr /usr --ro-bind-try /etc/alternatives /etc/alternatives --ro-bind-try /etc/ld.so.cache /etc/ld.so.cache
     --proc /proc --dev /dev --size 67108864 --tmpfs /dev/shm --remount-ro /dev
@@ -653,26 +655,23 @@ class KilledItself(Exception):
 
 
 class DockerStream(io.RawIOBase):
-    """The engine's multiplexed stream of a container's stdin and stdout, as an ordinary file: frames of 8 bytes of header, whose
-    last four are the length, and data."""
+    """A container's stdout out of the engine's stream of frames: 8 bytes of header, the last four the length, and data."""
 
-    def __init__(self, sock):
-        self.sock, self.left = sock, 0
+    def __init__(self, frames):
+        self.frames, self.left = frames, 0
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
-        header = b""
         while not self.left:
-            if not (part := self.sock.recv(8 - len(header))):
+            if len(header := self.frames.read(8)) < 8:
                 return 0
-            header += part
-            if len(header) == 8:
-                self.left, header = int.from_bytes(header[4:], "big"), b""
-        count = self.sock.recv_into(buffer, min(len(buffer), self.left))
-        self.left -= count
-        return count
+            self.left = int.from_bytes(header[4:], "big")
+        data = self.frames.read(min(len(buffer), self.left))
+        buffer[:len(data)] = data
+        self.left -= len(data)
+        return len(data)
 
 
 @functools.lru_cache
@@ -709,8 +708,9 @@ def remove_containers(owned_by_me=False):
             if mark == me if owned_by_me else dead:
                 with contextlib.suppress(OSError, docker.errors.DockerException):
                     container.remove(force=True)
+        found = docker_client().containers.list(all=True, filters={"label": "tmax.owner"}, ignore_removed=True)
         with ThreadPoolExecutor(16) as pool:
-            list(pool.map(remove, docker_client().containers.list(all=True, filters={"label": "tmax.owner"}, ignore_removed=True)))
+            list(pool.map(remove, found))
 
 
 class Sandbox:
@@ -725,7 +725,7 @@ class Sandbox:
     uids = itertools.count(1_900_000_000 + os.getpid() % 10_000 * 10_000)  # so that the limit on processes is each sandbox's own
     starting = threading.BoundedSemaphore(8)    # an engine that starts hundreds of containers at once fails
     lock = threading.Lock()
-    said = set()                                # messages that are said once
+    said = {}                                   # {subject: what was said about it last}
 
     def __init__(self, task, cfg):
         self.task, self.cfg, self.grading, self.tampered = task, cfg, "", False
@@ -740,11 +740,10 @@ class Sandbox:
             seeds = self.task.path / "environment/seeds"
             if seeds.is_dir() and any(seeds.iterdir()):
                 await self.upload(seeds, "/workspace")
-        except KilledItself as reason:  # nobody has worked in it yet
+        except BaseException as error:
             await self.__aexit__()
-            raise SandboxLost(f"{reason}") from None
-        except BaseException:
-            await self.__aexit__()
+            if isinstance(error, KilledItself):  # nobody has worked in it yet
+                raise SandboxLost("upload") from error
             raise
         return self
 
@@ -770,19 +769,19 @@ class Sandbox:
         if self.container:
             with contextlib.suppress(OSError, docker.errors.DockerException):  # gone already
                 self.container.remove(force=True)
-        for pipe in (self.stdin, self.stdout, self.socket):
+        for end in (self.stdin, self.stdout, self.socket):
             with contextlib.suppress(OSError):  # a command that it did not take any more
-                pipe and pipe.close()
-        self.process = self.container = self.socket = self.stdin = self.stdout = None
+                end and end.close()
 
     def _in_thread(self, function, *args):
         return asyncio.get_running_loop().run_in_executor(self.thread, function, *args)
 
-    def _say_once(self, message):
+    def _say(self, subject, words):
+        """Print it, unless that is what was said last about this subject: hundreds of sandboxes see the same."""
         with Sandbox.lock:
-            if message not in Sandbox.said:
-                print(f"sandbox: {message}", file=sys.stderr, flush=True)
-            Sandbox.said.add(message)
+            if Sandbox.said.get(subject) != words:
+                print(f"sandbox: {subject}: {words}", file=sys.stderr, flush=True)
+            Sandbox.said[subject] = words
 
     def _open(self):
         """Start the loop, again after some seconds if that fails; while the engine is down, wait for it."""
@@ -796,9 +795,9 @@ class Sandbox:
                 if hello not in (b"protected\n", b"bare\n"):
                     raise OSError("its shell does not start")
                 if hello == b"bare\n":
-                    self._say_once(f"{image}: no setpriv in there: an agent could forge its reward")
+                    self._say(image, "no setpriv in it, so an agent could forge its reward")
                 if self.socket:
-                    self.socket.settimeout(None)
+                    self.socket.settimeout(None)  # from here on _exchange keeps the time
                 self.ready = True
                 return
             except docker.errors.ImageNotFound:
@@ -806,24 +805,16 @@ class Sandbox:
             except (OSError, docker.errors.DockerException) as error:  # requests' own are OSErrors
                 self._close()
                 if self.cfg.sandbox == "docker" and not engine_answers():
-                    self._wait_for_engine()
-                    continue
-                pause = next(pauses, None)
-                if pause is None or self.closing.wait(pause):
-                    print(f"sandbox: it does not start: {error}", file=sys.stderr, flush=True)
+                    self._say("the Docker engine", "it does not answer; rollouts wait for it")
+                    while not engine_answers():
+                        if self.closing.wait(1):
+                            raise SandboxLost("start") from error
+                    self._say("the Docker engine", "it answers again")
+                elif (pause := next(pauses, None)) is None or self.closing.wait(pause):
+                    self._say("start", str(error))
                     raise SandboxLost("start") from error
 
-    def _wait_for_engine(self):
-        self._say_once("the Docker engine does not answer; rollouts wait for it")
-        while not engine_answers():
-            if self.closing.wait(1):
-                raise SandboxLost("start")
-        with Sandbox.lock:
-            if Sandbox.said:
-                print("sandbox: the Docker engine answers again", file=sys.stderr, flush=True)
-            Sandbox.said.clear()
-
-    def _loop(self, limits, user=""):
+    def _loop(self, limits="", user=""):
         return ["bash", "--noprofile", "--norc", "-c", SHELL_LOOP, "bash", "/dev/shm/.shell", SHELL_COMMAND, str(OUTPUT_KEPT),
                 f"-n {MAX_OPEN} -f {MAX_FILE} {limits}", user]
 
@@ -847,25 +838,22 @@ class Sandbox:
 
     def _open_docker(self, image):
         client, task = docker_client(), self.task
-        public = {"auto": task.network == "public"}.get(self.cfg.network, self.cfg.network == "public")
-        if public:
+        if public := "public" == (task.network if self.cfg.network == "auto" else self.cfg.network):
             with Sandbox.lock:
                 if not client.networks.list(names=["^tmax$"]):
                     client.networks.create("tmax", options={"com.docker.network.bridge.enable_icc": "false"})
-        user = (task.user or client.api.inspect_image(image)["Config"].get("User") or "").split(":")[0]
-        user = "" if user in ("root", "0") else user
-        memory = f"{task.memory_mb}m"
+        user = (task.user or client.api.inspect_image(image)["Config"].get("User") or "root").split(":")[0]
+        user, memory = "" if user in ("root", "0") else user, f"{task.memory_mb}m"
         self.container = client.containers.create(
-            image, [], entrypoint=self._loop("", user),
+            image, [], entrypoint=self._loop(user=user),
             user="0", stdin_open=True, auto_remove=True, log_config=docker.types.LogConfig(type="none"),
             labels={"tmax.owner": process_mark(os.getpid()), "tmax.run": self.cfg.name}, network="tmax" if public else "none",
-            mem_limit=memory, memswap_limit=memory, pids_limit=MAX_PROCESSES, cpu_period=100_000, cpu_quota=int(task.cpus * 100_000),
+            mem_limit=memory, memswap_limit=memory, pids_limit=MAX_PROCESSES, cpu_quota=int(task.cpus * 100_000), cpu_period=100_000,
             cap_drop=["ALL"], cap_add=CAPABILITIES, security_opt=["no-new-privileges"])
         # The engine closes the loop's stdin when this connection ends, however its owner does; the loop then ends by itself.
-        attached = self.container.attach_socket(params={"stdin": 1, "stdout": 1, "stream": 1})
-        self.socket = attached._sock
+        self.socket = self.container.attach_socket(params={"stdin": 1, "stdout": 1, "stream": 1})._sock
         self.socket.settimeout(60)
-        self.stdout, self.stdin = io.BufferedReader(DockerStream(self.socket)), self.socket.makefile("wb")
+        self.stdin, self.stdout = self.socket.makefile("wb"), io.BufferedReader(DockerStream(self.socket.makefile("rb")))
         self.container.start()
 
     async def upload(self, folder, target):
@@ -945,9 +933,8 @@ class Sandbox:
             reward = float(reward["reward"] if isinstance(reward, dict) else reward)
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             reward = math.nan
-        reason = (f"stopped after {limit:g} s" if output.timed_out else "killed" if output.exit_code in (137, 143) else
-                  "the reward file is not the tests' own" if self.tampered else f"{self.reward[:200]!r}" if math.isnan(reward) else "")
-        if reason:
+        if reason := (f"stopped after {limit:g} s" if output.timed_out else "killed" if output.exit_code in (137, 143) else
+                      "another than the tests wrote it" if self.tampered else repr(self.reward[:200]) if math.isnan(reward) else ""):
             self.grading += f"\nno reward: {reason}"
             return 0.0
         return min(1.0, max(0.0, reward))
