@@ -428,7 +428,7 @@ image_states = {}                       # image name -> lock, number of failures
 def image_of(client, task, cfg, stop=threading.Event()):
     """The name of the task's container image, which the engine then has: pulled, or built once for a content of environment/.
 
-    Blocking, in any number of threads; ends early once `stop` is set. Raises SandboxLost("image"); runs/NAME/images/ has the log.
+    Blocking; ends early once `stop` is set. Raises SandboxLost("image"); runs/NAME/images/ has the log.
     After three failures an image is not tried again, and so its tasks are set aside. The docker program does the work because
     the SDK knows no BuildKit."""
     context = task.path / "environment"
