@@ -2159,6 +2159,46 @@ def test_tests_are_hidden_before_grading(tmp_path, cfg):
                   "python3 -m http.server 8000 & until (: <>/dev/tcp/127.0.0.1/8000) 2>/dev/null; do sleep .1; done", toml="[verifier]\ntimeout_sec = 20\n", cfg=cfg)[0] == 1
 
 
+@pytest.mark.bench
+def test_benchmark_sandboxes(cfg, capsys):
+    """Sandboxes started and closed per second, commands per second over 16 of them, latency of one; beside `docker exec`."""
+    task = tmax.Task("t", Path("/nonexistent"), "")
+
+    async def timed(work, times):
+        start = time.monotonic()
+        await asyncio.gather(*[work(i) for i in range(times)])
+        return time.monotonic() - start
+
+    async def start_and_close(_):
+        async with tmax.Sandbox(task, cfg):
+            pass
+
+    async def main():
+        started = 32 / await timed(start_and_close, 32)
+        async with contextlib.AsyncExitStack() as stack:
+            boxes = await asyncio.gather(*[stack.enter_async_context(tmax.Sandbox(task, cfg)) for _ in range(16)])
+
+            async def ours(box):
+                assert (await box.run("echo x")).text == "x\n"
+
+            async def execs(box):
+                await asyncio.to_thread(box.container.exec_run, ["bash", "-c", "echo x"])
+            rows = {}
+            for name, run in {"this loop": ours, "docker exec": execs}.items():
+                if name == "this loop" or cfg.sandbox == "docker":
+                    async def one_after_another(box, times=10):
+                        for _ in range(times):
+                            await run(box)
+                    rows[name] = await timed(lambda i: one_after_another(boxes[0]), 1) / 10, 160 / await timed(
+                        lambda i: one_after_another(boxes[i]), 16)
+        return started, rows
+    started, rows = asyncio.run(main())
+    with capsys.disabled():
+        print(f"\n{cfg.sandbox}, {os.cpu_count()} cores: {started:.1f} sandboxes started and closed per second")
+        for name, (latency, rate) in rows.items():
+            print(f"  {name:12} {1000 * latency:6.0f} ms a command   {rate:6.1f} commands/s over 16 sandboxes")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sandbox: cheats
 # ---------------------------------------------------------------------------------------------------------------------
