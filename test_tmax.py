@@ -1337,6 +1337,7 @@ def test_dataset_of_folders(hub, tmp_path):
     """A data set of loose Harbor folders, at two revisions: its files are files, not links into the hub's cache, whose targets
     would be missing in a sandbox and in an image build."""
     for revision, commit in (("main", "a" * 40), ("old", "b" * 40)):
+        (tmp_path / "assets/tmax/tasks" / commit / "partial/t").mkdir(parents=True)  # of a start that was broken off
         make_task(tmp_path / revision / "t", instruction=revision, seeds={"s": "x"})
         as_snapshot(hub, tmp_path / revision, revision=revision, commit=commit)
     new, = tmax.load_tasks("o/tasks", CFG)
@@ -2727,6 +2728,7 @@ def test_tasks_run_as_they_say(images, image, tmp_path, capsys):
     assert {name: (t["reward"], t["finish"]) for name, t in said.items()} == {name: (r, end) for name, (*_, r, end) in tasks.items()}
     assert "stopped after 2 s" in str(said["slow-tests"]["transcript"]) and "returned a non-zero code: 3" in images.log()
     assert images.log().count("docker build") == 2 and "4 of 7 tasks" in capsys.readouterr().out
+    assert not [c for c in images.client.containers.list(all=True) if str(tmp_path) in str(c.attrs["Config"]["Cmd"])]
     images.client.images.remove(images.of(tmax.load_task(tmp_path / "tasks/right")))
 
 

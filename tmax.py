@@ -263,18 +263,11 @@ class Task:
         return not self.image and (self.path / "environment/Dockerfile").is_file()
 
 
-def load_task(path, image=""):
-    """Read one task folder; `image` is its container image according to the data set's row. Raises ValueError with the reason
-    when the task is broken or asks for something that the sandboxes here do not have."""
-    toml = path / "task.toml"
-    spec = tomllib.loads(toml.read_text("utf-8")) if toml.is_file() else {}
-    agent, verifier, environment = parts = [spec.get(part, {}) for part in ("agent", "verifier", "environment")]
-    verifier_env = verifier.get("env", {}) if isinstance(verifier, dict) else None
-    if not all(isinstance(table, dict) for table in (*parts, verifier_env)):
-        raise ValueError("task.toml: agent, verifier, environment and verifier.env are tables")
+def unsupported(path, spec, agent, verifier, environment):
+    """What a task asks for, by the tables of its task.toml, that the sandboxes here do not have; "" if nothing."""
     version = str(spec.get("schema_version", spec.get("version", "1.0")))
-    network = environment.get("network_mode") or ("public" if environment.get("allow_internet", True) else "no-network")
-    unsupported = {
+    parts, network = (agent, verifier, environment), environment.get("network_mode")
+    reasons = {
         f"schema version {version}": version.split(".")[0] != "1",
         "several steps": "steps" in spec,
         "compose services": any((path / "environment" / f"docker-compose.{end}").exists() for end in ("yaml", "yml")),
@@ -287,12 +280,25 @@ def load_task(path, image=""):
         "a user for the tests": verifier.get("user") not in (None, 0, "root"),
         "a working directory": environment.get("workdir") not in (None, "/app"),
         "environment variables": environment.get("env"),
-        "values from the host's environment": any("${" in str(value) for value in verifier_env.values()),
+        "values from the host's environment": any("${" in str(value) for value in verifier.get("env", {}).values()),
         "MCP servers or a health check": environment.get("mcp_servers") or environment.get("healthcheck"),
     }
-    for what, asked in unsupported.items():
-        if asked:
-            raise ValueError(f"asks for {what}: not supported")
+    return next((reason for reason, asked in reasons.items() if asked), "")
+
+
+def load_task(path, image=""):
+    """Read one task folder; `image` is its container image according to the data set's row. Raises ValueError with the reason
+    when the task is broken or not supported."""
+    toml = path / "task.toml"
+    spec = tomllib.loads(toml.read_text("utf-8")) if toml.is_file() else {}
+    agent, verifier, environment = parts = [spec.get(part, {}) for part in ("agent", "verifier", "environment")]
+    if not all(isinstance(table, dict) for table in parts) or not isinstance(verifier.get("env", {}), dict):
+        raise ValueError("task.toml: agent, verifier, environment and verifier.env are tables")
+    environment.setdefault("network_mode", "public" if environment.get("allow_internet", True) else "no-network")
+    if size := re.fullmatch(r"([\d.]+)([GMK])", str(environment.get("memory", "")).upper()):  # in older files: "2G"
+        environment["memory"] = float(size[1]) * {"G": 1024, "M": 1, "K": 1 / 1024}[size[2]]
+    if reason := unsupported(path, spec, *parts):
+        raise ValueError(f"asks for {reason}: not supported")
     for needed in ("instruction.md", "tests/test.sh"):
         if not (path / needed).is_file():
             raise ValueError(f"there is no {needed}")
@@ -301,20 +307,18 @@ def load_task(path, image=""):
     image = environment.get("docker_image") or image
     if not image and (path / "image.txt").is_file():
         image = (path / "image.txt").read_text("utf-8").strip()
-    if size := re.fullmatch(r"([\d.]+)([GMK])", str(environment.get("memory", "")).upper()):  # in older files: "2G"
-        environment["memory"] = float(size[1]) * {"G": 1024, "M": 1, "K": 1 / 1024}[size[2]]
 
     def positive(table, key, default):
         value = table.get(key, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
             raise ValueError(f"task.toml: {key} = {value!r} is not a positive number")
         return value
-    return Task(path.name, path, instruction, str(image),
+    verifier_env = tuple((name, str(value)) for name, value in verifier.get("env", {}).items())
+    return Task(path.name, path, instruction, str(image), verifier_env=verifier_env, user=str(agent.get("user", "")),
                 agent_timeout=positive(agent, "timeout_sec", Task.agent_timeout),
                 verifier_timeout=positive(verifier, "timeout_sec", Task.verifier_timeout),
-                verifier_env=tuple((name, str(value)) for name, value in verifier_env.items()),
                 memory_mb=math.ceil(positive(environment, "memory_mb", positive(environment, "memory", Task.memory_mb))),
-                cpus=positive(environment, "cpus", Task.cpus), network=network, user=str(agent.get("user", "")),
+                cpus=positive(environment, "cpus", Task.cpus), network=environment["network_mode"],
                 build_timeout=positive(environment, "build_timeout_sec", Task.build_timeout))
 
 
@@ -467,10 +471,11 @@ image_states = {}                       # image name -> lock, number of failures
 def image_of(client, task, cfg, stop=threading.Event()):
     """The name of the task's container image, which the engine then has: pulled, or built once for a content of environment/.
 
-    Blocking, in any number of threads; ends early once `stop` is set. Raises SandboxLost("image"); the log is in runs/NAME/images.
+    Blocking; ends early once `stop` is set. Raises SandboxLost("image"); runs/NAME/images/ has the log.
     After three failures an image is not tried again, and so its tasks are set aside. The docker program does the work because
     the SDK knows no BuildKit."""
-    name = f"tmax-build:{content_hash(task.path / 'environment')}" if task.builds else task.image or cfg.image
+    context = task.path / "environment"
+    name = f"tmax-build:{content_hash(context)}" if task.builds else task.image or cfg.image
     state = image_states.setdefault(name, SimpleNamespace(lock=threading.Lock(), failures=0, again=0.0))
     with state.lock:
         with contextlib.suppress(docker.errors.APIError):
@@ -478,8 +483,8 @@ def image_of(client, task, cfg, stop=threading.Event()):
         if state.failures < 3 and time.monotonic() >= state.again:
             log = Path("runs", cfg.name, "images", re.sub(r"[^\w.-]", "_", name)[-100:] + ".log")
             log.parent.mkdir(parents=True, exist_ok=True)
-            command = ["build", "--tag", name, "--", str(task.path / "environment")] if task.builds else ["pull", "--", name]
-            command = ["timeout", "--verbose", "--foreground", "-k", "10", str(task.build_timeout), "docker", *command]
+            command = ["timeout", "--verbose", "--foreground", "-k", "10", str(task.build_timeout), "docker"]
+            command += ["build", "--force-rm", "--tag", name, "--", f"{context}"] if task.builds else ["pull", "--", name]
             # The program would go by its own context where DOCKER_HOST is not set, and the SDK does not.
             env = {"DOCKER_HOST": "unix:///var/run/docker.sock", **os.environ}
             with image_slots, log.open("ab", buffering=0) as file:
