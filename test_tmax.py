@@ -3417,12 +3417,12 @@ def test_scores(runs):
 
 @pytest.fixture(scope="session")
 def evaluation(tiny_run, held_out):
-    """(run folder, what was printed) of --eval with the trained model: hot, so that runs differ; one task cannot start."""
+    """(run folder, what was printed) of --eval with the trained model; sampling as in training, so that runs differ; one task cannot start."""
     folder, tasks = tiny_run.parents[1], tiny_run.parents[1] / "tasks"
     shutil.copytree(held_out, tasks)
     make_task(tasks / "never", toml="[environment]\nmemory_mb = 1\n", seeds={"large": "x" * (4 << 20)})
     run = start_run(folder, "--name", "eval", "--eval", "--model", str(tiny_run / "checkpoint-6"), "--tasks", str(tasks),
-                    "--temperature", "1.3")
+                    "--temperature", "1", "--top_p", "1")
     assert run.wait(300) == 0, last_line(folder, "eval")
     return folder / "runs/eval", (folder / "log-eval").read_text()
 
