@@ -800,7 +800,7 @@ class Sandbox:
                 if hello not in (b"protected\n", b"bare\n"):
                     raise OSError("its shell does not start")
                 if hello == b"bare\n":
-                    self._say(image, "no setpriv in it, so an agent could forge its reward")
+                    self._say(image or "this machine", "no setpriv in it, so an agent could forge its reward")
                 if self.socket:
                     self.socket.settimeout(None)  # from here on _exchange keeps the time
                 self.ready = True
