@@ -2742,23 +2742,29 @@ MARK = f"tmax-test-{os.getpid()}"      # in the environment of everything that a
 
 
 def ours():
-    """Command lines of what tests have started and is still alive; sandboxes have an environment of their own."""
+    """Command lines of what tests have started and is still alive; sandboxes, whose environment is their own, if they are orphans."""
     alive = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            command = (process / "cmdline").read_bytes()
+            command, parent = (process / "cmdline").read_bytes(), (process / "stat").read_text().rpartition(")")[2].split()[1]
             if int(process.name) != os.getpid() and (f"TMAX_MARK={MARK}".encode() in (process / "environ").read_bytes()
-                                                     or b"/dev/shm/.shell" in command):
+                                                     or b"/dev/shm/.shell" in command and parent == "1"):
                 alive.append(command[:100])
     return alive
 
 
 def debris(folder):
-    """What a run could leave behind: processes, shared memory (but for that of others who still run), mounts, temporary files
-    (they go to folder/tmp)."""
+    """What a run could leave behind: processes, shared memory that no living process uses, mounts, temporary files (they go to
+    folder/tmp). Other runs on this machine do not count."""
     (folder / "tmp").mkdir(exist_ok=True)
-    shared = {name for name in os.listdir("/dev/shm") if not (name.startswith("tmax-") and Path("/proc", name.split("-")[1]).exists())}
-    return ours(), shared, len(Path("/proc/mounts").read_text().splitlines()), os.listdir(folder / "tmp")
+    maps = ""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            maps += (process / "maps").read_text()
+    shared = {name for name in os.listdir("/dev/shm") if f"/dev/shm/{name}" not in maps
+              and not (name.startswith("tmax-") and Path("/proc", name.split("-")[1]).exists())}
+    mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if str(folder) in line]
+    return ours(), shared, mounts, os.listdir(folder / "tmp")
 
 
 def wait_for(condition, seconds=120):
