@@ -2452,13 +2452,15 @@ def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
         files = {"solution/solve.sh": solution, "solution/data": "yes"} if solution else {}
         make_task(tmp_path / "tasks" / name, test, toml="[agent]\ntimeout_sec = 2", files=files)
     make_task(tmp_path / "tasks/skipped-1")
+    make_task(tmp_path / "tasks/idle")      # its tests pass without any work
     flags = "--eval --oracle --sandbox bwrap --model /nowhere --name o --exclude skipped-* --tasks".split()
     ran = subprocess.run([sys.executable, tmax.__file__, *flags, tmp_path / "tasks"], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     wanted = {"right": (1.0, "submitted"), "wrong": (0.5, "submitted"), "slow": (1.0, "timeout"), "none": (0.0, "no_solution")}
     said = json.loads((tmp_path / "runs/o/oracle.json").read_text())
-    assert {t["task"]: (t["reward"], t["finish"]) for t in said["tasks"]} == wanted
-    assert said["passed"] == 2 and "\n2 of 4 tasks are solved" in ran.stdout and "1 not chosen" in ran.stdout
+    assert {t["task"]: (t["reward"], t["finish"]) for t in said["tasks"] if t["task"] != "idle"} == wanted
+    assert [t["solved"] for t in said["tasks"] if t["task"] == "idle"] == [False] and "no_solution  idle" in ran.stdout
+    assert said["passed"] == 2 and "\n2 of 5 tasks are solved" in ran.stdout and "1 not chosen" in ran.stdout
     for name, (reward, finish) in wanted.items():
         assert re.search(rf"^{'pass' if reward == 1 else 'FAIL'}  reward {reward:.2f}  {finish} +{name}$", ran.stdout, re.M), ran.stdout
     assert sorted(p.name for p in (tmp_path / "runs/o").iterdir()) == ["config.json", "oracle.json"]

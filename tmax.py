@@ -2049,13 +2049,15 @@ def oracle(cfg):
     async def one(task):
         async with free:
             r = await rollout(None, task, None, cfg)
-        print(f"{'pass' if r.reward >= 1 else 'FAIL'}  reward {r.reward:.2f}  {r.finish:<12} {r.task}")
-        return dict(task=r.task, reward=r.reward, finish=r.finish, seconds_bash=r.seconds_bash, transcript=r.transcript)
+        solved = r.reward >= 1 and r.finish != "no_solution"  # tests that pass without any work do not make a task sound
+        print(f"{'pass' if solved else 'FAIL'}  reward {r.reward:.2f}  {r.finish:<12} {r.task}")
+        return dict(task=r.task, solved=solved, reward=r.reward, finish=r.finish, seconds_bash=r.seconds_bash,
+                    transcript=r.transcript)
 
     async def every():
         return await asyncio.gather(*map(one, tasks))
     results = asyncio.run(every())
-    passed, finish = sum(r["reward"] >= 1 for r in results), dict(Counter(r["finish"] for r in results))
+    passed, finish = sum(r["solved"] for r in results), dict(Counter(r["finish"] for r in results))
     (run_dir / "oracle.json").write_text(json.dumps(dict(passed=passed, finish=finish, tasks=results), indent=2))
     print(f"\n{passed} of {len(tasks)} tasks are solved by their own solution; ends: {finish}\n"
           f"transcripts  {run_dir}/oracle.json")
