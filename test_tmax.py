@@ -3069,8 +3069,11 @@ class Replay:
 
     async def reload(self, folder, version):
         assert (folder / "model.safetensors").exists()
-        if version == self.spec.get("broken"):
+        if version == 3 and self.spec["fault"] == "refuses":
             raise RuntimeError("these weights do not load")
+        if version == 3 and self.spec["fault"] == "dies":      # then vLLM's calls can wait for ever
+            self.errored, self.dead_error = True, RuntimeError("the engine is dead")
+            await asyncio.Event().wait()
         self.version = version
         return 0.0
 
@@ -3109,10 +3112,10 @@ def replay(tmp_path, tiny_model, process_group, monkeypatch):
     make_task(tmp_path / "t", test="echo $((RANDOM % 2)) >/logs/verifier/reward.txt")
     task = tmax.load_task(tmp_path / "t")
 
-    def run(times, seconds_update=0.0, broken=None, **cfg):
+    def run(times, seconds_update=0.0, fault=None, **cfg):
         update = tmax.Learner.update
         monkeypatch.setattr(tmax.Learner, "update", lambda *args: (time.sleep(seconds_update), update(*args))[1])
-        monkeypatch.setenv("TMAX_REPLAY", json.dumps(dict(times=times, broken=broken, folder=str(tmp_path))))
+        monkeypatch.setenv("TMAX_REPLAY", json.dumps(dict(times=times, fault=fault, folder=str(tmp_path))))
         defaults = dict(max_turn_tokens=512, max_total_tokens=4096, pack_length=8192, num_learners=1, num_engines=1)
         try:
             tmax.train(dataclasses.replace(TINY, **defaults | cfg), ALONE, tmp_path, tiny_model[0], [task], [])
@@ -3142,10 +3145,11 @@ def test_staleness_never_exceeds_the_bound(replay, tmp_path, async_steps, second
     assert waited < 0.5 if seconds_update else any(m["waiting_bash"] for m in metrics)
 
 
-def test_failed_reload_ends_the_run_and_leaves_a_checkpoint(replay, tmp_path):
-    """Weights that the engines cannot load are fatal: the reason is given, and what was learnt is saved."""
-    with pytest.raises(tmax.RunFailed, match="generator: .*these weights do not load.*generator.log"):
-        replay([[1, 0.1, 0.0]], broken=3, prompts_per_step=2, samples_per_prompt=4, training_steps=20)
+@pytest.mark.parametrize("fault, said", [("refuses", "these weights do not load"), ("dies", "the engine is dead")])
+def test_failed_reload_ends_the_run_and_leaves_a_checkpoint(replay, tmp_path, fault, said):
+    """Weights that the engines cannot load, or an engine that dies over them: fatal, with the reason; what was learnt is saved."""
+    with pytest.raises(tmax.RunFailed, match=f"generator: .*{said}.*generator.log"):
+        replay([[1, 0.1, 0.0]], fault=fault, prompts_per_step=2, samples_per_prompt=4, training_steps=20)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
     AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{steps[-1]}")
 
