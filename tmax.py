@@ -710,7 +710,7 @@ def check_sandbox(cfg):
         if not cfg.image:  # every task has its own
             return
     else:
-        print("sandbox: bubblewrap: no network; the host's /usr instead of the tasks' images; memory is limited per process and "
+        print("sandbox: bubblewrap: no network; the host's /usr instead of images; memory is limited per process and "
               "for files, not for a rollout as a whole", file=sys.stderr)
 
     async def probe():
