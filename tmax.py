@@ -553,7 +553,7 @@ end_leftovers() {  # ends what the agent left running, but for services: what ho
     for pid in /proc/[0-9]*; do
       stat=; read -r -d '' stat <"$pid/stat"; set -- ${stat##*) }; pid=${pid#/proc/}
       [ "$pid" = $$ ] && continue
-      [[ -z $1 || $1 = [ZX] ]] && { again=1; continue; }  # it ended just now, and may have left a child that is not in this list
+      [[ -z $1 || $1 = [ZX] ]] && { again=1; continue; }  # it ended just now: maybe not without a child
       parent[$pid]=$2
       for fd in /proc/$pid/fd/*; do [ -S "$fd" ] && socket[$pid]=1 && break; done
     done
@@ -621,8 +621,10 @@ done 2>/dev/null
 SHELL_COMMAND = r"""
 __state=$1 __mode=$2 __old=$1/env.$3 __new=$1/env.$4 __n=$5
 LC_ALL=C IFS= read -r -d '' __command <&3; exec 3<&-; set -- "${__command%$'\n'}"; unset __command
-__save() { { builtin declare -p; builtin declare -f; builtin umask -p; builtin printf 'builtin cd -- %q\n' "$PWD"; } >"$__new" &&
-           builtin echo "$__n" >"$__state/saved"; } 2>/dev/null
+__save() {
+  { builtin declare -p; builtin declare -f; builtin umask -p; builtin printf 'builtin cd -- %q\n' "$PWD"; } >"$__new" &&
+  builtin echo "$__n" >"$__state/saved"
+} 2>/dev/null
 if [ "$__mode" = agent ]; then
   __now="__old=$__old __new=$__new __n=$__n"
   [ -e "$__old" ] && { builtin set -- "$1" "$__now"; . "$__old"; builtin eval "$2"; } >/dev/null 2>&1
@@ -727,7 +729,7 @@ class Sandbox:
             reward = await box.grade()
 
     All of it is gone with the sandbox. Raises SandboxLost, KilledItself."""
-    uids = itertools.count(1_900_000_000 + os.getpid() % 10_000 * 10_000)  # so that the limit on processes is each sandbox's own
+    uids = itertools.count(1_900_000_000 + os.getpid() % 10_000 * 10_000)  # the limit on processes is each sandbox's own
     starting = threading.BoundedSemaphore(8)    # an engine that starts hundreds of containers at once fails
     lock = threading.Lock()
     said = {}                                   # {subject: what was said about it last}
@@ -839,7 +841,8 @@ class Sandbox:
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
         # Never killed before it is up: bubblewrap ties its child's life to its own only late, so a child would survive it.
         (answer := select.poll()).register(self.stdout, select.POLLIN)
-        answer.poll(60_000)
+        if not answer.poll(60_000):
+            raise OSError("its shell does not start")
 
     def _open_docker(self, image):
         client, task = docker_client(), self.task
@@ -853,8 +856,8 @@ class Sandbox:
             image, [], entrypoint=self._loop(user=user),
             user="0", stdin_open=True, auto_remove=True, log_config=docker.types.LogConfig(type="none"),
             labels={"tmax.owner": process_mark(os.getpid()), "tmax.run": self.cfg.name}, network="tmax" if public else "none",
-            mem_limit=memory, memswap_limit=memory, pids_limit=MAX_PROCESSES, cpu_quota=int(task.cpus * 100_000), cpu_period=100_000,
-            cap_drop=["ALL"], cap_add=CAPABILITIES, security_opt=["no-new-privileges"])
+            mem_limit=memory, memswap_limit=memory, pids_limit=MAX_PROCESSES, cpu_period=100_000,
+            cpu_quota=int(task.cpus * 100_000), cap_drop=["ALL"], cap_add=CAPABILITIES, security_opt=["no-new-privileges"])
         # The engine closes the loop's stdin when this connection ends, however its owner does; the loop then ends by itself.
         self.socket = self.container.attach_socket(params={"stdin": 1, "stdout": 1, "stream": 1})._sock
         self.socket.settimeout(60)
@@ -939,7 +942,7 @@ class Sandbox:
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             reward = math.nan
         if reason := (f"stopped after {limit:g} s" if output.timed_out else "killed" if output.exit_code in (137, 143) else
-                      "another than the tests wrote it" if self.tampered else repr(self.reward[:200]) if math.isnan(reward) else ""):
+                      "not of the tests' writing" if self.tampered else repr(self.reward[:200]) if math.isnan(reward) else ""):
             self.grading += f"\nno reward: {reason}"
             return 0.0
         return min(1.0, max(0.0, reward))
