@@ -1130,7 +1130,9 @@ def test_help_names_every_field(monkeypatch, capsys):
 def test_errors_are_one_line(tmp_path):
     """`python tmax.py` with something the user can mend: exit code 1, one line on stderr, no traceback, no run folder."""
     make_task(tmp_path / "untested/a", test=None)
-    table = [("--lerning_rate 1", ["--lerning_rate"]), ("", ["GPU", "--tiny"]), ("--tiny --tasks untested", ["tests/test.sh", "untested"])]
+    AutoConfig.for_model("qwen3_5").save_pretrained(tmp_path / "hybrid")
+    table = [("--lerning_rate 1", ["--lerning_rate"]), ("", ["GPU", "--tiny"]), ("--tiny --tasks untested", ["tests/test.sh", "untested"]),
+             ("--tiny --model hybrid", ["--model", "linear_attention"])]
     started = [subprocess.Popen([sys.executable, tmax.__file__, *argv.split()], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
                                 env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}) for argv, _ in table]
     for process, (argv, wanted) in zip(started, table):
