@@ -2433,7 +2433,7 @@ def run(cfg):
     cell, tasks, eval_tasks = join_ranks(), [], []
 
     def look():  # on each node, before anything is made
-        if torch.cuda.is_available() and not cfg.tiny:
+        if torch.cuda.is_available() and not cfg.tiny and not cfg.eval:
             _, problems = plan(cfg, torch.cuda.mem_get_info()[1] / 2**30, dist.get_world_size())
             if problems:
                 raise UserError(f"--plan says what does not fit: {'; '.join(problems)}")
@@ -2441,7 +2441,7 @@ def run(cfg):
         if cfg.model and not cfg.eval:
             check_model(cfg.model, cfg)
         tasks.extend(all_tasks(cfg.tasks, cfg))
-        eval_tasks.extend(all_tasks(cfg.eval_tasks, cfg))
+        eval_tasks.extend(all_tasks(cfg.eval_tasks, replace(cfg, include=[], exclude=[])))
 
     def make():
         run_dir, model, folder = make_run_dir(cfg), cfg.model, None
