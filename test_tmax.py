@@ -2769,6 +2769,14 @@ def debris(folder):
     return ours(), shared, mounts, os.listdir(folder / "tmp")
 
 
+def assert_nothing_new(folder, before, seconds=30):
+    """Wait for the debris of a run to be gone."""
+    end = time.monotonic() + seconds
+    while debris(folder) != before and time.monotonic() < end:
+        time.sleep(0.2)
+    assert debris(folder) == before
+
+
 def wait_for(condition, seconds=120):
     """Wait until condition() is true; fail after so many seconds."""
     end = time.monotonic() + seconds
@@ -2780,9 +2788,10 @@ def wait_for(condition, seconds=120):
 def start_run(folder, *flags):
     """`python tmax.py --tiny …` in a folder of its own, as a user starts it."""
     (folder / "tmp").mkdir(exist_ok=True)
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}  # vLLM's here
     log = (folder / f"log-{flags[1]}").open("w")
     return subprocess.Popen([sys.executable, tmax.__file__, "--tiny", *flags], cwd=folder, stdout=log, stderr=log,
-                            env=os.environ | {"TMAX_MARK": MARK, "TMPDIR": str(folder / "tmp")})
+                            env=environment | {"TMAX_MARK": MARK, "TMPDIR": str(folder / "tmp")})
 
 
 def last_line(folder, name):
@@ -2806,7 +2815,7 @@ def tiny_run(tmp_path_factory, held_out):
     run = start_run(folder, "--name", "e2e", "--training_steps", "6", "--prompts_per_step", "8",
                     "--eval_every", "3", "--eval_tasks", str(held_out), "--eval_runs", "2")
     assert run.wait(600) == 0, last_line(folder, "e2e")
-    wait_for(lambda: debris(folder) == before, 10)
+    assert_nothing_new(folder, before)
     return folder / "runs/e2e"
 
 
@@ -2906,13 +2915,14 @@ def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim, learners, engines
     steps = tmp_path / f"runs/{victim}/metrics.jsonl"
     wait_for(lambda: list(steps.parent.glob("checkpoint-*[0-9]")), 180)
     below = descendants(run.pid)
-    generator, = (p for p in below if os.getpgid(p) == p and "spawn_main" in below[p])
+    leads = lambda p: Path(f"/proc/{p}").exists() and os.getpgid(p) == p
+    generator, = (p for p in below if "spawn_main" in below[p] and leads(p))
     chosen = {"learner": run.pid, "launcher": run.pid, "interrupt": run.pid, "generator": generator,
               "engine": next((p for p in below if "EngineCore" in below[p]), None),
               "rank": max(p for p in below if "tmax.py" in below[p]) if learners > 1 else None}[victim]
     os.kill(chosen, signal.SIGINT if victim == "interrupt" else signal.SIGKILL)
     assert run.wait(60) != 0
-    wait_for(lambda: debris(tmp_path) == before, 30)
+    assert_nothing_new(tmp_path, before)
     wait_for(lambda: not docker or not tmax.docker_client().containers.list(all=True, filters={"label": f"tmax.run={victim}"}), 30)
     assert all(json.loads(line)["step"] for line in steps.open())
     if said:
