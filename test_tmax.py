@@ -3288,6 +3288,7 @@ def test_plan_names_what_does_not_fit(tmp_path):
     assert (run.returncode, run.stdout) == (1, text + "\n")
     with pytest.raises(tmax.UserError, match="--model: .* no config.json"):
         tmax.plan(tmax.Config(model=str(tmp_path / "absent")), 80, 4)
+    assert "4 learner(s)" in planned(tmp_path, "--eval", num_hidden_layers=36, **QWEN3_8B)[0]     # of training, nevertheless
 
 
 MODEL_30M = dict(hidden_size=512, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, head_dim=64,

@@ -219,7 +219,7 @@ def resolve(cfg):
     if not gpus and not cfg.tiny and not cfg.oracle:
         raise UserError("the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
                         "python tmax.py --tiny runs the same code on two CPU cores")
-    cfg.num_learners = 0 if cfg.eval else cfg.num_learners or ranks or max(1, gpus // 2)
+    cfg.num_learners = 0 if cfg.eval and not cfg.plan else cfg.num_learners or ranks or max(1, gpus // 2)
     cfg.num_engines = cfg.num_engines or max(1, gpus - cfg.num_learners)
     kind = "eval" if cfg.eval else "tiny" if cfg.tiny else "tmax"
     cfg.name = cfg.name or time.strftime(f"{kind}-%Y%m%d-%H%M%S")
@@ -2430,7 +2430,7 @@ def run(cfg):
     cell, tasks, eval_tasks = join_ranks(), [], []
 
     def look():  # on each node, before anything is made
-        if torch.cuda.is_available() and not cfg.tiny:
+        if torch.cuda.is_available() and not cfg.tiny and not cfg.eval:
             _, problems = plan(cfg, torch.cuda.mem_get_info()[1] / 2**30, dist.get_world_size())
             if problems:
                 raise UserError(f"--plan says what does not fit: {'; '.join(problems)}")
@@ -2442,10 +2442,11 @@ def run(cfg):
 
     def make():
         run_dir, model, folder = make_run_dir(cfg), cfg.model, None
-        if cfg.tiny and not model:
+        if cfg.tiny and not (cfg.model and cfg.tasks):
             model, folder, demonstrations = make_tiny(run_dir, cfg.seed)
-            warm_start(model, demonstrations, cfg)
-        return run_dir, model, folder
+            if not cfg.model:
+                warm_start(model, demonstrations, cfg)
+        return run_dir, cfg.model or model, folder
 
     def choose():
         if not run_dir.is_dir():
