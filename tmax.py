@@ -177,13 +177,8 @@ class Config:
         need("kl_beta", self.kl_beta == 0, "0: this recipe has no reference model")
         need("pack_length", self.eval or self.pack_length >= self.max_prompt_tokens + self.max_total_tokens,
              f"at least max_prompt_tokens + max_total_tokens = {self.max_prompt_tokens + self.max_total_tokens}")
-        if self.oracle and not (self.eval and self.tasks):
-            raise UserError("--oracle: needs --eval and --tasks")
+        need("oracle", not self.oracle or self.eval and self.tasks, "possible without --eval and --tasks")
         need("name", "/" not in self.name, "the name of one folder")
-        for name in ("tasks", "eval_tasks"):
-            for source in getattr(self, name):
-                if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-                    raise UserError(f"--{name}: there is no folder {source}")
         return self
 
 
@@ -201,7 +196,10 @@ def parse_config(argv):
     """Command line -> checked Config. Unknown flags, abbreviations and bad values raise UserError or exit with status 2."""
     parser = HfArgumentParser(Config, prog="tmax.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
                               epilog=f"--eval changes these defaults: {EVAL}; --tiny changes these: {TINY}")
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(message.replace("argument ", "")))
+
+    def refuse(message):
+        raise UserError(message.replace("argument ", ""))
+    parser.error = refuse
     given = parser.parse_known_args(argv)[0]
     for preset in [EVAL] * given.eval + [TINY] * given.tiny:
         parser.set_defaults(**preset)
@@ -214,24 +212,21 @@ def parse_config(argv):
 def resolve(cfg):
     """Fill in, once, what a 0 or an empty name leaves to the machine. Raises UserError for what cannot be."""
     gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 0))     # set by torchrun
-    if cfg.plan:
-        gpus = (cfg.num_learners and cfg.num_engines and cfg.num_learners + cfg.num_engines) or gpus or 8
-    if not gpus and not cfg.tiny and not cfg.oracle:
+    if not (gpus or cfg.tiny or cfg.oracle or cfg.plan):
         raise UserError("the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
                         "python tmax.py --tiny runs the same code on two CPU cores")
+    gpus = gpus or 8 * cfg.plan
     cfg.num_learners = 0 if cfg.eval and not cfg.plan else cfg.num_learners or ranks or max(1, gpus // 2)
     cfg.num_engines = cfg.num_engines or max(1, gpus - cfg.num_learners)
-    kind = "eval" if cfg.eval else "tiny" if cfg.tiny else "tmax"
-    cfg.name = cfg.name or time.strftime(f"{kind}-%Y%m%d-%H%M%S")
-    nodes = int(os.environ.get("WORLD_SIZE", 1)) // (ranks or 1)
+    cfg.name = cfg.name or time.strftime(f"{'eval' if cfg.eval else 'tiny' if cfg.tiny else 'tmax'}-%Y%m%d-%H%M%S")
     if ranks and cfg.num_learners != ranks:
         raise UserError(f"--num_learners: torchrun started {ranks} on this node, not {cfg.num_learners}")
-    if cfg.prompts_per_step % nodes:
+    if cfg.prompts_per_step % (nodes := int(os.environ.get("WORLD_SIZE", 1)) // (ranks or 1)):
         raise UserError(f"--prompts_per_step: {cfg.prompts_per_step} groups are no equal shares for {nodes} nodes")
     needed = cfg.num_learners + cfg.num_engines
-    if needed > gpus > 0 and not (cfg.tiny and needed == 2):    # those of the tiny model share a GPU
+    if needed > gpus > 0 and not cfg.plan and not (cfg.tiny and needed == 2):    # those of the tiny model share a GPU
         raise UserError(f"--num_learners: {cfg.num_learners} learning and {cfg.num_engines} generating make {needed} GPUs, and "
-                        f"there {'is 1' if gpus == 1 else f'are {gpus}'}; --tiny runs on one GPU or none")
+                        f"this machine has {gpus}; --tiny runs on one GPU or none")
     return cfg
 
 
