@@ -258,62 +258,54 @@ class Task:
         return not self.image and (self.path / "environment/Dockerfile").is_file()
 
 
-def unsupported(path, spec, agent, verifier, environment):
-    """What a task asks for, by the tables of its task.toml, that the sandboxes here do not have; "" if nothing."""
-    version = str(spec.get("schema_version", spec.get("version", "1.0")))
-    parts, network = (agent, verifier, environment), environment.get("network_mode")
-    reasons = {
-        f"schema version {version}": version.split(".")[0] != "1",
-        "several steps": "steps" in spec,
-        "compose services": any((path / "environment" / f"docker-compose.{end}").exists() for end in ("yaml", "yml")),
-        f"the operating system {environment.get('os')}": environment.get("os", "linux") != "linux",
-        "GPUs": environment.get("gpus") or environment.get("tpu"),
-        f"the network {network}": network not in ("public", "no-network"),
-        "a list of allowed hosts": any(part.get("allowed_hosts") for part in parts),
-        "a network of its own for agent or tests": any(part.get("network_mode") not in (None, network) for part in parts),
-        "a container of its own for the tests": verifier.get("environment") or verifier.get("environment_mode") == "separate",
-        "a user for the tests": verifier.get("user") not in (None, 0, "root"),
-        "a working directory": environment.get("workdir") not in (None, "/app"),
-        "environment variables": environment.get("env"),
-        "values from the host's environment": any("${" in str(value) for value in verifier.get("env", {}).values()),
-        "MCP servers or a health check": environment.get("mcp_servers") or environment.get("healthcheck"),
-    }
-    return next((reason for reason, asked in reasons.items() if asked), "")
+SUPPORTED = {   # what these keys of task.toml may say if they say anything; keys that are not here ask for nothing
+    "agent": dict(allowed_hosts=()),
+    "verifier": dict(allowed_hosts=(), environment=(), environment_mode=("shared",), user=("root",)),
+    "environment": dict(allowed_hosts=(), network_mode=("public", "no-network"), os=("linux",), workdir=("/app",), env=(), gpus=(),
+                        tpu=(), mcp_servers=(), healthcheck=())}
 
 
 def load_task(path, image=""):
     """Read one task folder; `image` is its container image according to the data set's row. Raises ValueError with the reason
     when the task is broken or not supported."""
-    toml = path / "task.toml"
-    spec = tomllib.loads(toml.read_text("utf-8")) if toml.is_file() else {}
-    agent, verifier, environment = parts = [spec.get(part, {}) for part in ("agent", "verifier", "environment")]
-    if not all(isinstance(table, dict) for table in parts) or not isinstance(verifier.get("env", {}), dict):
-        raise ValueError("task.toml: agent, verifier, environment and verifier.env are tables")
-    environment.setdefault("network_mode", "public" if environment.get("allow_internet", True) else "no-network")
-    if size := re.fullmatch(r"([\d.]+)([GMK])", str(environment.get("memory", "")).upper()):  # in older files: "2G"
-        environment["memory"] = float(size[1]) * {"G": 1024, "M": 1, "K": 1 / 1024}[size[2]]
-    if reason := unsupported(path, spec, *parts):
-        raise ValueError(f"asks for {reason}: not supported")
-    for needed in ("instruction.md", "tests/test.sh"):
-        if not (path / needed).is_file():
-            raise ValueError(f"there is no {needed}")
-    if not (instruction := (path / "instruction.md").read_text("utf-8").strip()):
-        raise ValueError("instruction.md is empty")
-    image = environment.get("docker_image") or image
-    if not image and (path / "image.txt").is_file():
-        image = (path / "image.txt").read_text("utf-8").strip()
+    def need(holds, reason):
+        if not holds:
+            raise ValueError(reason)
 
     def positive(table, key, default):
         value = table.get(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise ValueError(f"task.toml: {key} = {value!r} is not a positive number")
+        need(type(value) in (int, float) and 0 < value < math.inf, f"task.toml: {key} = {value!r} is not a positive number")
         return value
+    toml = path / "task.toml"
+    spec = tomllib.loads(toml.read_text("utf-8")) if toml.is_file() else {}
+    agent, verifier, environment = tables = [spec.get(part, {}) for part in SUPPORTED]
+    need(all(isinstance(table, dict) for table in tables) and isinstance(verifier.get("env", {}), dict),
+         "task.toml: agent, verifier, environment and verifier.env are tables")
+    version = str(spec.get("schema_version", spec.get("version", "1.0")))
+    need(version.split(".")[0] == "1", f"not supported: schema version {version}")
+    need("steps" not in spec, "not supported: several steps")
+    need(not any(path.glob("environment/docker-compose.y*ml")), "not supported: compose services")
+    need("${" not in str(verifier.get("env")), "not supported: values from the host's environment")
+    network = environment.setdefault("network_mode", "public" if environment.get("allow_internet", True) else "no-network")
+    for (part, keys), table in zip(SUPPORTED.items(), tables):
+        need(table.get("network_mode", network) == network, f"not supported: a network for {part} alone")
+        for key, values in keys.items():
+            need(not table.get(key) or table[key] in values, f"not supported: [{part}] {key} but for {' or '.join(values) or 'none'}")
+    if size := re.fullmatch(r"([\d.]+)([GMK])", str(environment.get("memory", "")).upper()):  # in older files: "2G"
+        environment["memory"] = float(size[1]) * {"G": 1024, "M": 1, "K": 1 / 1024}[size[2]]
+    for needed in ("instruction.md", "tests/test.sh"):
+        need((path / needed).is_file(), f"there is no {needed}")
+    instruction = (path / "instruction.md").read_text("utf-8").strip()
+    need(instruction, "instruction.md is empty")
+    image = environment.get("docker_image") or image
+    if not image and (path / "image.txt").is_file():
+        image = (path / "image.txt").read_text("utf-8").strip()
     verifier_env = tuple((name, str(value)) for name, value in verifier.get("env", {}).items())
     return Task(path.name, path, instruction, str(image), verifier_env=verifier_env, user=str(agent.get("user", "")),
                 agent_timeout=positive(agent, "timeout_sec", Task.agent_timeout),
                 verifier_timeout=positive(verifier, "timeout_sec", Task.verifier_timeout),
                 memory_mb=math.ceil(positive(environment, "memory_mb", positive(environment, "memory", Task.memory_mb))),
-                cpus=positive(environment, "cpus", Task.cpus), network=environment["network_mode"],
+                cpus=positive(environment, "cpus", Task.cpus), network=network,
                 build_timeout=positive(environment, "build_timeout_sec", Task.build_timeout))
 
 
@@ -330,14 +322,12 @@ def load_tasks(source, cfg):
         with archive.open("rb") as file:
             root = cached(hashlib.file_digest(file, "sha256").hexdigest()[:32], functools.partial(unpack, archive))
     if any((root / name).exists() for name in ("instruction.md", "task.toml", "tests")):
-        root, names, there = root.parent, [root.name], {root.name}
+        root, there = root.parent, {root.name}
     else:
         there = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")}
-        names = sorted(images or there)
-    matches = lambda name, patterns: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    chosen = [name for name in names if (not cfg.include or matches(name, cfg.include)) and not matches(name, cfg.exclude)]
-    tasks, refused = [], {}
-    for name in chosen:
+    names, tasks, refused = images or there, [], {}
+    matching = lambda patterns: {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+    for name in sorted(matching(cfg.include or ["*"]) - matching(cfg.exclude)):
         try:
             if name not in there:  # also keeps a row's name from leading elsewhere
                 raise ValueError("there is no folder for this row")
@@ -349,13 +339,13 @@ def load_tasks(source, cfg):
             tasks.append(task)
         except (ValueError, OSError, TypeError, AttributeError) as reason:  # task.toml may hold anything
             refused.setdefault(str(reason).replace(f"{root / name}/", ""), []).append(name)
-    if chosen and not tasks or not names:
-        reason, (name, *_) = max(refused.items(), key=lambda item: len(item[1]), default=("there is no task folder", [root]))
+    reasons = sorted(refused.items(), key=lambda item: -len(item[1]))
+    if not tasks and (reasons or not names):
+        reason, (name, *_) = reasons[0] if reasons else ("there is no task folder", [root])
         raise UserError(f"--tasks: no task of {source} can be used: {reason} ({name})")
-    print(f"{source}: {len(tasks)} tasks taken, {len(chosen) - len(tasks)} left out"
-          + f", {len(names) - len(chosen)} not chosen" * (len(names) > len(chosen)))
-    for reason, names in sorted(refused.items(), key=lambda item: -len(item[1])):
-        print(f"  {len(names):>5}  {reason} ({', '.join(names[:3])}{', …' * (len(names) > 3)})")
+    print(f"{source}: {len(tasks)} of {len(names)} tasks taken, {sum(map(len, refused.values()))} left out")
+    for reason, left_out in reasons:
+        print(f"  {len(left_out):>5}  {reason} ({', '.join(left_out[:3])}{', …' * (len(left_out) > 3)})")
     return tasks
 
 
@@ -369,12 +359,9 @@ def all_tasks(sources, cfg):
 
 def find_source(source):
     """The folder that a --tasks value means: one here, or the snapshot of a Hugging Face data set. Raises UserError."""
-    root = Path(source).expanduser().absolute()
-    if root.is_dir():
+    if (root := Path(source).expanduser().absolute()).is_dir():
         return root
     name, _, revision = source.partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"--tasks: there is no folder {source}")
     try:
         root = Path(huggingface_hub.snapshot_download(name, repo_type="dataset", revision=revision or None))
     except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
@@ -466,9 +453,8 @@ image_states = {}                       # image name -> lock, number of failures
 def image_of(client, task, cfg, stop=threading.Event()):
     """The name of the task's container image, which the engine then has: pulled, or built once for a content of environment/.
 
-    Blocking; ends early once `stop` is set. Raises SandboxLost("image"); runs/NAME/images/ has the log.
-    After three failures an image is not tried again, and so its tasks are set aside. The docker program does the work because
-    the SDK knows no BuildKit."""
+    Blocking; begins nothing once `stop` is set. Raises SandboxLost("image"); runs/NAME/images/ has the log. After three failures
+    an image is not tried again: its tasks are set aside. The docker program does the work because the SDK knows no BuildKit."""
     context = task.path / "environment"
     name = f"tmax-build:{content_hash(context)}" if task.builds else task.image or cfg.image
     state = image_states.setdefault(name, SimpleNamespace(lock=threading.Lock(), failures=0, again=0.0))
@@ -484,17 +470,11 @@ def image_of(client, task, cfg, stop=threading.Event()):
             env = {"DOCKER_HOST": "unix:///var/run/docker.sock", **os.environ}
             with image_slots, log.open("ab", buffering=0) as file:
                 for pause in (0,) if task.builds else (0, 2, 10):
-                    if stop.wait(pause):
-                        break
+                    if stop.wait(pause):    # what runs by now ends with this process group
+                        raise SandboxLost("image")
                     file.write(f"{time.ctime()}: {task.name}: {shlex.join(command)}\n".encode())
-                    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env)
-                    while process.poll() is None:
-                        if stop.wait(0.1):
-                            process.terminate()
-                    if process.returncode == 0:
+                    if not subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env).returncode:
                         return name
-            if stop.wait(0):
-                raise SandboxLost("image")
             state.failures, state.again = state.failures + 1, time.monotonic() + IMAGE_PAUSE
             fate = "set aside" if state.failures == 3 else "to be tried again"
             print(f"task {task.name}: its image could not be had, {fate}: see {log}", file=sys.stderr)
