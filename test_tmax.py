@@ -3011,8 +3011,8 @@ def test_long_prompts_are_dropped_and_counted(tiny_run, capsys):
     size = len(tmax.chat_format(tokenizer).prompt(short.instruction))
     fits, too_small = dataclasses.replace(TINY, max_prompt_tokens=size), dataclasses.replace(TINY, max_prompt_tokens=size - 1)
     assert tmax.drop_long_prompts([short, dataclasses.replace(short, instruction=short.instruction + " amber")], tokenizer, fits) == [short]
-    assert capsys.readouterr().out == f"1 of 2 tasks dropped: their prompts are longer than {size} tokens\n"
-    with pytest.raises(tmax.UserError, match="--max_prompt_tokens: the prompts of all 1 tasks are longer"):
+    assert capsys.readouterr().out == f"dropped: the prompts of 1 of 2 tasks are longer than {size} tokens\n"
+    with pytest.raises(tmax.UserError, match="--max_prompt_tokens: the prompts of 1 of 1 tasks are longer"):
         tmax.drop_long_prompts([short], tokenizer, too_small)
 
 
@@ -3464,7 +3464,7 @@ def test_an_evaluation_drops_no_task(tokenizers, capsys):
     """A prompt that is too long is dropped in training, and an error in an evaluation."""
     tasks = [tmax.Task(name, Path("/nonexistent"), text) for name, text in [("short", "a"), ("long", "a " * 600)]]
     assert [t.name for t in tmax.drop_long_prompts(tasks, tokenizers["tiny"], TINY)] == ["short"]
-    with pytest.raises(tmax.UserError, match="--max_prompt_tokens: .* of 1 are longer"):
+    with pytest.raises(tmax.UserError, match="--max_prompt_tokens: .* of 1 of 2 tasks are longer"):
         tmax.drop_long_prompts(tasks, tokenizers["tiny"], dataclasses.replace(TINY, eval=True))
 
 

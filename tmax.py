@@ -261,8 +261,8 @@ class Task:
 SUPPORTED = {   # what these keys of task.toml may say if they say anything; keys that are not here ask for nothing
     "agent": dict(allowed_hosts=()),
     "verifier": dict(allowed_hosts=(), environment=(), environment_mode=("shared",), user=("root",)),
-    "environment": dict(allowed_hosts=(), network_mode=("public", "no-network"), os=("linux",), workdir=("/app",), env=(), gpus=(),
-                        tpu=(), mcp_servers=(), healthcheck=())}
+    "environment": dict(allowed_hosts=(), network_mode=("public", "no-network"), os=("linux",), workdir=("/app",), env=(),
+                        gpus=(), tpu=(), mcp_servers=(), healthcheck=())}
 
 
 def load_task(path, image=""):
@@ -290,7 +290,8 @@ def load_task(path, image=""):
     for (part, keys), table in zip(SUPPORTED.items(), tables):
         need(table.get("network_mode", network) == network, f"not supported: a network for {part} alone")
         for key, values in keys.items():
-            need(not table.get(key) or table[key] in values, f"not supported: [{part}] {key} but for {' or '.join(values) or 'none'}")
+            need(not table.get(key) or table[key] in values,
+                 f"not supported: [{part}] {key} but for {' or '.join(values) or 'none'}")
     if size := re.fullmatch(r"([\d.]+)([GMK])", str(environment.get("memory", "")).upper()):  # in older files: "2G"
         environment["memory"] = float(size[1]) * {"G": 1024, "M": 1, "K": 1 / 1024}[size[2]]
     for needed in ("instruction.md", "tests/test.sh"):
@@ -453,8 +454,8 @@ image_states = {}                       # image name -> lock, number of failures
 def image_of(client, task, cfg, stop=threading.Event()):
     """The name of the task's container image, which the engine then has: pulled, or built once for a content of environment/.
 
-    Blocking; begins nothing once `stop` is set. Raises SandboxLost("image"); runs/NAME/images/ has the log. After three failures
-    an image is not tried again: its tasks are set aside. The docker program does the work because the SDK knows no BuildKit."""
+    Blocking; begins nothing once `stop` is set. Raises SandboxLost("image"); runs/NAME/images/ has the log. After three
+    failures an image is not tried again: its tasks are set aside. The docker program does the work because the SDK knows no BuildKit."""
     context = task.path / "environment"
     name = f"tmax-build:{content_hash(context)}" if task.builds else task.image or cfg.image
     state = image_states.setdefault(name, SimpleNamespace(lock=threading.Lock(), failures=0, again=0.0))
@@ -973,7 +974,7 @@ BASH_TOOL = {"type": "function", "function": {
 FORMAT_MESSAGE = f"Answer with exactly one call of the bash tool; when the task is done, submit it: echo {MARKER}"
 OBSERVATION_LIMIT = 10_000  # characters
 XML_CALL = re.compile(r"\s*<function=([^>\s]+)>\s*<parameter=command>\n?((?:(?!</parameter>\s*<parameter=).)*?)\n?</parameter>"
-                      r"\s*</function>\s*</tool_call>", re.S)
+                      r"\s*</function>(?=\s*</tool_call>)", re.S)
 TAG = re.compile(r"</?think>|<tool_call>")
 
 
@@ -985,42 +986,40 @@ def parse_tool_calls(text):
     """The bash commands of one assistant turn, in order; [] if it makes no call. Thinking is not looked at.
 
     Two forms: Hermes JSON (Qwen3) and Qwen XML (Qwen3.5). Raises FormatError if any call of the turn is malformed."""
-    commands, place = [], 0
-    while tag := TAG.search(text, place):
-        place = tag.end()
+    commands = []
+    while tag := TAG.search(text):
+        text = text[tag.end():]
         if tag[0] == "<think>":
-            place = len(text) - len(text[place:].partition("</think>")[2])  # unclosed: to the end
+            text = text.partition("</think>")[2]  # unclosed: to the end
         elif tag[0] == "</think>":  # the template opened it: what came before was thought, not done
             commands = []
         else:
             try:
-                command, place = read_call(text, place)
+                command, text = read_call(text)
                 commands.append(command)
             except FormatError:
-                if "</think>" not in text[place:].partition("<think>")[0]:
+                if "</think>" not in text.partition("<think>")[0]:
                     raise
     return commands
 
 
-def read_call(text, place):
-    """The command of the call whose opening tag ends at `place`, and where the call ends. Raises FormatError."""
-    if xml := XML_CALL.match(text, place):
-        name, arguments, place = xml[1], {"command": xml[2]}, xml.end()
+def read_call(text):
+    """The command of the call whose opening tag ends where `text` begins, and the text behind it. Raises FormatError."""
+    if xml := XML_CALL.match(text):
+        name, arguments, rest = xml[1], {"command": xml[2]}, text[xml.end():]
     else:
         try:  # the decoder finds the call's end, so that a command may contain the closing tag
-            start = re.compile(r"\s*").match(text, place).end()
-            call, end = json.JSONDecoder(strict=False).raw_decode(text, start)
-            name, arguments = call["name"], call["arguments"]
+            call, end = json.JSONDecoder(strict=False).raw_decode(text.lstrip())
+            name, arguments, rest = call["name"], call["arguments"], text.lstrip()[end:]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise FormatError(f"A tool call could not be read: {error}") from None
-        if not (closing := re.compile(r"\s*</tool_call>").match(text, end)):
-            raise FormatError("A tool call was not closed by </tool_call>.")
-        place = closing.end()
+    if not rest.lstrip().startswith("</tool_call>"):
+        raise FormatError("A tool call was not closed by </tool_call>.")
     if name != "bash":
         raise FormatError(f"There is no tool {name!r}; the only one is bash.")
     if not isinstance(arguments, dict) or not isinstance(arguments.get("command"), str):
         raise FormatError("bash takes one argument, command, a string.")
-    return arguments["command"], place
+    return arguments["command"], rest
 
 
 def is_submission(command):
@@ -1049,15 +1048,14 @@ class ChatFormat:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
-        added, spec["added_tokens"], spec["post_processor"] = spec["added_tokens"], [], None
-        self.plain = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
-        self.plain.no_truncation()
-        for token in added:
-            if {t["id"] for t in added} & set(self.plain.encode(token["content"]).ids):
-                raise UserError(f"--model: its tokenizer makes the control token {token['content']} out of plain text")
+        added = {token["id"]: token["content"] for token in spec["added_tokens"]}
+        self.plain = Tokenizer.from_str(json.dumps(spec | dict(added_tokens=[], post_processor=None, truncation=None)))
+        for content in added.values():
+            if set(added) & set(self.plain.encode(content).ids):
+                raise UserError(f"--model: its tokenizer makes the control token {content} out of plain text")
         self.around = {"tool": self._around("tool", "FIRSTOUTPUT", "SECONDOUTPUT"), "user": self._around("user", "MESSAGE")}
-        ends = self.around["tool"][0][:1]  # what the template closes an assistant's turn with; not always the tokenizer's eos
-        self.end = ends[0] if {t["id"] for t in added} & set(ends) else None
+        end = self.around["tool"][0][:1]  # what the template closes an assistant's turn with; not always the tokenizer's eos
+        self.end = end[0] if set(added) & set(end) else None
         try:
             ends = GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
         except OSError:  # it has none
@@ -1081,7 +1079,7 @@ class ChatFormat:
     def prompt(self, instruction):
         """Token ids of system message, tools, user message and the header of the assistant's first turn."""
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": instruction}]
-        return list(self.tokenizer.apply_chat_template(messages, tools=[BASH_TOOL], add_generation_prompt=True, return_dict=False))
+        return self.tokenizer.apply_chat_template(messages, tools=[BASH_TOOL], add_generation_prompt=True, return_dict=False)
 
     def tool_turn(self, texts, role="tool", stop=None):
         """Token ids from the end of an assistant's turn to the header of its next: the outputs of all its calls, or another
@@ -1101,11 +1099,10 @@ def drop_long_prompts(tasks, tokenizer, cfg):
     and in an evaluation if any was: its mean would be over other tasks."""
     kept = [task for task in tasks if len(chat_format(tokenizer).prompt(task.instruction)) <= cfg.max_prompt_tokens]
     if dropped := len(tasks) - len(kept):
-        print(f"{dropped} of {len(tasks)} tasks dropped: their prompts are longer than {cfg.max_prompt_tokens} tokens")
-    if not kept:
-        raise UserError(f"--max_prompt_tokens: the prompts of all {len(tasks)} tasks are longer")
-    if dropped and cfg.eval:
-        raise UserError(f"--max_prompt_tokens: an evaluation drops no task, and the prompts of {dropped} are longer")
+        said = f"the prompts of {dropped} of {len(tasks)} tasks are longer than {cfg.max_prompt_tokens} tokens"
+        if cfg.eval or not kept:
+            raise UserError(f"--max_prompt_tokens: {said}")
+        print(f"dropped: {said}")
     return kept
 
 
