@@ -2340,15 +2340,15 @@ def learner_memory(config, cfg, ranks):
         "logprob chunk": 2 * 4 * min(1024, n) * c.vocab_size + n * d * (4 + width)}
 
 
-def plan(cfg, gib, ranks):
-    """What GPUs of `gib` GiB hold when `ranks` of them learn: (one screen of text, list of what does not fit).
+def plan(cfg, ranks):
+    """What GPUs hold when `ranks` of them learn: (one screen of text, list of what does not fit). Reads config.json only.
 
-    Reads config.json only; raises UserError where there is none. Of a GPU, 5 % stay free of learners; vLLM takes 92 %, of which
-    about 4 GiB are activations and CUDA graphs."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(cfg.model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model: {cfg.model!r} has no config.json to plan from: {str(error).splitlines()[0]}") from None
+    Of a GPU, 5 % stay free of learners; vLLM takes 92 %, of which about 4 GiB are activations and CUDA graphs. Raises UserError."""
+    check_model(cfg.model, cfg)
+    config = AutoConfig.from_pretrained(cfg.model)
+    gib, free = cfg.gpu_memory_gb or 80, math.inf
+    if torch.cuda.is_available():
+        gib, free = cfg.gpu_memory_gb or torch.cuda.mem_get_info()[1] / 2**30, shutil.disk_usage("/dev/shm").free / 2**30
     size, parts = learner_memory(config, cfg, ranks)
     c, width = config.get_text_config(), getattr(torch, cfg.dtype).itemsize
     longest = cfg.max_prompt_tokens + cfg.max_total_tokens
@@ -2357,15 +2357,11 @@ def plan(cfg, gib, ranks):
     room = max(0.0, 0.92 * gib - 4 - weights)
     tokens = int(room / per_token)
     most = concurrency(cfg, tokens * cfg.num_engines)
-    problems = []
-    if learner > 0.95 * gib:
-        problems.append(f"a learner needs {learner:.1f} GiB of {gib:.0f}: raise --num_learners, lower --pack_length"
-                        + ("" if cfg.gradient_checkpointing else ", or --gradient_checkpointing true"))
-    if tokens < longest:
-        problems.append(f"an engine has {room:.1f} GiB for its KV cache beside {weights:.1f} of weights, and a rollout of "
-                        f"{longest:,} tokens needs {longest * per_token:.1f}: lower --max_total_tokens, or take larger GPUs")
-    if torch.cuda.is_available() and weights > (free := shutil.disk_usage("/dev/shm").free / 2**30):
-        problems.append(f"a reload needs {weights:.1f} GiB of /dev/shm, which has {free:.1f}: mount it larger")
+    problems = [problem for fits, problem in [
+        (learner <= 0.95 * gib, f"a learner needs {learner:.1f} GiB of {gib:.0f}: raise --num_learners, lower --pack_length"),
+        (tokens >= longest, f"an engine has {room:.1f} GiB for its KV cache beside {weights:.1f} of weights, and a rollout of "
+         f"{longest:,} tokens needs {longest * per_token:.1f}: lower --max_total_tokens, or take larger GPUs"),
+        (weights <= free, f"a reload needs {weights:.1f} GiB of /dev/shm, which has {free:.1f}: mount it larger")] if not fits]
     row = lambda name, value: f"    {name:24}{value:8.1f}"
     return "\n".join([
         f"{cfg.model}: {size / 1e9:.2f}B parameters, {cfg.dtype}",
@@ -2375,7 +2371,7 @@ def plan(cfg, gib, ranks):
         row("KV cache", room) + f"   {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length",
         f"about {most} rollouts at once",
         f"a reload: {weights:.1f} through /dev/shm, then the KV of up to {min(tokens, most * longest):,} tokens an engine anew",
-        *(f"does not fit: {problem}" for problem in problems), *([] if problems else ["it fits"])]), problems
+        *([f"does not fit: {problem}" for problem in problems] or ["it fits"])]), problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2394,7 +2390,7 @@ def make_run_dir(cfg):
 
 
 def run(cfg):
-    """Make what is missing, then train or evaluate. Runs on every rank; the very first makes files, in a folder that all nodes see."""
+    """Make what is missing, then train or evaluate. Runs on every rank; the first makes files, in a folder that all nodes see."""
     if not torch.cuda.is_available():  # one share of the cores each: OpenMP threads that wait for a core spin, ten times slower
         threads = max(1, len(os.sched_getaffinity(0)) // (cfg.num_learners + cfg.num_engines))
         torch.set_num_threads(threads)
@@ -2402,10 +2398,8 @@ def run(cfg):
     cell, tasks, eval_tasks = join_ranks(), [], []
 
     def look():  # on each node, before anything is made
-        if torch.cuda.is_available() and not cfg.tiny and not cfg.eval:
-            _, problems = plan(cfg, torch.cuda.mem_get_info()[1] / 2**30, dist.get_world_size())
-            if problems:
-                raise UserError(f"--plan says what does not fit: {'; '.join(problems)}")
+        if torch.cuda.is_available() and not cfg.tiny and not cfg.eval and (problems := plan(cfg, dist.get_world_size())[1]):
+            raise UserError(f"--plan says what does not fit: {'; '.join(problems)}")
         check_sandbox(cfg)
         if cfg.model and not cfg.eval:
             check_model(cfg.model, cfg)
@@ -2421,10 +2415,8 @@ def run(cfg):
         return run_dir, cfg.model or model, folder
 
     def choose():
-        if not run_dir.is_dir():
-            raise UserError(f"--name: node {cell.node} does not see {run_dir.resolve()}; nodes must start in one shared folder")
-        tasks[:], tokenizer = tasks or load_tasks(tiny_tasks, cfg), AutoTokenizer.from_pretrained(model)
-        tasks[:] = drop_long_prompts(tasks, tokenizer, cfg)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tasks[:] = drop_long_prompts(tasks or load_tasks(tiny_tasks, cfg), tokenizer, cfg)
         if eval_tasks:
             drop_long_prompts(eval_tasks, tokenizer, replace(cfg, eval=True))
     idle = lambda: None
@@ -2434,7 +2426,7 @@ def run(cfg):
     together(choose if cell.first else idle)
     if dist.get_rank() == 0:
         if cfg.sandbox == "bwrap":
-            print("sandboxes: bubblewrap: no network; memory is limited for each process and for files, not for a rollout as a whole")
+            print("sandboxes: bubblewrap: no network; a rollout's files and each of its processes are limited, not their sum")
         print(f"{len(tasks)} tasks, run folder {run_dir}; vLLM is starting")
     if cfg.eval:
         return evaluate(cfg, cell, run_dir, model, tasks)
@@ -2480,28 +2472,26 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     # vLLM's processes are ended by force; who then frees their semaphores need not say so.
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
-    under_torchrun = "LOCAL_RANK" in os.environ
-    if under_torchrun:
+    for_launcher = os.environ.get("TMAX_REASON")    # a file for what launch() is to print, last of all
+    if under_torchrun := "LOCAL_RANK" in os.environ:
         threading.Thread(target=follow_launcher, daemon=True).start()
     try:
         cfg = resolve(parse_config(sys.argv[1:]))
         if cfg.plan:
-            gib = cfg.gpu_memory_gb or (torch.cuda.mem_get_info()[1] / 2**30 if torch.cuda.is_available() else 80)
-            text, problems = plan(cfg, gib, cfg.num_learners)
+            text, problems = plan(cfg, cfg.num_learners)
             print(text)
             sys.exit(bool(problems))
         (oracle if cfg.oracle else launch if cfg.num_learners > 1 and not under_torchrun else run)(cfg)
     except (UserError, RunFailed) as error:
         reason = f"error: {error}"
         if isinstance(error, RunFailed):
-            saved = sorted(Path("runs", cfg.name).glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
-            reason += f"; newest checkpoint: {saved[-1] if saved else 'none'}"
-        if "TMAX_REASON" in os.environ and under_torchrun:  # launch() prints it, last of all
-            Path(os.environ["TMAX_REASON"]).write_text(reason)
-            sys.exit(1)
-        sys.exit(reason)
+            saved = Path("runs", cfg.name).glob("checkpoint-*[0-9]")
+            reason += f"; newest checkpoint: {max(saved, key=lambda path: int(path.name.split('-')[1]), default='none')}"
+        if for_launcher:
+            Path(for_launcher).write_text(reason)
+        sys.exit(1 if for_launcher else reason)
     except KeyboardInterrupt:
-        if "TMAX_REASON" not in os.environ or not under_torchrun:
+        if not for_launcher:
             print("stopped", file=sys.stderr)
         sys.exit(130)
 
