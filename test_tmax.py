@@ -1045,7 +1045,7 @@ def test_defaults_are_the_cards_values():
 
 @pytest.mark.parametrize("argv, named", [
     ("--lerning_rate 1", "--lerning_rate"), ("--learning 1", "--learning"), ("stray", "stray"),
-    ("--pack_length 0", "pack_length"), ("--pack_length 34815", "34816"), ("--tasks /nowhere", "/nowhere"),
+    ("--pack_length 0", "pack_length"), ("--pack_length 34815", "34816"),
     ("--tasks", "--tasks"), ("--samples_per_prompt 1", "samples_per_prompt"), ("--packs_per_device 2", "packs_per_device"),
     ("--loss foo", "--loss"), ("--advantage std", "--advantage"), ("--dtype int8", "--dtype"), ("--sandbox chroot", "--sandbox"),
     ("--kl_beta 0.1", "kl_beta"), ("--kl_beta nan", "kl_beta"), ("--oracle", "--eval"), ("--training_steps 1.5", "training_steps"),
@@ -1079,7 +1079,7 @@ def test_tiny_is_a_preset_and_given_flags_win():
 @pytest.mark.parametrize("gpus, ranks, world, flags, split", [
     (0, 0, 1, "--tiny", (1, 1)), (0, 0, 1, "--tiny --num_learners 2 --num_engines 3", (2, 3)), (8, 0, 1, "", (4, 4)),
     (2, 0, 1, "", (1, 1)), (8, 0, 1, "--num_learners 2", (2, 6)), (8, 0, 1, "--num_engines 3", (4, 3)), (8, 6, 12, "", (6, 2)),
-    (1, 0, 1, "--tiny", (1, 1)), (0, 2, 4, "--tiny", (2, 1)), (1, 0, 1, "", "there is 1"), (0, 0, 1, "", "needs GPUs"),
+    (1, 0, 1, "--tiny", (1, 1)), (0, 2, 4, "--tiny", (2, 1)), (1, 0, 1, "", "has 1;"), (0, 0, 1, "", "needs GPUs"),
     (8, 0, 1, "--num_learners 5 --num_engines 4", "make 9 GPUs"), (8, 4, 4, "--num_learners 2", "torchrun started 4"),
     (8, 4, 12, "", "32 groups are no equal shares for 3 nodes")])
 def test_split_of_a_node(monkeypatch, gpus, ranks, world, flags, split):
@@ -1132,7 +1132,7 @@ def test_errors_are_one_line(tmp_path):
     make_task(tmp_path / "untested/a", test=None)
     AutoConfig.for_model("qwen3_5").save_pretrained(tmp_path / "hybrid")
     table = [("--lerning_rate 1", ["--lerning_rate"]), ("", ["GPU", "--tiny"]), ("--tiny --tasks untested", ["tests/test.sh", "untested"]),
-             ("--tiny --model hybrid", ["--model", "linear_attention"])]
+             ("--tiny --tasks /nowhere", ["--tasks", "/nowhere"]), ("--tiny --model hybrid", ["--model", "linear_attention"])]
     started = [subprocess.Popen([sys.executable, tmax.__file__, *argv.split()], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
                                 env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}) for argv, _ in table]
     for process, (argv, wanted) in zip(started, table):
@@ -1179,14 +1179,14 @@ ZOO = [
     (dict(toml='version = "2.0"'), "schema version 2.0"), (dict(toml='[[steps]]\nname = "a"', instruction=None), "several steps"),
     (dict(files={"environment/docker-compose.yaml": "services: {}"}), "compose"),
     (dict(files={"environment/docker-compose.yml": "services: {}"}), "compose"),
-    (dict(toml="[environment]\ngpus = 1"), "GPUs"), (dict(toml='[environment.tpu]\ntype = "v6e"'), "GPUs"),
-    (dict(toml='[environment]\nos = "windows"'), "operating system windows"),
-    (dict(toml='[environment]\nnetwork_mode = "allowlist"\nallowed_hosts = ["a.b"]'), "network allowlist"),
-    (dict(toml='[verifier]\nallowed_hosts = ["a.b"]'), "allowed hosts"), (dict(toml='[agent]\nnetwork_mode = "no-network"'), "network of its own"),
-    (dict(toml='[verifier]\nenvironment_mode = "separate"'), "container of its own"), (dict(toml='[verifier]\nuser = "bob"'), "user"),
-    (dict(toml='[environment]\nworkdir = "/srv"'), "working directory"), (dict(toml='[environment.env]\nA = "1"'), "variables"),
-    (dict(toml='[verifier.env]\nTOKEN = "${TOKEN}"'), "host's"), (dict(toml='[[environment.mcp_servers]]\nname = "m"'), "MCP"),
-    (dict(toml='[environment.healthcheck]\ncommand = "true"'), "health check"),
+    (dict(toml="[environment]\ngpus = 1"), "gpus but for none"), (dict(toml='[environment.tpu]\ntype = "v6e"'), "tpu"),
+    (dict(toml='[environment]\nos = "windows"'), "os but for linux"),
+    (dict(toml='[environment]\nnetwork_mode = "allowlist"\nallowed_hosts = ["a.b"]'), "not supported: [environment]"),
+    (dict(toml='[verifier]\nallowed_hosts = ["a.b"]'), "[verifier] allowed_hosts"), (dict(toml='[agent]\nnetwork_mode = "no-network"'), "a network for agent alone"),
+    (dict(toml='[verifier]\nenvironment_mode = "separate"'), "[verifier] environment_mode but for shared"), (dict(toml='[verifier]\nuser = "bob"'), "user"),
+    (dict(toml='[environment]\nworkdir = "/srv"'), "workdir"), (dict(toml='[environment.env]\nA = "1"'), "[environment] env"),
+    (dict(toml='[verifier.env]\nTOKEN = "${TOKEN}"'), "host's"), (dict(toml='[[environment.mcp_servers]]\nname = "m"'), "mcp_servers"),
+    (dict(toml='[environment.healthcheck]\ncommand = "true"'), "healthcheck"),
 ]
 
 
@@ -1201,7 +1201,7 @@ def test_zoo_of_task_folders(tmp_path, capsys):
     plain = tmax.Task("", tmp_path, "Do it.")
     assert tasks == {name: dataclasses.replace(plain, name=name, path=tmp_path / name, **changes) for name, changes in wanted.items()}
     summary = capsys.readouterr().out
-    assert f"{len(wanted)} tasks taken, {len(reasons)} left out" in summary
+    assert f"{len(wanted)} of {len(ZOO)} tasks taken, {len(reasons)} left out" in summary
     assert sum(int(line.split()[0]) for line in summary.splitlines()[1:]) == len(reasons)
     for name in tasks:
         assert tmax.load_tasks(str(tmp_path / name), DOCKER) == [tasks[name]]
@@ -1245,7 +1245,7 @@ def test_include_and_exclude(tmp_path, capsys, flags, left):
     for name in ("a1", "a2", "b1", "b2"):
         make_task(tmp_path / name, test="exit" if name in left else None)
     assert [t.name for t in tmax.load_tasks(str(tmp_path), dataclasses.replace(CFG, **flags))] == left
-    assert f"{len(left)} tasks taken, 0 left out, {4 - len(left)} not chosen" in capsys.readouterr().out
+    assert f"{len(left)} of 4 tasks taken, 0 left out" in capsys.readouterr().out
     cfg = dataclasses.replace(CFG, **flags)
     with contextlib.nullcontext() if left else pytest.raises(tmax.UserError, match="--include"):
         assert len(tmax.all_tasks([str(tmp_path)] * 2, cfg)) == 2 * len(left)
@@ -2565,7 +2565,7 @@ def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
     wanted = {"right": (1.0, "submitted"), "wrong": (0.5, "submitted"), "slow": (1.0, "timeout"), "none": (0.0, "no_solution")}
     scores = json.loads((tmp_path / "runs/o/eval.json").read_text())
     assert {t["task"]: (t["rewards"][0], t["finish"][0]) for t in scores["tasks"]} == wanted and scores["mean"] == 0.625
-    assert "\n4 tasks / 62.5 % over 1 runs" in ran.stdout and "1 not chosen" in ran.stdout
+    assert "\n4 tasks / 62.5 % over 1 runs" in ran.stdout and "4 of 5 tasks taken" in ran.stdout
     for name, (reward, finish) in wanted.items():
         assert re.search(rf"^{name} +{reward // 1:.2f}  {finish}$", ran.stdout, re.M), ran.stdout
     assert sorted(p.name for p in (tmp_path / "runs/o").iterdir()) == ["config.json", "eval.json", "rollouts.jsonl"]
@@ -2635,18 +2635,16 @@ def test_rollouts_of_a_group_share_a_failure(images, tmp_path, monkeypatch):
 
 
 def test_a_build_that_takes_too_long_is_stopped(images, image, tmp_path):
-    """At [environment] build_timeout_sec, and when the rollout is cancelled, which is no failure; what it ran is gone."""
+    """At [environment] build_timeout_sec; what it ran is gone. A rollout that was cancelled begins none, which is no failure."""
     task = dataclasses.replace(recipe(tmp_path / "t", f"FROM {image}\nRUN sleep 987"), build_timeout=3.0)
     start = time.monotonic()
     with pytest.raises(tmax.SandboxLost, match="image"):
         images.of(task)
     assert 3 <= time.monotonic() - start < 20 and "sending signal TERM" in images.log()
-    task = dataclasses.replace(task, build_timeout=600.0)
-    stop = threading.Event()
-    threading.Timer(1, stop.set).start()
+    (stop := threading.Event()).set()
     with pytest.raises(tmax.SandboxLost, match="image"):
         images.of(task, stop)
-    assert 4 <= time.monotonic() - start < 40 and list(tmax.image_states.values())[0].failures == 1
+    assert images.log().count("docker build") == 1 and list(tmax.image_states.values())[0].failures == 1
     wait_for(lambda: not any("sleep 987" in str(c.attrs["Config"]["Cmd"]) for c in images.client.containers.list()), 20)
 
 
@@ -3030,8 +3028,8 @@ def test_long_prompts_are_dropped_and_counted(tiny_run, capsys):
     size = len(tmax.chat_format(tokenizer).prompt(short.instruction))
     fits, too_small = dataclasses.replace(TINY, max_prompt_tokens=size), dataclasses.replace(TINY, max_prompt_tokens=size - 1)
     assert tmax.drop_long_prompts([short, dataclasses.replace(short, instruction=short.instruction + " amber")], tokenizer, fits) == [short]
-    assert capsys.readouterr().out == f"1 of 2 tasks dropped: their prompts are longer than {size} tokens\n"
-    with pytest.raises(tmax.UserError, match="--max_prompt_tokens: the prompts of all 1 tasks are longer"):
+    assert capsys.readouterr().out == f"dropped: the prompts of 1 of 2 tasks are longer than {size} tokens\n"
+    with pytest.raises(tmax.UserError, match="--max_prompt_tokens: the prompts of 1 of 1 tasks are longer"):
         tmax.drop_long_prompts([short], tokenizer, too_small)
 
 
@@ -3281,8 +3279,8 @@ def planned(folder, *flags, **shapes):
     config = Qwen3Config(**shapes)
     config.architectures = ["Qwen3ForCausalLM"]
     config.save_pretrained(folder)
-    cfg = tmax.resolve(tmax.parse_config(["--plan", "--model", str(folder), *flags]))
-    return tmax.plan(cfg, cfg.gpu_memory_gb or 80, cfg.num_learners)
+    cfg = tmax.resolve(tmax.parse_config(["--plan", "--gpu_memory_gb", "80", "--model", str(folder), *flags]))
+    return tmax.plan(cfg, cfg.num_learners)
 
 
 def test_plan_of_the_recipe_fits(tmp_path):
@@ -3308,8 +3306,9 @@ def test_plan_names_what_does_not_fit(tmp_path):
     run = subprocess.run([sys.executable, tmax.__file__, "--plan", "--model", tmp_path, *flags], capture_output=True, text=True,
                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert (run.returncode, run.stdout) == (1, text + "\n")
-    with pytest.raises(tmax.UserError, match="--model: .* no config.json"):
-        tmax.plan(tmax.Config(model=str(tmp_path / "absent")), 80, 4)
+    with pytest.raises(tmax.UserError, match="--model: .*absent"):
+        tmax.plan(tmax.Config(model=str(tmp_path / "absent")), 4)
+    assert "4 learner(s)" in planned(tmp_path, "--eval", num_hidden_layers=36, **QWEN3_8B)[0]     # of training, nevertheless
 
 
 MODEL_30M = dict(hidden_size=512, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
@@ -3350,7 +3349,7 @@ def test_eval_is_a_preset_too():
     tiny = tmax.parse_config(["--tiny", "--eval", "--top_p", "0.9"])
     assert (tiny.temperature, tiny.top_p, tiny.max_total_tokens) == (0.7, 0.9, tmax.TINY["max_total_tokens"])
     for wrong, named in [("--top_p 0.9", "--top_p"), ("--eval --top_p 1.1", "--top_p"), ("--eval --eval_runs 0", "--eval_runs"),
-                         ("--eval_every 5", "--eval_every"), ("--eval_tasks .", "--eval_every"), ("--eval_every 5 --eval_tasks ./no", "--eval_tasks: ")]:
+                         ("--eval_every 5", "--eval_every"), ("--eval_tasks .", "--eval_every")]:
         with pytest.raises(tmax.UserError, match=named):
             tmax.parse_config(wrong.split())
 
@@ -3486,7 +3485,7 @@ def test_an_evaluation_drops_no_task(tokenizers, capsys):
     """A prompt that is too long is dropped in training, and an error in an evaluation."""
     tasks = [tmax.Task(name, Path("/nonexistent"), text) for name, text in [("short", "a"), ("long", "a " * 600)]]
     assert [t.name for t in tmax.drop_long_prompts(tasks, tokenizers["tiny"], TINY)] == ["short"]
-    with pytest.raises(tmax.UserError, match="--max_prompt_tokens: .* of 1 are longer"):
+    with pytest.raises(tmax.UserError, match="--max_prompt_tokens: .* of 1 of 2 tasks are longer"):
         tmax.drop_long_prompts(tasks, tokenizers["tiny"], dataclasses.replace(TINY, eval=True))
 
 

@@ -177,13 +177,8 @@ class Config:
         need("kl_beta", self.kl_beta == 0, "0: this recipe has no reference model")
         need("pack_length", self.eval or self.pack_length >= self.max_prompt_tokens + self.max_total_tokens,
              f"at least max_prompt_tokens + max_total_tokens = {self.max_prompt_tokens + self.max_total_tokens}")
-        if self.oracle and not (self.eval and self.tasks):
-            raise UserError("--oracle: needs --eval and --tasks")
+        need("oracle", not self.oracle or self.eval and self.tasks, "possible without --eval and --tasks")
         need("name", "/" not in self.name, "the name of one folder")
-        for name in ("tasks", "eval_tasks"):
-            for source in getattr(self, name):
-                if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-                    raise UserError(f"--{name}: there is no folder {source}")
         return self
 
 
@@ -201,7 +196,10 @@ def parse_config(argv):
     """Command line -> checked Config. Unknown flags, abbreviations and bad values raise UserError or exit with status 2."""
     parser = HfArgumentParser(Config, prog="tmax.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
                               epilog=f"--eval changes these defaults: {EVAL}; --tiny changes these: {TINY}")
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(message.replace("argument ", "")))
+
+    def refuse(message):
+        raise UserError(message.replace("argument ", ""))
+    parser.error = refuse
     given = parser.parse_known_args(argv)[0]
     for preset in [EVAL] * given.eval + [TINY] * given.tiny:
         parser.set_defaults(**preset)
@@ -214,24 +212,21 @@ def parse_config(argv):
 def resolve(cfg):
     """Fill in, once, what a 0 or an empty name leaves to the machine. Raises UserError for what cannot be."""
     gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 0))     # set by torchrun
-    if cfg.plan:
-        gpus = (cfg.num_learners and cfg.num_engines and cfg.num_learners + cfg.num_engines) or gpus or 8
-    if not gpus and not cfg.tiny and not cfg.oracle:
+    if not (gpus or cfg.tiny or cfg.oracle or cfg.plan):
         raise UserError("the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
                         "python tmax.py --tiny runs the same code on two CPU cores")
-    cfg.num_learners = 0 if cfg.eval else cfg.num_learners or ranks or max(1, gpus // 2)
+    gpus = gpus or 8 * cfg.plan
+    cfg.num_learners = 0 if cfg.eval and not cfg.plan else cfg.num_learners or ranks or max(1, gpus // 2)
     cfg.num_engines = cfg.num_engines or max(1, gpus - cfg.num_learners)
-    kind = "eval" if cfg.eval else "tiny" if cfg.tiny else "tmax"
-    cfg.name = cfg.name or time.strftime(f"{kind}-%Y%m%d-%H%M%S")
-    nodes = int(os.environ.get("WORLD_SIZE", 1)) // (ranks or 1)
+    cfg.name = cfg.name or time.strftime(f"{'eval' if cfg.eval else 'tiny' if cfg.tiny else 'tmax'}-%Y%m%d-%H%M%S")
     if ranks and cfg.num_learners != ranks:
         raise UserError(f"--num_learners: torchrun started {ranks} on this node, not {cfg.num_learners}")
-    if cfg.prompts_per_step % nodes:
+    if cfg.prompts_per_step % (nodes := int(os.environ.get("WORLD_SIZE", 1)) // (ranks or 1)):
         raise UserError(f"--prompts_per_step: {cfg.prompts_per_step} groups are no equal shares for {nodes} nodes")
     needed = cfg.num_learners + cfg.num_engines
-    if needed > gpus > 0 and not (cfg.tiny and needed == 2):    # those of the tiny model share a GPU
+    if needed > gpus > 0 and not cfg.plan and not (cfg.tiny and needed == 2):    # those of the tiny model share a GPU
         raise UserError(f"--num_learners: {cfg.num_learners} learning and {cfg.num_engines} generating make {needed} GPUs, and "
-                        f"there {'is 1' if gpus == 1 else f'are {gpus}'}; --tiny runs on one GPU or none")
+                        f"this machine has {gpus}; --tiny runs on one GPU or none")
     return cfg
 
 
@@ -263,62 +258,55 @@ class Task:
         return not self.image and (self.path / "environment/Dockerfile").is_file()
 
 
-def unsupported(path, spec, agent, verifier, environment):
-    """What a task asks for, by the tables of its task.toml, that the sandboxes here do not have; "" if nothing."""
-    version = str(spec.get("schema_version", spec.get("version", "1.0")))
-    parts, network = (agent, verifier, environment), environment.get("network_mode")
-    reasons = {
-        f"schema version {version}": version.split(".")[0] != "1",
-        "several steps": "steps" in spec,
-        "compose services": any((path / "environment" / f"docker-compose.{end}").exists() for end in ("yaml", "yml")),
-        f"the operating system {environment.get('os')}": environment.get("os", "linux") != "linux",
-        "GPUs": environment.get("gpus") or environment.get("tpu"),
-        f"the network {network}": network not in ("public", "no-network"),
-        "a list of allowed hosts": any(part.get("allowed_hosts") for part in parts),
-        "a network of its own for agent or tests": any(part.get("network_mode") not in (None, network) for part in parts),
-        "a container of its own for the tests": verifier.get("environment") or verifier.get("environment_mode") == "separate",
-        "a user for the tests": verifier.get("user") not in (None, 0, "root"),
-        "a working directory": environment.get("workdir") not in (None, "/app"),
-        "environment variables": environment.get("env"),
-        "values from the host's environment": any("${" in str(value) for value in verifier.get("env", {}).values()),
-        "MCP servers or a health check": environment.get("mcp_servers") or environment.get("healthcheck"),
-    }
-    return next((reason for reason, asked in reasons.items() if asked), "")
+SUPPORTED = {   # what these keys of task.toml may say if they say anything; keys that are not here ask for nothing
+    "agent": dict(allowed_hosts=()),
+    "verifier": dict(allowed_hosts=(), environment=(), environment_mode=("shared",), user=("root",)),
+    "environment": dict(allowed_hosts=(), network_mode=("public", "no-network"), os=("linux",), workdir=("/app",), env=(),
+                        gpus=(), tpu=(), mcp_servers=(), healthcheck=())}
 
 
 def load_task(path, image=""):
     """Read one task folder; `image` is its container image according to the data set's row. Raises ValueError with the reason
     when the task is broken or not supported."""
-    toml = path / "task.toml"
-    spec = tomllib.loads(toml.read_text("utf-8")) if toml.is_file() else {}
-    agent, verifier, environment = parts = [spec.get(part, {}) for part in ("agent", "verifier", "environment")]
-    if not all(isinstance(table, dict) for table in parts) or not isinstance(verifier.get("env", {}), dict):
-        raise ValueError("task.toml: agent, verifier, environment and verifier.env are tables")
-    environment.setdefault("network_mode", "public" if environment.get("allow_internet", True) else "no-network")
-    if size := re.fullmatch(r"([\d.]+)([GMK])", str(environment.get("memory", "")).upper()):  # in older files: "2G"
-        environment["memory"] = float(size[1]) * {"G": 1024, "M": 1, "K": 1 / 1024}[size[2]]
-    if reason := unsupported(path, spec, *parts):
-        raise ValueError(f"asks for {reason}: not supported")
-    for needed in ("instruction.md", "tests/test.sh"):
-        if not (path / needed).is_file():
-            raise ValueError(f"there is no {needed}")
-    if not (instruction := (path / "instruction.md").read_text("utf-8").strip()):
-        raise ValueError("instruction.md is empty")
-    image = environment.get("docker_image") or image
-    if not image and (path / "image.txt").is_file():
-        image = (path / "image.txt").read_text("utf-8").strip()
+    def need(holds, reason):
+        if not holds:
+            raise ValueError(reason)
 
     def positive(table, key, default):
         value = table.get(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise ValueError(f"task.toml: {key} = {value!r} is not a positive number")
+        need(type(value) in (int, float) and 0 < value < math.inf, f"task.toml: {key} = {value!r} is not a positive number")
         return value
+    toml = path / "task.toml"
+    spec = tomllib.loads(toml.read_text("utf-8")) if toml.is_file() else {}
+    agent, verifier, environment = tables = [spec.get(part, {}) for part in SUPPORTED]
+    need(all(isinstance(table, dict) for table in tables) and isinstance(verifier.get("env", {}), dict),
+         "task.toml: agent, verifier, environment and verifier.env are tables")
+    version = str(spec.get("schema_version", spec.get("version", "1.0")))
+    need(version.split(".")[0] == "1", f"not supported: schema version {version}")
+    need("steps" not in spec, "not supported: several steps")
+    need(not any(path.glob("environment/docker-compose.y*ml")), "not supported: compose services")
+    need("${" not in str(verifier.get("env")), "not supported: values from the host's environment")
+    network = environment.setdefault("network_mode", "public" if environment.get("allow_internet", True) else "no-network")
+    for (part, keys), table in zip(SUPPORTED.items(), tables):
+        need(table.get("network_mode", network) == network, f"not supported: a network for {part} alone")
+        for key, values in keys.items():
+            need(not table.get(key) or table[key] in values,
+                 f"not supported: [{part}] {key} but for {' or '.join(values) or 'none'}")
+    if size := re.fullmatch(r"([\d.]+)([GMK])", str(environment.get("memory", "")).upper()):  # in older files: "2G"
+        environment["memory"] = float(size[1]) * {"G": 1024, "M": 1, "K": 1 / 1024}[size[2]]
+    for needed in ("instruction.md", "tests/test.sh"):
+        need((path / needed).is_file(), f"there is no {needed}")
+    instruction = (path / "instruction.md").read_text("utf-8").strip()
+    need(instruction, "instruction.md is empty")
+    image = environment.get("docker_image") or image
+    if not image and (path / "image.txt").is_file():
+        image = (path / "image.txt").read_text("utf-8").strip()
     verifier_env = tuple((name, str(value)) for name, value in verifier.get("env", {}).items())
     return Task(path.name, path, instruction, str(image), verifier_env=verifier_env, user=str(agent.get("user", "")),
                 agent_timeout=positive(agent, "timeout_sec", Task.agent_timeout),
                 verifier_timeout=positive(verifier, "timeout_sec", Task.verifier_timeout),
                 memory_mb=math.ceil(positive(environment, "memory_mb", positive(environment, "memory", Task.memory_mb))),
-                cpus=positive(environment, "cpus", Task.cpus), network=environment["network_mode"],
+                cpus=positive(environment, "cpus", Task.cpus), network=network,
                 build_timeout=positive(environment, "build_timeout_sec", Task.build_timeout))
 
 
@@ -335,14 +323,12 @@ def load_tasks(source, cfg):
         with archive.open("rb") as file:
             root = cached(hashlib.file_digest(file, "sha256").hexdigest()[:32], functools.partial(unpack, archive))
     if any((root / name).exists() for name in ("instruction.md", "task.toml", "tests")):
-        root, names, there = root.parent, [root.name], {root.name}
+        root, there = root.parent, {root.name}
     else:
         there = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")}
-        names = sorted(images or there)
-    matches = lambda name, patterns: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    chosen = [name for name in names if (not cfg.include or matches(name, cfg.include)) and not matches(name, cfg.exclude)]
-    tasks, refused = [], {}
-    for name in chosen:
+    names, tasks, refused = images or there, [], {}
+    matching = lambda patterns: {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+    for name in sorted(matching(cfg.include or ["*"]) - matching(cfg.exclude)):
         try:
             if name not in there:  # also keeps a row's name from leading elsewhere
                 raise ValueError("there is no folder for this row")
@@ -354,13 +340,13 @@ def load_tasks(source, cfg):
             tasks.append(task)
         except (ValueError, OSError, TypeError, AttributeError) as reason:  # task.toml may hold anything
             refused.setdefault(str(reason).replace(f"{root / name}/", ""), []).append(name)
-    if chosen and not tasks or not names:
-        reason, (name, *_) = max(refused.items(), key=lambda item: len(item[1]), default=("there is no task folder", [root]))
+    reasons = sorted(refused.items(), key=lambda item: -len(item[1]))
+    if not tasks and (reasons or not names):
+        reason, (name, *_) = reasons[0] if reasons else ("there is no task folder", [root])
         raise UserError(f"--tasks: no task of {source} can be used: {reason} ({name})")
-    print(f"{source}: {len(tasks)} tasks taken, {len(chosen) - len(tasks)} left out"
-          + f", {len(names) - len(chosen)} not chosen" * (len(names) > len(chosen)))
-    for reason, names in sorted(refused.items(), key=lambda item: -len(item[1])):
-        print(f"  {len(names):>5}  {reason} ({', '.join(names[:3])}{', …' * (len(names) > 3)})")
+    print(f"{source}: {len(tasks)} of {len(names)} tasks taken, {sum(map(len, refused.values()))} left out")
+    for reason, left_out in reasons:
+        print(f"  {len(left_out):>5}  {reason} ({', '.join(left_out[:3])}{', …' * (len(left_out) > 3)})")
     return tasks
 
 
@@ -374,12 +360,9 @@ def all_tasks(sources, cfg):
 
 def find_source(source):
     """The folder that a --tasks value means: one here, or the snapshot of a Hugging Face data set. Raises UserError."""
-    root = Path(source).expanduser().absolute()
-    if root.is_dir():
+    if (root := Path(source).expanduser().absolute()).is_dir():
         return root
     name, _, revision = source.partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"--tasks: there is no folder {source}")
     try:
         root = Path(huggingface_hub.snapshot_download(name, repo_type="dataset", revision=revision or None))
     except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
@@ -471,9 +454,8 @@ image_states = {}                       # image name -> lock, number of failures
 def image_of(client, task, cfg, stop=threading.Event()):
     """The name of the task's container image, which the engine then has: pulled, or built once for a content of environment/.
 
-    Blocking; ends early once `stop` is set. Raises SandboxLost("image"); runs/NAME/images/ has the log.
-    After three failures an image is not tried again, and so its tasks are set aside. The docker program does the work because
-    the SDK knows no BuildKit."""
+    Blocking; begins nothing once `stop` is set. Raises SandboxLost("image"); runs/NAME/images/ has the log. After three
+    failures an image is not tried again: its tasks are set aside. The docker program does the work because the SDK knows no BuildKit."""
     context = task.path / "environment"
     name = f"tmax-build:{content_hash(context)}" if task.builds else task.image or cfg.image
     state = image_states.setdefault(name, SimpleNamespace(lock=threading.Lock(), failures=0, again=0.0))
@@ -489,17 +471,11 @@ def image_of(client, task, cfg, stop=threading.Event()):
             env = {"DOCKER_HOST": "unix:///var/run/docker.sock", **os.environ}
             with image_slots, log.open("ab", buffering=0) as file:
                 for pause in (0,) if task.builds else (0, 2, 10):
-                    if stop.wait(pause):
-                        break
+                    if stop.wait(pause):    # what runs by now ends with this process group
+                        raise SandboxLost("image")
                     file.write(f"{time.ctime()}: {task.name}: {shlex.join(command)}\n".encode())
-                    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env)
-                    while process.poll() is None:
-                        if stop.wait(0.1):
-                            process.terminate()
-                    if process.returncode == 0:
+                    if not subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env).returncode:
                         return name
-            if stop.wait(0):
-                raise SandboxLost("image")
             state.failures, state.again = state.failures + 1, time.monotonic() + IMAGE_PAUSE
             fate = "set aside" if state.failures == 3 else "to be tried again"
             print(f"task {task.name}: its image could not be had, {fate}: see {log}", file=sys.stderr)
@@ -1001,7 +977,7 @@ BASH_TOOL = {"type": "function", "function": {
 FORMAT_MESSAGE = f"Answer with exactly one call of the bash tool; when the task is done, submit it: echo {MARKER}"
 OBSERVATION_LIMIT = 10_000  # characters
 XML_CALL = re.compile(r"\s*<function=([^>\s]+)>\s*<parameter=command>\n?((?:(?!</parameter>\s*<parameter=).)*?)\n?</parameter>"
-                      r"\s*</function>\s*</tool_call>", re.S)
+                      r"\s*</function>(?=\s*</tool_call>)", re.S)
 TAG = re.compile(r"</?think>|<tool_call>")
 
 
@@ -1013,42 +989,40 @@ def parse_tool_calls(text):
     """The bash commands of one assistant turn, in order; [] if it makes no call. Thinking is not looked at.
 
     Two forms: Hermes JSON (Qwen3) and Qwen XML (Qwen3.5). Raises FormatError if any call of the turn is malformed."""
-    commands, place = [], 0
-    while tag := TAG.search(text, place):
-        place = tag.end()
+    commands = []
+    while tag := TAG.search(text):
+        text = text[tag.end():]
         if tag[0] == "<think>":
-            place = len(text) - len(text[place:].partition("</think>")[2])  # unclosed: to the end
+            text = text.partition("</think>")[2]  # unclosed: to the end
         elif tag[0] == "</think>":  # the template opened it: what came before was thought, not done
             commands = []
         else:
             try:
-                command, place = read_call(text, place)
+                command, text = read_call(text)
                 commands.append(command)
             except FormatError:
-                if "</think>" not in text[place:].partition("<think>")[0]:
+                if "</think>" not in text.partition("<think>")[0]:
                     raise
     return commands
 
 
-def read_call(text, place):
-    """The command of the call whose opening tag ends at `place`, and where the call ends. Raises FormatError."""
-    if xml := XML_CALL.match(text, place):
-        name, arguments, place = xml[1], {"command": xml[2]}, xml.end()
+def read_call(text):
+    """The command of the call whose opening tag ends where `text` begins, and the text behind it. Raises FormatError."""
+    if xml := XML_CALL.match(text):
+        name, arguments, rest = xml[1], {"command": xml[2]}, text[xml.end():]
     else:
         try:  # the decoder finds the call's end, so that a command may contain the closing tag
-            start = re.compile(r"\s*").match(text, place).end()
-            call, end = json.JSONDecoder(strict=False).raw_decode(text, start)
-            name, arguments = call["name"], call["arguments"]
+            call, end = json.JSONDecoder(strict=False).raw_decode(text.lstrip())
+            name, arguments, rest = call["name"], call["arguments"], text.lstrip()[end:]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise FormatError(f"A tool call could not be read: {error}") from None
-        if not (closing := re.compile(r"\s*</tool_call>").match(text, end)):
-            raise FormatError("A tool call was not closed by </tool_call>.")
-        place = closing.end()
+    if not rest.lstrip().startswith("</tool_call>"):
+        raise FormatError("A tool call was not closed by </tool_call>.")
     if name != "bash":
         raise FormatError(f"There is no tool {name!r}; the only one is bash.")
     if not isinstance(arguments, dict) or not isinstance(arguments.get("command"), str):
         raise FormatError("bash takes one argument, command, a string.")
-    return arguments["command"], place
+    return arguments["command"], rest
 
 
 def is_submission(command):
@@ -1077,15 +1051,14 @@ class ChatFormat:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
-        added, spec["added_tokens"], spec["post_processor"] = spec["added_tokens"], [], None
-        self.plain = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
-        self.plain.no_truncation()
-        for token in added:
-            if {t["id"] for t in added} & set(self.plain.encode(token["content"]).ids):
-                raise UserError(f"--model: its tokenizer makes the control token {token['content']} out of plain text")
+        added = {token["id"]: token["content"] for token in spec["added_tokens"]}
+        self.plain = Tokenizer.from_str(json.dumps(spec | dict(added_tokens=[], post_processor=None, truncation=None)))
+        for content in added.values():
+            if set(added) & set(self.plain.encode(content).ids):
+                raise UserError(f"--model: its tokenizer makes the control token {content} out of plain text")
         self.around = {"tool": self._around("tool", "FIRSTOUTPUT", "SECONDOUTPUT"), "user": self._around("user", "MESSAGE")}
-        ends = self.around["tool"][0][:1]  # what the template closes an assistant's turn with; not always the tokenizer's eos
-        self.end = ends[0] if {t["id"] for t in added} & set(ends) else None
+        end = self.around["tool"][0][:1]  # what the template closes an assistant's turn with; not always the tokenizer's eos
+        self.end = end[0] if set(added) & set(end) else None
         try:
             ends = GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
         except OSError:  # it has none
@@ -1109,7 +1082,7 @@ class ChatFormat:
     def prompt(self, instruction):
         """Token ids of system message, tools, user message and the header of the assistant's first turn."""
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": instruction}]
-        return list(self.tokenizer.apply_chat_template(messages, tools=[BASH_TOOL], add_generation_prompt=True, return_dict=False))
+        return self.tokenizer.apply_chat_template(messages, tools=[BASH_TOOL], add_generation_prompt=True, return_dict=False)
 
     def tool_turn(self, texts, role="tool", stop=None):
         """Token ids from the end of an assistant's turn to the header of its next: the outputs of all its calls, or another
@@ -1129,11 +1102,10 @@ def drop_long_prompts(tasks, tokenizer, cfg):
     and in an evaluation if any was: its mean would be over other tasks."""
     kept = [task for task in tasks if len(chat_format(tokenizer).prompt(task.instruction)) <= cfg.max_prompt_tokens]
     if dropped := len(tasks) - len(kept):
-        print(f"{dropped} of {len(tasks)} tasks dropped: their prompts are longer than {cfg.max_prompt_tokens} tokens")
-    if not kept:
-        raise UserError(f"--max_prompt_tokens: the prompts of all {len(tasks)} tasks are longer")
-    if dropped and cfg.eval:
-        raise UserError(f"--max_prompt_tokens: an evaluation drops no task, and the prompts of {dropped} are longer")
+        said = f"the prompts of {dropped} of {len(tasks)} tasks are longer than {cfg.max_prompt_tokens} tokens"
+        if cfg.eval or not kept:
+            raise UserError(f"--max_prompt_tokens: {said}")
+        print(f"dropped: {said}")
     return kept
 
 
@@ -2371,15 +2343,15 @@ def learner_memory(config, cfg, ranks):
         "logprob chunk": 2 * 4 * min(1024, n) * c.vocab_size + n * d * (4 + width)}
 
 
-def plan(cfg, gib, ranks):
-    """What GPUs of `gib` GiB hold when `ranks` of them learn: (one screen of text, list of what does not fit).
+def plan(cfg, ranks):
+    """What GPUs hold when `ranks` of them learn: (one screen of text, list of what does not fit). Reads config.json only.
 
-    Reads config.json only; raises UserError where there is none. Of a GPU, 5 % stay free of learners; vLLM takes 92 %, of which
-    about 4 GiB are activations and CUDA graphs."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(cfg.model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model: {cfg.model!r} has no config.json to plan from: {str(error).splitlines()[0]}") from None
+    Of a GPU, 5 % stay free of learners; vLLM takes 92 %, of which about 4 GiB are activations and CUDA graphs. Raises UserError."""
+    check_model(cfg.model, cfg)
+    config = AutoConfig.from_pretrained(cfg.model)
+    gib, free = cfg.gpu_memory_gb or 80, math.inf
+    if torch.cuda.is_available():
+        gib, free = cfg.gpu_memory_gb or torch.cuda.mem_get_info()[1] / 2**30, shutil.disk_usage("/dev/shm").free / 2**30
     size, parts = learner_memory(config, cfg, ranks)
     c, width = config.get_text_config(), getattr(torch, cfg.dtype).itemsize
     longest = cfg.max_prompt_tokens + cfg.max_total_tokens
@@ -2388,15 +2360,11 @@ def plan(cfg, gib, ranks):
     room = max(0.0, 0.92 * gib - 4 - weights)
     tokens = int(room / per_token)
     most = concurrency(cfg, tokens * cfg.num_engines)
-    problems = []
-    if learner > 0.95 * gib:
-        problems.append(f"a learner needs {learner:.1f} GiB of {gib:.0f}: raise --num_learners, lower --pack_length"
-                        + ("" if cfg.gradient_checkpointing else ", or --gradient_checkpointing true"))
-    if tokens < longest:
-        problems.append(f"an engine has {room:.1f} GiB for its KV cache beside {weights:.1f} of weights, and a rollout of "
-                        f"{longest:,} tokens needs {longest * per_token:.1f}: lower --max_total_tokens, or take larger GPUs")
-    if torch.cuda.is_available() and weights > (free := shutil.disk_usage("/dev/shm").free / 2**30):
-        problems.append(f"a reload needs {weights:.1f} GiB of /dev/shm, which has {free:.1f}: mount it larger")
+    problems = [problem for fits, problem in [
+        (learner <= 0.95 * gib, f"a learner needs {learner:.1f} GiB of {gib:.0f}: raise --num_learners, lower --pack_length"),
+        (tokens >= longest, f"an engine has {room:.1f} GiB for its KV cache beside {weights:.1f} of weights, and a rollout of "
+         f"{longest:,} tokens needs {longest * per_token:.1f}: lower --max_total_tokens, or take larger GPUs"),
+        (weights <= free, f"a reload needs {weights:.1f} GiB of /dev/shm, which has {free:.1f}: mount it larger")] if not fits]
     row = lambda name, value: f"    {name:24}{value:8.1f}"
     return "\n".join([
         f"{cfg.model}: {size / 1e9:.2f}B parameters, {cfg.dtype}",
@@ -2406,7 +2374,7 @@ def plan(cfg, gib, ranks):
         row("KV cache", room) + f"   {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length",
         f"about {most} rollouts at once",
         f"a reload: {weights:.1f} through /dev/shm, then the KV of up to {min(tokens, most * longest):,} tokens an engine anew",
-        *(f"does not fit: {problem}" for problem in problems), *([] if problems else ["it fits"])]), problems
+        *([f"does not fit: {problem}" for problem in problems] or ["it fits"])]), problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2425,7 +2393,7 @@ def make_run_dir(cfg):
 
 
 def run(cfg):
-    """Make what is missing, then train or evaluate. Runs on every rank; the very first makes files, in a folder that all nodes see."""
+    """Make what is missing, then train or evaluate. Runs on every rank; the first makes files, in a folder that all nodes see."""
     if not torch.cuda.is_available():  # one share of the cores each: OpenMP threads that wait for a core spin, ten times slower
         threads = max(1, len(os.sched_getaffinity(0)) // (cfg.num_learners + cfg.num_engines))
         torch.set_num_threads(threads)
@@ -2433,10 +2401,8 @@ def run(cfg):
     cell, tasks, eval_tasks = join_ranks(), [], []
 
     def look():  # on each node, before anything is made
-        if torch.cuda.is_available() and not cfg.tiny and not cfg.eval:
-            _, problems = plan(cfg, torch.cuda.mem_get_info()[1] / 2**30, dist.get_world_size())
-            if problems:
-                raise UserError(f"--plan says what does not fit: {'; '.join(problems)}")
+        if torch.cuda.is_available() and not cfg.tiny and not cfg.eval and (problems := plan(cfg, dist.get_world_size())[1]):
+            raise UserError(f"--plan says what does not fit: {'; '.join(problems)}")
         check_sandbox(cfg)
         if cfg.model and not cfg.eval:
             check_model(cfg.model, cfg)
@@ -2445,16 +2411,15 @@ def run(cfg):
 
     def make():
         run_dir, model, folder = make_run_dir(cfg), cfg.model, None
-        if cfg.tiny and not model:
+        if cfg.tiny and not (cfg.model and cfg.tasks):
             model, folder, demonstrations = make_tiny(run_dir, cfg.seed)
-            warm_start(model, demonstrations, cfg)
-        return run_dir, model, folder
+            if not cfg.model:
+                warm_start(model, demonstrations, cfg)
+        return run_dir, cfg.model or model, folder
 
     def choose():
-        if not run_dir.is_dir():
-            raise UserError(f"--name: node {cell.node} does not see {run_dir.resolve()}; nodes must start in one shared folder")
-        tasks[:], tokenizer = tasks or load_tasks(tiny_tasks, cfg), AutoTokenizer.from_pretrained(model)
-        tasks[:] = drop_long_prompts(tasks, tokenizer, cfg)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tasks[:] = drop_long_prompts(tasks or load_tasks(tiny_tasks, cfg), tokenizer, cfg)
         if eval_tasks:
             drop_long_prompts(eval_tasks, tokenizer, replace(cfg, eval=True))
     idle = lambda: None
@@ -2464,7 +2429,7 @@ def run(cfg):
     together(choose if cell.first else idle)
     if dist.get_rank() == 0:
         if cfg.sandbox == "bwrap":
-            print("sandboxes: bubblewrap: no network; memory is limited for each process and for files, not for a rollout as a whole")
+            print("sandboxes: bubblewrap: no network; a rollout's files and each of its processes are limited, not their sum")
         print(f"{len(tasks)} tasks, run folder {run_dir}; vLLM is starting")
     if cfg.eval:
         return evaluate(cfg, cell, run_dir, model, tasks)
@@ -2510,28 +2475,26 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     # vLLM's processes are ended by force; who then frees their semaphores need not say so.
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
-    under_torchrun = "LOCAL_RANK" in os.environ
-    if under_torchrun:
+    for_launcher = os.environ.get("TMAX_REASON")    # a file for what launch() is to print, last of all
+    if under_torchrun := "LOCAL_RANK" in os.environ:
         threading.Thread(target=follow_launcher, daemon=True).start()
     try:
         cfg = resolve(parse_config(sys.argv[1:]))
         if cfg.plan:
-            gib = cfg.gpu_memory_gb or (torch.cuda.mem_get_info()[1] / 2**30 if torch.cuda.is_available() else 80)
-            text, problems = plan(cfg, gib, cfg.num_learners)
+            text, problems = plan(cfg, cfg.num_learners)
             print(text)
             sys.exit(bool(problems))
         (oracle if cfg.oracle else launch if cfg.num_learners > 1 and not under_torchrun else run)(cfg)
     except (UserError, RunFailed) as error:
         reason = f"error: {error}"
         if isinstance(error, RunFailed):
-            saved = sorted(Path("runs", cfg.name).glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
-            reason += f"; newest checkpoint: {saved[-1] if saved else 'none'}"
-        if "TMAX_REASON" in os.environ and under_torchrun:  # launch() prints it, last of all
-            Path(os.environ["TMAX_REASON"]).write_text(reason)
-            sys.exit(1)
-        sys.exit(reason)
+            saved = Path("runs", cfg.name).glob("checkpoint-*[0-9]")
+            reason += f"; newest checkpoint: {max(saved, key=lambda path: int(path.name.split('-')[1]), default='none')}"
+        if for_launcher:
+            Path(for_launcher).write_text(reason)
+        sys.exit(1 if for_launcher else reason)
     except KeyboardInterrupt:
-        if "TMAX_REASON" not in os.environ or not under_torchrun:
+        if not for_launcher:
             print("stopped", file=sys.stderr)
         sys.exit(130)
 
