@@ -1355,6 +1355,8 @@ def generator_main(cfg, cell, model, tasks, log, memory, devices, pipe):
         asyncio.run(Generator(cfg, cell, tasks, pipe).serve(model))
     except BaseException as error:
         traceback.print_exc()
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
         with contextlib.suppress(OSError):
             pipe.send(("failed", f"{type(error).__name__}: {error}"))
     finally:
@@ -1372,15 +1374,16 @@ def end_generator(memory):
 class Generator:
     """Starts groups as far as the learner allows, sends each finished one back, reloads weights when told to.
 
-    Messages in: ("allow", n) groups may have been started in all, ("weights", folder, version), ("evaluate", tasks, cfg), None
-    to stop. Messages out: ("ready", text), ("group", rollouts, WAITING), ("loaded", seconds), ("evaluated", task, run, rollout),
-    ("failed", reason)."""
+    Messages in: ("allow", n) groups may have been started in all, ("weights", folder, version), ("evaluate", tasks, cfg),
+    None to stop. Messages out: ("ready", text), ("group", rollouts, WAITING), ("loaded", seconds), ("evaluated", task, run,
+    rollout), ("failed", reason)."""
 
     def __init__(self, cfg, cell, tasks, pipe):
         self.cfg, self.cell, self.tasks, self.pipe, self.started = cfg, cell, tasks, pipe, 0
 
     async def serve(self, model):
-        inbox, self.running = asyncio.Queue(), set()
+        """Until told to stop. A group that raises ends it too: faults of sandboxes do not get here."""
+        inbox = asyncio.Queue()
         threading.Thread(target=self._read, args=(asyncio.get_running_loop(), inbox), daemon=True).start()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.engine = Engine(model, self.cfg)
@@ -1389,34 +1392,29 @@ class Generator:
         self.rollouts = asyncio.Semaphore(most)
         self.pipe.send(("ready", f"vLLM is ready: {self.cfg.num_engines} engine(s), KV cache for {self.engine.kv_tokens:,} "
                                  f"tokens, at most {most} rollouts at once"))
-        self.running.add(asyncio.create_task(self._watch_engine()))
-        while True:
-            match await self._meanwhile(inbox.get()):
-                case None:
-                    return await self._stop()
-                case ("weights", folder, version):
-                    try:
-                        reload = asyncio.wait_for(self.engine.reload(folder, version), 600)
-                        self.pipe.send(("loaded", await self._meanwhile(reload)))
-                    except TimeoutError:
-                        raise RunFailed(f"vLLM did not take over weights {version} within 600 s") from None
-                case ("evaluate", tasks, cfg):
-                    self.running |= {asyncio.create_task(self._evaluate(place, task, run, cfg))
-                                     for run in range(cfg.eval_runs) for place, task in enumerate(tasks)}
-                case ("allow", allowed):
-                    while self.started < allowed:
-                        self.running.add(asyncio.create_task(self._group(self.started)))
-                        self.started += 1
+        try:
+            async with asyncio.TaskGroup() as running:      # whatever raises cancels all the others and a reload
+                running.create_task(self._watch_engine())
+                while message := await inbox.get():
+                    await self._obey(message, running)
+                sys.exit()
+        except SystemExit:
+            self.engine.llm.shutdown(timeout=0)
 
-    async def _meanwhile(self, awaitable):
-        """Its result. A group that raises meanwhile ends the generator: faults of sandboxes do not get here."""
-        task = asyncio.ensure_future(awaitable)
-        while not task.done():
-            done, _ = await asyncio.wait([task, *self.running], return_when=asyncio.FIRST_COMPLETED)
-            for group in done - {task}:
-                self.running.discard(group)
-                group.result()
-        return task.result()
+    async def _obey(self, message, running):
+        match message:
+            case ("weights", folder, version):
+                try:
+                    self.pipe.send(("loaded", await asyncio.wait_for(self.engine.reload(folder, version), 600)))
+                except TimeoutError:
+                    raise RunFailed(f"vLLM did not take over weights {version} within 600 s") from None
+            case ("evaluate", tasks, cfg):
+                for run, (place, task) in itertools.product(range(cfg.eval_runs), enumerate(tasks)):
+                    running.create_task(self._evaluate(place, task, run, cfg))
+            case ("allow", allowed):
+                while self.started < allowed:
+                    running.create_task(self._group(self.started))
+                    self.started += 1
 
     async def _watch_engine(self):
         """Raise when an engine is dead: a reload would wait for it, and nobody asks it anything while all rollouts are in bash."""
@@ -1425,19 +1423,9 @@ class Generator:
         raise self.engine.llm.dead_error
 
     def _read(self, loop, inbox):
-        message = ()
-        while message is not None:
-            try:
-                message = self.pipe.recv()
-            except (EOFError, OSError):
-                return
-            loop.call_soon_threadsafe(inbox.put_nowait, message)
-
-    async def _stop(self):
-        for group in self.running:
-            group.cancel()
-        await asyncio.gather(*self.running, return_exceptions=True)
-        self.engine.llm.shutdown(timeout=0)
+        with contextlib.suppress(EOFError, OSError):    # the learner is gone, and soon this process
+            while True:
+                loop.call_soon_threadsafe(inbox.put_nowait, self.pipe.recv())
 
     async def _group(self, index):
         """The rollouts of one task, all on the same engine, for its prefix cache. Nodes take tasks in turn."""
