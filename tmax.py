@@ -1908,7 +1908,7 @@ class GeneratorClient:
         self.memory = Path(tempfile.mkdtemp(prefix=f"tmax-{os.getpid()}-", dir="/dev/shm"))     # weights on their way; sockets
         self.closed, self.training, self.reload_seconds, self.failure = 0, 0, None, None
         self.generator_log = run_dir / f"generator{suffix}.log"
-        self.inbox, self.evaluated, self.loaded = queue.Queue(), queue.Queue(), threading.Event()
+        self.inbox, self.loaded = {"group": queue.Queue(), "evaluated": queue.Queue()}, threading.Event()
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         cell = cell._replace(group=None)    # stays here
@@ -1921,27 +1921,36 @@ class GeneratorClient:
 
     def _read(self):
         """Empty the pipe at once, so that the generator never waits for a learner that is busy."""
-        try:
+        with contextlib.suppress(EOFError, OSError):
             while True:
-                message = self.pipe.recv()
-                if message[0] == "loaded":
-                    self.reload_seconds = message[1]
-                    self.loaded.set()
-                elif message[0] == "failed":
-                    self.failure = message[1]
-                elif message[0] == "ready":
-                    tqdm.write(message[1])
-                else:
-                    (self.evaluated if message[0] == "evaluated" else self.inbox).put(message)
-        except (EOFError, OSError):
-            self.failure = self.failure or "the process ended unexpectedly"
-            self.inbox.put(("failed",))
-            self.evaluated.put((None,) * 4)
-            self.loaded.set()
+                match self.pipe.recv():
+                    case ("ready", text):
+                        tqdm.write(text)
+                    case ("failed", reason):
+                        self.failure = reason
+                    case ("loaded", seconds):
+                        self.reload_seconds = seconds
+                        self.loaded.set()
+                    case (kind, *content):
+                        self.inbox[kind].put(content)
+        self.failure = self.failure or "the process ended unexpectedly"
+        self.loaded.set()
+        for inbox in self.inbox.values():
+            inbox.put(None)
+
+    def _next(self, kind):
+        """What the next message of this kind holds. Raises RunFailed if the generator is no more."""
+        content = self.inbox[kind].get()
+        if self.failure:
+            raise RunFailed(f"generator: {self.failure} (see {self.generator_log})")
+        return content
+
+    def _send(self, message):
+        with contextlib.suppress(OSError):  # if the generator is gone, _next says so
+            self.pipe.send(message)
 
     def _allow(self):
-        with contextlib.suppress(OSError):  # if the generator is gone, the inbox says so
-            self.pipe.send(("allow", self.closed + (self.cfg.async_steps + 1) * self.cfg.prompts_per_step))
+        self._send(("allow", self.closed + (self.cfg.async_steps + 1) * self.cfg.prompts_per_step))
 
     def collect(self, step, version):
         """Wait for a batch: prompts_per_step useful groups, or what is useful among four times as many that came back.
@@ -1954,9 +1963,7 @@ class GeneratorClient:
         batch, found = [], dict(rewards=[], groups_tried=0, finish=Counter(), waiting=Counter())
         bar = tqdm(total=wanted, desc=f"step {step}: groups", leave=False, disable=True if self.cell.node else None)
         while len(batch) < wanted and found["groups_tried"] < 4 * wanted:
-            message = self.inbox.get()
-            self.check()
-            _, group, waits = message
+            group, waits = self._next("group")
             useful, counts = select_groups([group], version, self.cfg)
             add(found, dict(counts, groups_tried=1, rewards=[r.reward for r in group if not r.void], waiting=Counter(waits),
                             finish=Counter(r.finish for r in group)))
@@ -1970,19 +1977,12 @@ class GeneratorClient:
         self.training = len(batch)
         return batch, found
 
-    def check(self):
-        """Raise RunFailed if the generator is no more."""
-        if self.failure:
-            raise RunFailed(f"generator: {self.failure} (see {self.generator_log})")
-
     def evaluate(self, tasks, cfg, step=0):
         """Rollouts [task][run] by the engines with the weights they now have: every task cfg.eval_runs times."""
-        with contextlib.suppress(OSError):
-            self.pipe.send(("evaluate", tasks, cfg))
+        self._send(("evaluate", tasks, cfg))
         results = [[None] * cfg.eval_runs for _ in tasks]
         for _ in tqdm(range(len(tasks) * cfg.eval_runs), desc="evaluation: rollouts", leave=False, disable=None):
-            _, place, run, r = self.evaluated.get()
-            self.check()
+            place, run, r = self._next("evaluated")
             results[place][run] = r
             write_rollouts(self.log, [r], step=step, run=run)
         return results
@@ -1990,14 +1990,12 @@ class GeneratorClient:
     def publish(self, version):
         """Let the engines take over the weights in memory; returns at once. Wait for `loaded` before writing there again."""
         self.loaded.clear()
-        with contextlib.suppress(OSError):
-            self.pipe.send(("weights", self.memory / "weights", version))
+        self._send(("weights", self.memory / "weights", version))
 
     def close(self):
         for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not stop the cleaning up
             signal.signal(number, signal.SIG_IGN)
-        with contextlib.suppress(OSError):
-            self.pipe.send(None)
+        self._send(None)
         self.process.join(5)
         self.process.kill()
         with contextlib.suppress(ProcessLookupError):
