@@ -3177,7 +3177,7 @@ def updates_of_a_rank(folder, cell):
     learner = tmax.Learner(RECORDED, folder / "model", cell)
     mine = groups if cell.nodes == 1 else groups[:5] if cell.node == 0 else groups[5:]
     rewards = [r.reward for r in sum(mine, [])]
-    figures = dict(rewards=rewards, groups_tried=len(mine), waiting=tmax.Counter(model=len(mine)))
+    figures = dict(reward=sum(rewards), rollouts_graded=len(rewards), groups_tried=len(mine), waiting_model=len(mine))
     generator = SimpleNamespace(collect=lambda step, version: (mine, figures),
                                 memory=folder / f"{cell.nodes}x{cell.ranks}-{cell.node}")
     gradients, metrics = [], []

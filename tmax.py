@@ -1257,17 +1257,17 @@ class Turn(NamedTuple):
     cut: bool               # the budget ended it, not a stop token
 
 
-WAITING = Counter()     # rollouts of this process by what they wait for: model, bash, grading
+WAITING = Counter()     # rollouts of this process by what they wait for: waiting_model, waiting_bash, waiting_grading
 
 
 @contextlib.contextmanager
 def waiting(what):
     """Count a rollout as waiting for `what`."""
-    WAITING[what] += 1
+    WAITING[f"waiting_{what}"] += 1
     try:
         yield
     finally:
-        WAITING[what] -= 1
+        WAITING[f"waiting_{what}"] -= 1
 
 
 def engine_args(model, cfg):
@@ -1955,18 +1955,19 @@ class GeneratorClient:
     def collect(self, step, version):
         """Wait for a batch: prompts_per_step useful groups, or what is useful among four times as many that came back.
 
-        Returns (groups, figures that add up over nodes). Taking a batch frees the slots of the one before, rejecting a group
-        frees its own. Raises RunFailed if the generator is no more."""
+        Returns (groups, Counter of figures that add up over nodes, `reward` a sum too). Taking a batch frees the slots of the
+        one before, rejecting a group frees its own. Raises RunFailed if the generator is no more."""
         self.closed, self.training = self.closed + self.training, 0
         self._allow()
         wanted = self.cfg.prompts_per_step
-        batch, found = [], dict(rewards=[], groups_tried=0, finish=Counter(), waiting=Counter())
+        batch, found = [], Counter()
         bar = tqdm(total=wanted, desc=f"step {step}: groups", leave=False, disable=True if self.cell.node else None)
         while len(batch) < wanted and found["groups_tried"] < 4 * wanted:
             group, waits = self._next("group")
             useful, counts = select_groups([group], version, self.cfg)
-            add(found, dict(counts, groups_tried=1, rewards=[r.reward for r in group if not r.void], waiting=Counter(waits),
-                            finish=Counter(r.finish for r in group)))
+            graded = [r.reward for r in group if not r.void]
+            found.update(counts, groups_tried=1, rollouts_graded=len(graded), reward=sum(graded), **waits)
+            found.update(f"finish_{r.finish}" for r in group)
             write_rollouts(self.log, group, step=step)
             batch += useful
             bar.update(len(useful))
@@ -2007,12 +2008,6 @@ class GeneratorClient:
         self.log.close()
 
 
-def add(total, more):
-    """Add figures to those of the same name: numbers, lists, Counters."""
-    for key, value in more.items():
-        total[key] = total[key] + value if key in total else value
-
-
 def next_batch(cfg, cell, generator, step, version):
     """The first rank of a node collects, compares and packs; every rank gets its packs, as many as any other (collectives).
 
@@ -2027,16 +2022,16 @@ def next_batch(cfg, cell, generator, step, version):
                 r.advantage = float(advantage)
         rows = pack(sum(groups, []), cfg.pack_length, cell.ranks) if groups else [[]] * cell.ranks
         share.extend((row, generator.memory / "weights") for row in rows)
-        return found | dict(packs=len(rows[0]))
-    results, mine, total = together(collect if cell.first else dict), [None], {}
+        return len(rows[0]), found
+    results, mine, total = together(collect if cell.first else lambda: (0, Counter())), [None], Counter()
     dist.scatter_object_list(mine, share, src=cell.node * cell.ranks, group=cell.group)
-    (packs, folder), count = mine[0], max(found.get("packs", 0) for found in results)
-    for found in results:
-        add(total, found)
-    rewards, waits = total.pop("rewards"), total.pop("waiting")
-    total |= {f"waiting_{what}": waits[what] / total["groups_tried"] * cell.nodes for what in ("model", "bash", "grading")}
-    total |= dict(reward=float(np.mean(rewards)) if rewards else None, packs=count)
-    return packs + [build_pack([])] * (count - len(packs)), folder, total
+    (packs, folder), count = mine[0], max(n for n, _ in results)
+    for _, found in results:
+        total.update(found)
+    for name in ("waiting_model", "waiting_bash", "waiting_grading"):       # a mean over groups, of what all nodes saw
+        total[name] *= cell.nodes / total["groups_tried"]
+    reward = total["reward"] / total["rollouts_graded"] if total["rollouts_graded"] else None
+    return packs + [build_pack([])] * (count - len(packs)), folder, dict(total, reward=reward, packs=count)
 
 
 def train(cfg, cell, run_dir, model, tasks, eval_tasks):
@@ -2044,15 +2039,14 @@ def train(cfg, cell, run_dir, model, tasks, eval_tasks):
     tokenizer = AutoTokenizer.from_pretrained(model)
     generator = GeneratorClient(cfg, cell, model, tasks, run_dir) if cell.first else None
     try:
-        learner, history = Learner(cfg, model, cell), []
-        save = lambda step: learner.save_checkpoint(run_dir / f"checkpoint-{step}", tokenizer)
+        learner, history, saved = Learner(cfg, model, cell), [], 0
         for step in range(1, cfg.training_steps + 1):
             start = time.monotonic()
             try:
                 packs, folder, metrics = next_batch(cfg, cell, generator, step, learner.version)
             except RunFailed:
-                if learner.version and (step - 1) % cfg.save_every:     # what was learnt is not lost with the generator
-                    save(step - 1)
+                if learner.version and saved < step - 1:    # what was learnt is not lost with the generator
+                    learner.save_checkpoint(run_dir / f"checkpoint-{step - 1}", tokenizer)
                 raise
             generated = trained = waited = written = time.monotonic()
             update = dict.fromkeys(UPDATE_METRICS)
@@ -2068,7 +2062,8 @@ def train(cfg, cell, run_dir, model, tasks, eval_tasks):
                 written = time.monotonic()
             evaluation = bool(cfg.eval_every) and step % cfg.eval_every == 0
             if evaluation or step % cfg.save_every == 0 or step == cfg.training_steps:
-                save(step)
+                learner.save_checkpoint(run_dir / f"checkpoint-{step}", tokenizer)
+                saved = step
             if dist.get_rank() == 0:
                 metrics = dict(step=step, **metrics, **update, updated=bool(packs), version=learner.version,
                                seconds_generate=generated - start, seconds_train=trained - generated,
