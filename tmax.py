@@ -1757,24 +1757,19 @@ def step_metrics(seen, version):
 
     *mismatch* is |log mu - log pi| over tokens that these very weights sampled, so numerics alone; *drift* is the same
     over all tokens, so numerics and staleness."""
-    gap = (seen["logprobs"] - seen["rollout_logprobs"]).abs()
-    moved = (seen["logprobs"].exp() - seen["rollout_logprobs"].exp()).abs()
-    up, down, newest = seen["advantages"] > 0, seen["advantages"] < 0, seen["versions"] == version
-    lag = version - seen["versions"]
-    kept = seen["kept"]
-    sums = torch.stack([x.double().sum() for x in (torch.ones_like(gap), seen["loss"], kept, seen["entropy"], moved, lag,
-                                                   up, kept * up, down, kept * down)])
-    top = lambda x: x.double().max() if len(x) else torch.tensor(-1.0, dtype=torch.float64)
-    tops = torch.stack([top(x) for x in (gap, gap[newest], moved, (seen["logprobs"] - seen["rollout_logprobs"]).exp(), lag)])
+    logprobs, mu, kept, lag = seen["logprobs"], seen["rollout_logprobs"], seen["kept"], version - seen["versions"]
+    gap, moved, up, down = (logprobs - mu).abs(), (logprobs.exp() - mu.exp()).abs(), seen["advantages"] > 0, seen["advantages"] < 0
+    every = torch.ones_like(gap)
+    means = dict(loss=(seen["loss"], every), kept_fraction=(kept, every), kept_fraction_positive=(kept * up, up),
+                 kept_fraction_negative=(kept * down, down), entropy=(seen["entropy"], every), divergence_mean=(moved, every),
+                 staleness_mean=(lag, every))
+    tops = dict(mismatch_max=gap[lag == 0], drift_max=gap, divergence_max=moved, ratio_max=(logprobs - mu).exp(), staleness_max=lag)
+    sums = torch.stack([torch.stack([x.double().sum(), count.double().sum()]) for x, count in means.values()])
+    most = torch.stack([torch.cat([x.double(), x.new_tensor([-1.0]).double()]).max() for x in tops.values()])    # -1: of none
     dist.all_reduce(sums)
-    dist.all_reduce(tops, dist.ReduceOp.MAX)
-    n, loss, kept, entropy, moved, lag, up, kept_up, down, kept_down = sums.tolist()
-    drift, mismatch, moved_max, ratio, staleness = (None if x < 0 else x for x in tops.tolist())
-    mean = lambda total, count: total / count if count else None
-    return dict(tokens=int(n), loss=mean(loss, n), kept_fraction=mean(kept, n), kept_fraction_positive=mean(kept_up, up),
-                kept_fraction_negative=mean(kept_down, down), entropy=mean(entropy, n), mismatch_max=mismatch, drift_max=drift,
-                divergence_mean=mean(moved, n), divergence_max=moved_max, ratio_max=ratio, staleness_mean=mean(lag, n),
-                staleness_max=staleness)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return (dict(tokens=int(sums[0, 1])) | {name: total / n if n else None for name, (total, n) in zip(means, sums.tolist())}
+            | {name: None if x < 0 else x for name, x in zip(tops, most.tolist())})
 
 
 class Cell(NamedTuple):
