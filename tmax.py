@@ -1758,12 +1758,13 @@ def step_metrics(seen, version):
     *mismatch* is |log mu - log pi| over tokens that these very weights sampled, so numerics alone; *drift* is the same
     over all tokens, so numerics and staleness."""
     logprobs, mu, kept, lag = seen["logprobs"], seen["rollout_logprobs"], seen["kept"], version - seen["versions"]
-    gap, moved, up, down = (logprobs - mu).abs(), (logprobs.exp() - mu.exp()).abs(), seen["advantages"] > 0, seen["advantages"] < 0
-    every = torch.ones_like(gap)
+    gap, moved, every = (logprobs - mu).abs(), (logprobs.exp() - mu.exp()).abs(), torch.ones_like(mu)
+    up, down = seen["advantages"] > 0, seen["advantages"] < 0
     means = dict(loss=(seen["loss"], every), kept_fraction=(kept, every), kept_fraction_positive=(kept * up, up),
                  kept_fraction_negative=(kept * down, down), entropy=(seen["entropy"], every), divergence_mean=(moved, every),
                  staleness_mean=(lag, every))
-    tops = dict(mismatch_max=gap[lag == 0], drift_max=gap, divergence_max=moved, ratio_max=(logprobs - mu).exp(), staleness_max=lag)
+    tops = dict(mismatch_max=gap[lag == 0], drift_max=gap, divergence_max=moved, ratio_max=(logprobs - mu).exp(),
+                staleness_max=lag)
     sums = torch.stack([torch.stack([x.double().sum(), count.double().sum()]) for x, count in means.values()])
     most = torch.stack([torch.cat([x.double(), x.new_tensor([-1.0]).double()]).max() for x in tops.values()])    # -1: of none
     dist.all_reduce(sums)
