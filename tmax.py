@@ -1427,23 +1427,23 @@ class Generator:
             while True:
                 loop.call_soon_threadsafe(inbox.put_nowait, self.pipe.recv())
 
+    async def _rollout(self, task, cfg, place):
+        """A rollout, once there is room for it, on the engine that `place` chooses."""
+        async with self.rollouts:
+            return await rollout(self.engine, task, self.tokenizer, cfg, place % cfg.num_engines)
+
     async def _group(self, index):
         """The rollouts of one task, all on the same engine, for its prefix cache. Nodes take tasks in turn."""
         task = task_at(self.tasks, index * self.cell.nodes + self.cell.node, self.cfg.seed)
-
-        async def one():
-            async with self.rollouts:
-                return await rollout(self.engine, task, self.tokenizer, self.cfg, index % self.cfg.num_engines)
-        group = await asyncio.gather(*[one() for _ in range(self.cfg.samples_per_prompt)])
+        group = await asyncio.gather(*[self._rollout(task, self.cfg, index) for _ in range(self.cfg.samples_per_prompt)])
         self.pipe.send(("group", group, dict(WAITING)))
 
     async def _evaluate(self, place, task, run, cfg):
         """One rollout of an evaluation; a void one is tried three times, for it would count as a failure."""
-        async with self.rollouts:
-            for _ in range(3):
-                r = await rollout(self.engine, task, self.tokenizer, cfg, place % self.cfg.num_engines)
-                if not r.void:
-                    break
+        for _ in range(3):
+            r = await self._rollout(task, cfg, place)
+            if not r.void:
+                break
         self.pipe.send(("evaluated", place, run, r))
 
 
