@@ -1829,15 +1829,14 @@ class Learner:
         dist.all_reduce(num_tokens)
         # FSDP averages gradients over the ranks; the loss is a sum over all of them.
         seen = backward_packs(self.policy, packs, int(num_tokens), self.cfg, scale=dist.get_world_size())
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.cfg.max_grad_norm)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if skipped := not math.isfinite(norm):
-            if dist.get_rank() == 0:
-                print(f"gradient norm is {norm}: step skipped", file=sys.stderr)
-        else:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.cfg.learning_rate * min(1.0, (self.version + 1) / (self.cfg.warmup_steps + 1))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.cfg.max_grad_norm).full_tensor())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.cfg.learning_rate * min(1.0, (self.version + 1) / (self.cfg.warmup_steps + 1))
+        skipped = not math.isfinite(norm)
+        if not skipped:
             self.optimizer.step()
+        elif dist.get_rank() == 0:
+            print(f"gradient norm is {norm}: step skipped", file=sys.stderr)
         self.optimizer.zero_grad()
         metrics = step_metrics(seen, self.version)
         self.version += 1
