@@ -1273,16 +1273,15 @@ def waiting(what):
 def engine_args(model, cfg):
     """How vLLM is set up: one engine per GPU, the same numerics as the learner's."""
     from vllm.engine.arg_utils import AsyncEngineArgs
-    small = {}
-    if cfg.tiny or not torch.cuda.is_available():
-        small = dict(enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_num_seqs=64)
+    small = dict(enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_num_seqs=64)
     return AsyncEngineArgs(
         model=str(model), dtype=cfg.dtype, max_model_len=cfg.max_prompt_tokens + cfg.max_total_tokens,
         data_parallel_size=cfg.num_engines, distributed_executor_backend="uni",     # no worker process beside each engine
         enable_prefix_caching=True, disable_log_stats=True,
         logprobs_mode="processed_logprobs",     # after the temperature, as the learner computes them
         generation_config="vllm",               # else top_k and top_p of the model's own defaults creep in
-        hf_overrides={"head_dtype": "float32"} if cfg.fp32_lm_head else {}, **small)
+        hf_overrides={"head_dtype": "float32"} if cfg.fp32_lm_head else {},
+        **(small if cfg.tiny or not torch.cuda.is_available() else {}))
 
 
 class Engine:
