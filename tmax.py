@@ -1148,7 +1148,8 @@ class Rollout:
     versions: list[int]             # policy version that sampled the token; -1 elsewhere
     prompt_tokens: int
     reward: float = 0.0
-    finish: str = ""                # submitted | no_call | max_steps | max_tokens | timeout | killed_itself | tampered | void:REASON
+    finish: str = ""                # submitted | no_call | max_steps | max_tokens | timeout | killed_itself | tampered |
+                                    # void:REASON; of an oracle also no_solution
     steps: int = 0                  # bash calls; in an evaluation also turns without one
     advantage: float = 0.0
     seconds_bash: float = 0.0
@@ -1416,7 +1417,7 @@ class Generator:
                     self.started += 1
 
     async def _watch_engine(self):
-        """Raise when an engine is dead: a reload would wait for it, and nobody asks it anything while all rollouts are in bash."""
+        """Raise when an engine is dead: a reload would wait for it, and rollouts in bash ask it nothing."""
         while not self.engine.llm.errored:
             await asyncio.sleep(1)
         raise self.engine.llm.dead_error
@@ -1498,8 +1499,9 @@ def build_pack(rollouts):
     join = lambda name, dtype: np.concatenate([np.asarray(getattr(r, name), dtype) for r in rollouts])
     lengths, tokens, sampled = [len(r.tokens) for r in rollouts], join("tokens", np.int64), np.flatnonzero(join("mask", bool))
     advantages = np.repeat(np.asarray([r.advantage for r in rollouts], np.float32), lengths)
-    return Pack(tokens, np.concatenate([np.arange(n) for n in lengths]), np.cumsum([0, *lengths], dtype=np.int32), sampled - 1,
-                tokens[sampled], join("logprobs", np.float32)[sampled], advantages[sampled], join("versions", np.int64)[sampled])
+    return Pack(tokens, np.concatenate([np.arange(n) for n in lengths]), np.cumsum([0, *lengths], dtype=np.int32),
+                predicts=sampled - 1, targets=tokens[sampled], rollout_logprobs=join("logprobs", np.float32)[sampled],
+                advantages=advantages[sampled], versions=join("versions", np.int64)[sampled])
 
 
 def pack_cost(length):
@@ -1883,7 +1885,7 @@ def write_rollouts(file, rollouts, **more):
     for r in rollouts:
         file.write(json.dumps(more | dict(
             task=r.task, reward=r.reward, finish=r.finish, steps=r.steps, tokens=len(r.tokens), sampled=sum(r.mask),
-            versions=sorted({v for v in r.versions if v >= 0}), seconds_bash=round(r.seconds_bash, 3), transcript=r.transcript)) + "\n")
+            versions=sorted(set(r.versions) - {-1}), seconds_bash=round(r.seconds_bash, 3), transcript=r.transcript)) + "\n")
     file.flush()
 
 
