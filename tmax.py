@@ -1674,26 +1674,16 @@ def dppo_loss(logprobs, rollout_logprobs, advantages, divergence="tv", threshold
     return torch.where(kept, -r * advantages, 0.0), kept
 
 
-def grpo_loss(logprobs, rollout_logprobs, advantages, low=0.2, high=0.272):
-    """The paper's GRPO baseline: PPO's clip of the ratio to the rollout policy. Returns (loss [N], kept [N] bool)."""
+def policy_loss(cfg, logprobs, rollout_logprobs, advantages):
+    """The loss that --loss names: DPPO, or a baseline of the paper. All [N]; returns (loss [N], kept [N] bool)."""
+    if cfg.loss.startswith("dppo"):
+        return dppo_loss(logprobs, rollout_logprobs, advantages, cfg.loss.removeprefix("dppo_"), cfg.dppo_threshold)
     r = ratios(logprobs, rollout_logprobs)
-    kept = ~(((advantages > 0) & (r > 1 + high)) | ((advantages < 0) & (r < 1 - low)))
-    return -torch.minimum(r * advantages, r.clamp(1 - low, 1 + high) * advantages), kept
-
-
-def pg_loss(logprobs, rollout_logprobs, advantages):
-    """Importance-weighted policy gradient, no trust region. Returns (loss [N], kept [N] bool)."""
-    return -ratios(logprobs, rollout_logprobs) * advantages, torch.ones_like(advantages, dtype=torch.bool)
-
-
-def policy_loss(cfg, *inputs):
-    """The loss that --loss names, on (logprobs, rollout_logprobs, advantages)."""
-    match cfg.loss:
-        case "grpo":
-            return grpo_loss(*inputs)
-        case "pg":
-            return pg_loss(*inputs)
-    return dppo_loss(*inputs, divergence=cfg.loss.removeprefix("dppo_"), threshold=cfg.dppo_threshold)
+    if cfg.loss == "pg":    # importance-weighted policy gradient, no trust region
+        return -r * advantages, torch.ones_like(r, dtype=torch.bool)
+    low, high = 0.8, 1.272  # GRPO: PPO's clip of the ratio to the rollout policy
+    kept = ~(((advantages > 0) & (r > high)) | ((advantages < 0) & (r < low)))
+    return -torch.minimum(r * advantages, r.clamp(low, high) * advantages), kept
 
 
 class Policy(torch.nn.Module):
