@@ -2019,8 +2019,8 @@ def next_batch(cfg, cell, generator, step, version):
 def train(cfg, cell, run_dir, model, tasks, eval_tasks):
     """The recipe: collect, select, compare, pack, update, reload. Runs on every rank; a node's first owns its generator."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    generator = GeneratorClient(cfg, cell, model, tasks, run_dir) if cell.first else None
-    try:
+    client = contextlib.closing(GeneratorClient(cfg, cell, model, tasks, run_dir)) if cell.first else contextlib.nullcontext()
+    with client as generator:
         learner, history, saved = Learner(cfg, model, cell), [], 0
         for step in range(1, cfg.training_steps + 1):
             start = time.monotonic()
@@ -2057,9 +2057,6 @@ def train(cfg, cell, run_dir, model, tasks, eval_tasks):
                 report(metrics, cfg, run_dir)
         if dist.get_rank() == 0:
             summarize(history, run_dir)
-    finally:
-        if generator:
-            generator.close()
 
 
 def report(m, cfg, run_dir):
@@ -2111,11 +2108,8 @@ def score(results):
 
 def evaluate(cfg, cell, run_dir, model, tasks):
     """--eval: score a model."""
-    generator = GeneratorClient(cfg, cell, model, tasks, run_dir)
-    try:
+    with contextlib.closing(GeneratorClient(cfg, cell, model, tasks, run_dir)) as generator:
         report_scores(score(generator.evaluate(tasks, cfg)), str(model), run_dir)
-    finally:
-        generator.close()
 
 
 def oracle(cfg):
