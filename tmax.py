@@ -1703,8 +1703,8 @@ class Policy(torch.nn.Module):
                       (pack.tokens, pack.positions, pack.cu_seqlens, pack.predicts, pack.targets)))
 
 
-def load_policy(model, cfg, device, sharded=True):
-    """A trainable Policy with FP32 master weights, sharded over all ranks by FSDP2: every layer, then the rest."""
+def load_policy(model, cfg, sharded=True):
+    """A trainable Policy with FP32 master weights, sharded over all ranks by FSDP2: every layer, then the rest; or on the CPU."""
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="packed")
     if getattr(lm.get_output_embeddings(), "bias", None) is not None or not hasattr(lm.base_model, "layers"):
         raise UserError(f"--model: {model} cannot be trained: its LM head has a bias, or it is no decoder of layers")
@@ -1712,7 +1712,7 @@ def load_policy(model, cfg, device, sharded=True):
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(lm, cfg).train()
     if not sharded:
-        return policy.to(device)
+        return policy
     precision = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
     for layer in lm.base_model.layers:  # moved to the device one at a time, and only this rank's share stays
         fully_shard(layer, mp_policy=precision)
@@ -1806,8 +1806,7 @@ class Learner:
 
     def __init__(self, cfg, model, cell):
         self.cfg, self.cell, self.version = cfg, cell, 0
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self.policy = load_policy(model, cfg, self.device)
+        self.policy = load_policy(model, cfg)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=cfg.learning_rate, weight_decay=0.0, fused=True)
 
     def update(self, packs):
@@ -2270,7 +2269,7 @@ def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
     A share of the targets is random, so that the policy learns every word and yet hesitates everywhere: sampling then fails now
     and then in every task, from which RL can learn, and not always in some tasks and never in the others."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    policy = load_policy(folder, cfg, "cpu", sharded=False)
+    policy = load_policy(folder, cfg, sharded=False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, weight_decay=0.0)
     examples = [demonstration_rollout(tokenizer, *d) for d in demonstrations]
     random.Random(cfg.seed).shuffle(examples)
