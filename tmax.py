@@ -1226,9 +1226,8 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
             r.steps += 1
             if is_submission(command):
                 return "submitted"
-            left = box.task.agent_timeout - r.seconds_bash  # waiting for the model costs a rollout none of its time
-            start = time.monotonic()
-            limit = min(cfg.bash_timeout, max(left, 0.1))
+            start = time.monotonic()    # waiting for the model costs a rollout none of its time
+            limit = min(cfg.bash_timeout, max(0.1, box.task.agent_timeout - r.seconds_bash))
             with waiting("bash"):
                 output = await box.run(command, limit)
             r.seconds_bash += time.monotonic() - start
