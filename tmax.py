@@ -1703,7 +1703,7 @@ class Policy(torch.nn.Module):
 
 
 def load_policy(model, cfg, sharded=True):
-    """A trainable Policy with FP32 master weights, sharded over all ranks by FSDP2: every layer, then the rest; or on the CPU."""
+    """A trainable Policy with FP32 master weights, sharded over all ranks by FSDP2 layer by layer; or whole, on the CPU."""
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="packed")
     if getattr(lm.get_output_embeddings(), "bias", None) is not None or not hasattr(lm.base_model, "layers"):
         raise UserError(f"--model: {model} cannot be trained: its LM head has a bias, or it is no decoder of layers")
