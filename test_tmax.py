@@ -2962,7 +2962,7 @@ def learner_logprobs(folder, turn, prompt):
     r.append(prompt, 0)
     r.append(turn.tokens, 1, turn.logprobs, turn.versions)
     with torch.no_grad():
-        return tmax.load_policy(folder, HOT, "cpu", sharded=False).run(tmax.build_pack([r]))[0]
+        return tmax.load_policy(folder, HOT, sharded=False).run(tmax.build_pack([r]))[0]
 
 
 PROMPT = list(range(300, 340))
@@ -3002,7 +3002,7 @@ def test_fp32_head_is_on_both_sides_or_neither(live, tiny_run, fp32):
     cfg = dataclasses.replace(TINY, dtype="bfloat16", fp32_lm_head=fp32)
     config = tmax.engine_args(tiny_run / "model", cfg).create_engine_config().model_config
     assert config.dtype == torch.bfloat16 and config.head_dtype == (torch.float32 if fp32 else torch.bfloat16)
-    assert tmax.load_policy(tiny_run / "model", cfg, "cpu", sharded=False).fp32_lm_head is fp32
+    assert tmax.load_policy(tiny_run / "model", cfg, sharded=False).fp32_lm_head is fp32
 
 
 def test_noise_is_fresh_every_time(live):
@@ -3197,7 +3197,7 @@ def updates_of_a_rank(folder, cell):
     learner = tmax.Learner(RECORDED, folder / "model", cell)
     mine = groups if cell.nodes == 1 else groups[:5] if cell.node == 0 else groups[5:]
     rewards = [r.reward for r in sum(mine, [])]
-    figures = dict(rewards=rewards, groups_tried=len(mine), waiting=tmax.Counter(model=len(mine)))
+    figures = dict(reward=sum(rewards), rollouts_graded=len(rewards), groups_tried=len(mine), waiting_model=len(mine))
     generator = SimpleNamespace(collect=lambda step, version: (mine, figures),
                                 memory=folder / f"{cell.nodes}x{cell.ranks}-{cell.node}")
     gradients, metrics = [], []
@@ -3536,7 +3536,7 @@ def family_model(request, tmp_path_factory):
 def test_families_train(family_model):
     """From a folder to logprobs: packed as the learner computes them, against each rollout alone with ordinary attention."""
     tmax.check_model(family_model, CFG)
-    policy = tmax.load_policy(family_model, CFG, "cpu", sharded=False)
+    policy = tmax.load_policy(family_model, CFG, sharded=False)
     chat, draw = tmax.ChatFormat(AutoTokenizer.from_pretrained(family_model)), random.Random(5)
     rollouts = []
     for name in ("a", "b", "c"):
@@ -3613,7 +3613,7 @@ def test_a_bias_in_the_head_is_refused(tmp_path):
     """The chunked LM head would leave it out."""
     AutoModelForCausalLM.from_config(AutoConfig.for_model("phi", vocab_size=64, **SHAPE)).save_pretrained(tmp_path)
     with pytest.raises(tmax.UserError, match="--model: .*bias"):
-        tmax.load_policy(tmp_path, CFG, "cpu", sharded=False)
+        tmax.load_policy(tmp_path, CFG, sharded=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

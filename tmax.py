@@ -1123,7 +1123,8 @@ class Rollout:
     versions: list[int]             # policy version that sampled the token; -1 elsewhere
     prompt_tokens: int
     reward: float = 0.0
-    finish: str = ""                # submitted | no_call | max_steps | max_tokens | timeout | killed_itself | tampered | void:REASON
+    finish: str = ""                # submitted | no_call | max_steps | max_tokens | timeout | killed_itself | tampered |
+                                    # void:REASON; of an oracle also no_solution
     steps: int = 0                  # bash calls; in an evaluation also turns without one
     advantage: float = 0.0
     seconds_bash: float = 0.0
@@ -1200,9 +1201,8 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
             r.steps += 1
             if is_submission(command):
                 return "submitted"
-            left = box.task.agent_timeout - r.seconds_bash  # waiting for the model costs a rollout none of its time
-            start = time.monotonic()
-            limit = min(cfg.bash_timeout, max(left, 0.1))
+            start = time.monotonic()    # waiting for the model costs a rollout none of its time
+            limit = min(cfg.bash_timeout, max(0.1, box.task.agent_timeout - r.seconds_bash))
             with waiting("bash"):
                 output = await box.run(command, limit)
             r.seconds_bash += time.monotonic() - start
@@ -1232,32 +1232,31 @@ class Turn(NamedTuple):
     cut: bool               # the budget ended it, not a stop token
 
 
-WAITING = Counter()     # rollouts of this process by what they wait for: model, bash, grading
+WAITING = Counter()     # rollouts of this process by what they wait for: waiting_model, waiting_bash, waiting_grading
 
 
 @contextlib.contextmanager
 def waiting(what):
     """Count a rollout as waiting for `what`."""
-    WAITING[what] += 1
+    WAITING[f"waiting_{what}"] += 1
     try:
         yield
     finally:
-        WAITING[what] -= 1
+        WAITING[f"waiting_{what}"] -= 1
 
 
 def engine_args(model, cfg):
     """How vLLM is set up: one engine per GPU, the same numerics as the learner's."""
     from vllm.engine.arg_utils import AsyncEngineArgs
-    small = {}
-    if cfg.tiny or not torch.cuda.is_available():
-        small = dict(enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_num_seqs=64)
+    small = dict(enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_num_seqs=64)
     return AsyncEngineArgs(
         model=str(model), dtype=cfg.dtype, max_model_len=cfg.max_prompt_tokens + cfg.max_total_tokens,
         data_parallel_size=cfg.num_engines, distributed_executor_backend="uni",     # no worker process beside each engine
         enable_prefix_caching=True, disable_log_stats=True,
         logprobs_mode="processed_logprobs",     # after the temperature, as the learner computes them
         generation_config="vllm",               # else top_k and top_p of the model's own defaults creep in
-        hf_overrides={"head_dtype": "float32"} if cfg.fp32_lm_head else {}, **small)
+        hf_overrides={"head_dtype": "float32"} if cfg.fp32_lm_head else {},
+        **(small if cfg.tiny or not torch.cuda.is_available() else {}))
 
 
 class Engine:
@@ -1330,6 +1329,8 @@ def generator_main(cfg, cell, model, tasks, log, memory, devices, pipe):
         asyncio.run(Generator(cfg, cell, tasks, pipe).serve(model))
     except BaseException as error:
         traceback.print_exc()
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
         with contextlib.suppress(OSError):
             pipe.send(("failed", f"{type(error).__name__}: {error}"))
     finally:
@@ -1347,15 +1348,16 @@ def end_generator(memory):
 class Generator:
     """Starts groups as far as the learner allows, sends each finished one back, reloads weights when told to.
 
-    Messages in: ("allow", n) groups may have been started in all, ("weights", folder, version), ("evaluate", tasks, cfg), None
-    to stop. Messages out: ("ready", text), ("group", rollouts, WAITING), ("loaded", seconds), ("evaluated", task, run, rollout),
-    ("failed", reason)."""
+    Messages in: ("allow", n) groups may have been started in all, ("weights", folder, version), ("evaluate", tasks, cfg),
+    None to stop. Messages out: ("ready", text), ("group", rollouts, WAITING), ("loaded", seconds), ("evaluated", task, run,
+    rollout), ("failed", reason)."""
 
     def __init__(self, cfg, cell, tasks, pipe):
         self.cfg, self.cell, self.tasks, self.pipe, self.started = cfg, cell, tasks, pipe, 0
 
     async def serve(self, model):
-        inbox, self.running = asyncio.Queue(), set()
+        """Until told to stop. A group that raises ends it too: faults of sandboxes do not get here."""
+        inbox = asyncio.Queue()
         threading.Thread(target=self._read, args=(asyncio.get_running_loop(), inbox), daemon=True).start()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.engine = Engine(model, self.cfg)
@@ -1364,73 +1366,58 @@ class Generator:
         self.rollouts = asyncio.Semaphore(most)
         self.pipe.send(("ready", f"vLLM is ready: {self.cfg.num_engines} engine(s), KV cache for {self.engine.kv_tokens:,} "
                                  f"tokens, at most {most} rollouts at once"))
-        self.running.add(asyncio.create_task(self._watch_engine()))
-        while True:
-            match await self._meanwhile(inbox.get()):
-                case None:
-                    return await self._stop()
-                case ("weights", folder, version):
-                    try:
-                        reload = asyncio.wait_for(self.engine.reload(folder, version), 600)
-                        self.pipe.send(("loaded", await self._meanwhile(reload)))
-                    except TimeoutError:
-                        raise RunFailed(f"vLLM did not take over weights {version} within 600 s") from None
-                case ("evaluate", tasks, cfg):
-                    self.running |= {asyncio.create_task(self._evaluate(place, task, run, cfg))
-                                     for run in range(cfg.eval_runs) for place, task in enumerate(tasks)}
-                case ("allow", allowed):
-                    while self.started < allowed:
-                        self.running.add(asyncio.create_task(self._group(self.started)))
-                        self.started += 1
+        try:
+            async with asyncio.TaskGroup() as running:      # whatever raises cancels all the others and a reload
+                running.create_task(self._watch_engine())
+                while message := await inbox.get():
+                    await self._obey(message, running)
+                sys.exit()
+        except SystemExit:
+            self.engine.llm.shutdown(timeout=0)
 
-    async def _meanwhile(self, awaitable):
-        """Its result. A group that raises meanwhile ends the generator: faults of sandboxes do not get here."""
-        task = asyncio.ensure_future(awaitable)
-        while not task.done():
-            done, _ = await asyncio.wait([task, *self.running], return_when=asyncio.FIRST_COMPLETED)
-            for group in done - {task}:
-                self.running.discard(group)
-                group.result()
-        return task.result()
+    async def _obey(self, message, running):
+        match message:
+            case ("weights", folder, version):
+                try:
+                    self.pipe.send(("loaded", await asyncio.wait_for(self.engine.reload(folder, version), 600)))
+                except TimeoutError:
+                    raise RunFailed(f"vLLM did not take over weights {version} within 600 s") from None
+            case ("evaluate", tasks, cfg):
+                for run, (place, task) in itertools.product(range(cfg.eval_runs), enumerate(tasks)):
+                    running.create_task(self._evaluate(place, task, run, cfg))
+            case ("allow", allowed):
+                while self.started < allowed:
+                    running.create_task(self._group(self.started))
+                    self.started += 1
 
     async def _watch_engine(self):
-        """Raise when an engine is dead: a reload would wait for it, and nobody asks it anything while all rollouts are in bash."""
+        """Raise when an engine is dead: a reload would wait for it, and rollouts in bash ask it nothing."""
         while not self.engine.llm.errored:
             await asyncio.sleep(1)
         raise self.engine.llm.dead_error
 
     def _read(self, loop, inbox):
-        message = ()
-        while message is not None:
-            try:
-                message = self.pipe.recv()
-            except (EOFError, OSError):
-                return
-            loop.call_soon_threadsafe(inbox.put_nowait, message)
+        with contextlib.suppress(EOFError, OSError):    # the learner is gone, and soon this process
+            while True:
+                loop.call_soon_threadsafe(inbox.put_nowait, self.pipe.recv())
 
-    async def _stop(self):
-        for group in self.running:
-            group.cancel()
-        await asyncio.gather(*self.running, return_exceptions=True)
-        self.engine.llm.shutdown(timeout=0)
+    async def _rollout(self, task, cfg, place):
+        """A rollout, once there is room for it, on the engine that `place` chooses."""
+        async with self.rollouts:
+            return await rollout(self.engine, task, self.tokenizer, cfg, place % cfg.num_engines)
 
     async def _group(self, index):
         """The rollouts of one task, all on the same engine, for its prefix cache. Nodes take tasks in turn."""
         task = task_at(self.tasks, index * self.cell.nodes + self.cell.node, self.cfg.seed)
-
-        async def one():
-            async with self.rollouts:
-                return await rollout(self.engine, task, self.tokenizer, self.cfg, index % self.cfg.num_engines)
-        group = await asyncio.gather(*[one() for _ in range(self.cfg.samples_per_prompt)])
+        group = await asyncio.gather(*[self._rollout(task, self.cfg, index) for _ in range(self.cfg.samples_per_prompt)])
         self.pipe.send(("group", group, dict(WAITING)))
 
     async def _evaluate(self, place, task, run, cfg):
         """One rollout of an evaluation; a void one is tried three times, for it would count as a failure."""
-        async with self.rollouts:
-            for _ in range(3):
-                r = await rollout(self.engine, task, self.tokenizer, cfg, place % self.cfg.num_engines)
-                if not r.void:
-                    break
+        for _ in range(3):
+            r = await self._rollout(task, cfg, place)
+            if not r.void:
+                break
         self.pipe.send(("evaluated", place, run, r))
 
 
@@ -1486,14 +1473,9 @@ def build_pack(rollouts):
     join = lambda name, dtype: np.concatenate([np.asarray(getattr(r, name), dtype) for r in rollouts])
     lengths, tokens, sampled = [len(r.tokens) for r in rollouts], join("tokens", np.int64), np.flatnonzero(join("mask", bool))
     advantages = np.repeat(np.asarray([r.advantage for r in rollouts], np.float32), lengths)
-    return Pack(tokens, np.concatenate([np.arange(n) for n in lengths]), np.cumsum([0, *lengths], dtype=np.int32), sampled - 1,
-                tokens[sampled], join("logprobs", np.float32)[sampled], advantages[sampled], join("versions", np.int64)[sampled])
-
-
-def pack_cost(length):
-    """Work of a rollout in units of one token's matrix products; attention costs as much at 54,000 tokens (Qwen3-8B: 2 * 8e9
-    flops a token against 2 * 36 layers * 4,096 * length), and grows with the square."""
-    return length + length * length / 54_000
+    return Pack(tokens, np.concatenate([np.arange(n) for n in lengths]), np.cumsum([0, *lengths], dtype=np.int32),
+                predicts=sampled - 1, targets=tokens[sampled], rollout_logprobs=join("logprobs", np.float32)[sampled],
+                advantages=advantages[sampled], versions=join("versions", np.int64)[sampled])
 
 
 def pack(rollouts, pack_length, num_ranks):
@@ -1515,7 +1497,9 @@ def pack(rollouts, pack_length, num_ranks):
                 bins += room
             min(room, key=choose).append(r)
         return bins
-    cost = lambda b: sum(pack_cost(len(r.tokens)) for r in b)
+    # In units of one token's matrix products: attention grows with the square, and costs as much as they at 54,000 tokens
+    # (Qwen3-8B: 2 * 8e9 flops a token against 2 * 36 layers * 4,096 * length).
+    cost = lambda b: sum(len(r.tokens) * (1 + len(r.tokens) / 54_000) for r in b)
     bins = fill([], choose=lambda b: 0)                                # first fit: how many are needed
     count = max(1, math.ceil(len(bins) / num_ranks)) * num_ranks
     balanced = fill([[] for _ in range(count)], choose=cost)           # the lightest with room
@@ -1660,26 +1644,16 @@ def dppo_loss(logprobs, rollout_logprobs, advantages, divergence="tv", threshold
     return torch.where(kept, -r * advantages, 0.0), kept
 
 
-def grpo_loss(logprobs, rollout_logprobs, advantages, low=0.2, high=0.272):
-    """The paper's GRPO baseline: PPO's clip of the ratio to the rollout policy. Returns (loss [N], kept [N] bool)."""
+def policy_loss(cfg, logprobs, rollout_logprobs, advantages):
+    """The loss that --loss names: DPPO, or a baseline of the paper. All [N]; returns (loss [N], kept [N] bool)."""
+    if cfg.loss.startswith("dppo"):
+        return dppo_loss(logprobs, rollout_logprobs, advantages, cfg.loss.removeprefix("dppo_"), cfg.dppo_threshold)
     r = ratios(logprobs, rollout_logprobs)
-    kept = ~(((advantages > 0) & (r > 1 + high)) | ((advantages < 0) & (r < 1 - low)))
-    return -torch.minimum(r * advantages, r.clamp(1 - low, 1 + high) * advantages), kept
-
-
-def pg_loss(logprobs, rollout_logprobs, advantages):
-    """Importance-weighted policy gradient, no trust region. Returns (loss [N], kept [N] bool)."""
-    return -ratios(logprobs, rollout_logprobs) * advantages, torch.ones_like(advantages, dtype=torch.bool)
-
-
-def policy_loss(cfg, *inputs):
-    """The loss that --loss names, on (logprobs, rollout_logprobs, advantages)."""
-    match cfg.loss:
-        case "grpo":
-            return grpo_loss(*inputs)
-        case "pg":
-            return pg_loss(*inputs)
-    return dppo_loss(*inputs, divergence=cfg.loss.removeprefix("dppo_"), threshold=cfg.dppo_threshold)
+    if cfg.loss == "pg":    # importance-weighted policy gradient, no trust region
+        return -r * advantages, torch.ones_like(r, dtype=torch.bool)
+    low, high = 0.8, 1.272  # GRPO: PPO's clip of the ratio to the rollout policy
+    kept = ~(((advantages > 0) & (r > high)) | ((advantages < 0) & (r < low)))
+    return -torch.minimum(r * advantages, r.clamp(low, high) * advantages), kept
 
 
 class Policy(torch.nn.Module):
@@ -1703,8 +1677,8 @@ class Policy(torch.nn.Module):
                       (pack.tokens, pack.positions, pack.cu_seqlens, pack.predicts, pack.targets)))
 
 
-def load_policy(model, cfg, device, sharded=True):
-    """A trainable Policy with FP32 master weights, sharded over all ranks by FSDP2: every layer, then the rest."""
+def load_policy(model, cfg, sharded=True):
+    """A trainable Policy with FP32 master weights, sharded over all ranks by FSDP2 layer by layer; or whole, on the CPU."""
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="packed")
     if getattr(lm.get_output_embeddings(), "bias", None) is not None or not hasattr(lm.base_model, "layers"):
         raise UserError(f"--model: {model} cannot be trained: its LM head has a bias, or it is no decoder of layers")
@@ -1712,7 +1686,7 @@ def load_policy(model, cfg, device, sharded=True):
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(lm, cfg).train()
     if not sharded:
-        return policy.to(device)
+        return policy
     precision = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
     for layer in lm.base_model.layers:  # moved to the device one at a time, and only this rank's share stays
         fully_shard(layer, mp_policy=precision)
@@ -1744,24 +1718,20 @@ def step_metrics(seen, version):
 
     *mismatch* is |log mu - log pi| over tokens that these very weights sampled, so numerics alone; *drift* is the same
     over all tokens, so numerics and staleness."""
-    gap = (seen["logprobs"] - seen["rollout_logprobs"]).abs()
-    moved = (seen["logprobs"].exp() - seen["rollout_logprobs"].exp()).abs()
-    up, down, newest = seen["advantages"] > 0, seen["advantages"] < 0, seen["versions"] == version
-    lag = version - seen["versions"]
-    kept = seen["kept"]
-    sums = torch.stack([x.double().sum() for x in (torch.ones_like(gap), seen["loss"], kept, seen["entropy"], moved, lag,
-                                                   up, kept * up, down, kept * down)])
-    top = lambda x: x.double().max() if len(x) else torch.tensor(-1.0, dtype=torch.float64)
-    tops = torch.stack([top(x) for x in (gap, gap[newest], moved, (seen["logprobs"] - seen["rollout_logprobs"]).exp(), lag)])
+    logprobs, mu, kept, lag = seen["logprobs"], seen["rollout_logprobs"], seen["kept"], version - seen["versions"]
+    gap, moved, every = (logprobs - mu).abs(), (logprobs.exp() - mu.exp()).abs(), torch.ones_like(mu)
+    up, down = seen["advantages"] > 0, seen["advantages"] < 0
+    means = dict(loss=(seen["loss"], every), kept_fraction=(kept, every), kept_fraction_positive=(kept * up, up),
+                 kept_fraction_negative=(kept * down, down), entropy=(seen["entropy"], every), divergence_mean=(moved, every),
+                 staleness_mean=(lag, every))
+    tops = dict(mismatch_max=gap[lag == 0], drift_max=gap, divergence_max=moved, ratio_max=(logprobs - mu).exp(),
+                staleness_max=lag)
+    sums = torch.stack([torch.stack([x.double().sum(), count.double().sum()]) for x, count in means.values()])
+    most = torch.stack([torch.cat([x.double(), x.new_tensor([-1.0]).double()]).max() for x in tops.values()])    # -1: of none
     dist.all_reduce(sums)
-    dist.all_reduce(tops, dist.ReduceOp.MAX)
-    n, loss, kept, entropy, moved, lag, up, kept_up, down, kept_down = sums.tolist()
-    drift, mismatch, moved_max, ratio, staleness = (None if x < 0 else x for x in tops.tolist())
-    mean = lambda total, count: total / count if count else None
-    return dict(tokens=int(n), loss=mean(loss, n), kept_fraction=mean(kept, n), kept_fraction_positive=mean(kept_up, up),
-                kept_fraction_negative=mean(kept_down, down), entropy=mean(entropy, n), mismatch_max=mismatch, drift_max=drift,
-                divergence_mean=mean(moved, n), divergence_max=moved_max, ratio_max=ratio, staleness_mean=mean(lag, n),
-                staleness_max=staleness)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return (dict(tokens=int(sums[0, 1])) | {name: total / n if n else None for name, (total, n) in zip(means, sums.tolist())}
+            | {name: None if x < 0 else x for name, x in zip(tops, most.tolist())})
 
 
 class Cell(NamedTuple):
@@ -1810,8 +1780,7 @@ class Learner:
 
     def __init__(self, cfg, model, cell):
         self.cfg, self.cell, self.version = cfg, cell, 0
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self.policy = load_policy(model, cfg, self.device)
+        self.policy = load_policy(model, cfg)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=cfg.learning_rate, weight_decay=0.0, fused=True)
 
     def update(self, packs):
@@ -1820,15 +1789,14 @@ class Learner:
         dist.all_reduce(num_tokens)
         # FSDP averages gradients over the ranks; the loss is a sum over all of them.
         seen = backward_packs(self.policy, packs, int(num_tokens), self.cfg, scale=dist.get_world_size())
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.cfg.max_grad_norm)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if skipped := not math.isfinite(norm):
-            if dist.get_rank() == 0:
-                print(f"gradient norm is {norm}: step skipped", file=sys.stderr)
-        else:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.cfg.learning_rate * min(1.0, (self.version + 1) / (self.cfg.warmup_steps + 1))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.cfg.max_grad_norm).full_tensor())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.cfg.learning_rate * min(1.0, (self.version + 1) / (self.cfg.warmup_steps + 1))
+        skipped = not math.isfinite(norm)
+        if not skipped:
             self.optimizer.step()
+        elif dist.get_rank() == 0:
+            print(f"gradient norm is {norm}: step skipped", file=sys.stderr)
         self.optimizer.zero_grad()
         metrics = step_metrics(seen, self.version)
         self.version += 1
@@ -1876,7 +1844,7 @@ def write_rollouts(file, rollouts, **more):
     for r in rollouts:
         file.write(json.dumps(more | dict(
             task=r.task, reward=r.reward, finish=r.finish, steps=r.steps, tokens=len(r.tokens), sampled=sum(r.mask),
-            versions=sorted({v for v in r.versions if v >= 0}), seconds_bash=round(r.seconds_bash, 3), transcript=r.transcript)) + "\n")
+            versions=sorted(set(r.versions) - {-1}), seconds_bash=round(r.seconds_bash, 3), transcript=r.transcript)) + "\n")
     file.flush()
 
 
@@ -1895,7 +1863,7 @@ class GeneratorClient:
         self.memory = Path(tempfile.mkdtemp(prefix=f"tmax-{os.getpid()}-", dir="/dev/shm"))     # weights on their way; sockets
         self.closed, self.training, self.reload_seconds, self.failure = 0, 0, None, None
         self.generator_log = run_dir / f"generator{suffix}.log"
-        self.inbox, self.evaluated, self.loaded = queue.Queue(), queue.Queue(), threading.Event()
+        self.inbox, self.loaded = {"group": queue.Queue(), "evaluated": queue.Queue()}, threading.Event()
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         cell = cell._replace(group=None)    # stays here
@@ -1908,45 +1876,53 @@ class GeneratorClient:
 
     def _read(self):
         """Empty the pipe at once, so that the generator never waits for a learner that is busy."""
-        try:
+        with contextlib.suppress(EOFError, OSError):
             while True:
-                message = self.pipe.recv()
-                if message[0] == "loaded":
-                    self.reload_seconds = message[1]
-                    self.loaded.set()
-                elif message[0] == "failed":
-                    self.failure = message[1]
-                elif message[0] == "ready":
-                    tqdm.write(message[1])
-                else:
-                    (self.evaluated if message[0] == "evaluated" else self.inbox).put(message)
-        except (EOFError, OSError):
-            self.failure = self.failure or "the process ended unexpectedly"
-            self.inbox.put(("failed",))
-            self.evaluated.put((None,) * 4)
-            self.loaded.set()
+                match self.pipe.recv():
+                    case ("ready", text):
+                        tqdm.write(text)
+                    case ("failed", reason):
+                        self.failure = reason
+                    case ("loaded", seconds):
+                        self.reload_seconds = seconds
+                        self.loaded.set()
+                    case (kind, *content):
+                        self.inbox[kind].put(content)
+        self.failure = self.failure or "the process ended unexpectedly"
+        self.loaded.set()
+        for inbox in self.inbox.values():
+            inbox.put(None)
+
+    def _next(self, kind):
+        """What the next message of this kind holds. Raises RunFailed if the generator is no more."""
+        content = self.inbox[kind].get()
+        if self.failure:
+            raise RunFailed(f"generator: {self.failure} (see {self.generator_log})")
+        return content
+
+    def _send(self, message):
+        with contextlib.suppress(OSError):  # if the generator is gone, _next says so
+            self.pipe.send(message)
 
     def _allow(self):
-        with contextlib.suppress(OSError):  # if the generator is gone, the inbox says so
-            self.pipe.send(("allow", self.closed + (self.cfg.async_steps + 1) * self.cfg.prompts_per_step))
+        self._send(("allow", self.closed + (self.cfg.async_steps + 1) * self.cfg.prompts_per_step))
 
     def collect(self, step, version):
         """Wait for a batch: prompts_per_step useful groups, or what is useful among four times as many that came back.
 
-        Returns (groups, figures that add up over nodes). Taking a batch frees the slots of the one before, rejecting a group
-        frees its own. Raises RunFailed if the generator is no more."""
+        Returns (groups, Counter of figures that add up over nodes, `reward` a sum too). Taking a batch frees the slots of the
+        one before, rejecting a group frees its own. Raises RunFailed if the generator is no more."""
         self.closed, self.training = self.closed + self.training, 0
         self._allow()
         wanted = self.cfg.prompts_per_step
-        batch, found = [], dict(rewards=[], groups_tried=0, finish=Counter(), waiting=Counter())
+        batch, found = [], Counter()
         bar = tqdm(total=wanted, desc=f"step {step}: groups", leave=False, disable=True if self.cell.node else None)
         while len(batch) < wanted and found["groups_tried"] < 4 * wanted:
-            message = self.inbox.get()
-            self.check()
-            _, group, waits = message
+            group, waits = self._next("group")
             useful, counts = select_groups([group], version, self.cfg)
-            add(found, dict(counts, groups_tried=1, rewards=[r.reward for r in group if not r.void], waiting=Counter(waits),
-                            finish=Counter(r.finish for r in group)))
+            graded = [r.reward for r in group if not r.void]
+            found.update(counts, groups_tried=1, rollouts_graded=len(graded), reward=sum(graded), **waits)
+            found.update(f"finish_{r.finish}" for r in group)
             write_rollouts(self.log, group, step=step)
             batch += useful
             bar.update(len(useful))
@@ -1957,19 +1933,12 @@ class GeneratorClient:
         self.training = len(batch)
         return batch, found
 
-    def check(self):
-        """Raise RunFailed if the generator is no more."""
-        if self.failure:
-            raise RunFailed(f"generator: {self.failure} (see {self.generator_log})")
-
     def evaluate(self, tasks, cfg, step=0):
         """Rollouts [task][run] by the engines with the weights they now have: every task cfg.eval_runs times."""
-        with contextlib.suppress(OSError):
-            self.pipe.send(("evaluate", tasks, cfg))
+        self._send(("evaluate", tasks, cfg))
         results = [[None] * cfg.eval_runs for _ in tasks]
         for _ in tqdm(range(len(tasks) * cfg.eval_runs), desc="evaluation: rollouts", leave=False, disable=None):
-            _, place, run, r = self.evaluated.get()
-            self.check()
+            place, run, r = self._next("evaluated")
             results[place][run] = r
             write_rollouts(self.log, [r], step=step, run=run)
         return results
@@ -1977,14 +1946,12 @@ class GeneratorClient:
     def publish(self, version):
         """Let the engines take over the weights in memory; returns at once. Wait for `loaded` before writing there again."""
         self.loaded.clear()
-        with contextlib.suppress(OSError):
-            self.pipe.send(("weights", self.memory / "weights", version))
+        self._send(("weights", self.memory / "weights", version))
 
     def close(self):
         for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not stop the cleaning up
             signal.signal(number, signal.SIG_IGN)
-        with contextlib.suppress(OSError):
-            self.pipe.send(None)
+        self._send(None)
         self.process.join(5)
         self.process.kill()
         with contextlib.suppress(ProcessLookupError):
@@ -1994,12 +1961,6 @@ class GeneratorClient:
             remove_containers()
         shutil.rmtree(self.memory, ignore_errors=True)
         self.log.close()
-
-
-def add(total, more):
-    """Add figures to those of the same name: numbers, lists, Counters."""
-    for key, value in more.items():
-        total[key] = total[key] + value if key in total else value
 
 
 def next_batch(cfg, cell, generator, step, version):
@@ -2016,32 +1977,31 @@ def next_batch(cfg, cell, generator, step, version):
                 r.advantage = float(advantage)
         rows = pack(sum(groups, []), cfg.pack_length, cell.ranks) if groups else [[]] * cell.ranks
         share.extend((row, generator.memory / "weights") for row in rows)
-        return found | dict(packs=len(rows[0]))
-    results, mine, total = together(collect if cell.first else dict), [None], {}
+        return len(rows[0]), found
+    results, mine, total = together(collect if cell.first else lambda: (0, Counter())), [None], Counter()
     dist.scatter_object_list(mine, share, src=cell.node * cell.ranks, group=cell.group)
-    (packs, folder), count = mine[0], max(found.get("packs", 0) for found in results)
-    for found in results:
-        add(total, found)
-    rewards, waits = total.pop("rewards"), total.pop("waiting")
-    total |= {f"waiting_{what}": waits[what] / total["groups_tried"] * cell.nodes for what in ("model", "bash", "grading")}
-    total |= dict(reward=float(np.mean(rewards)) if rewards else None, packs=count)
-    return packs + [build_pack([])] * (count - len(packs)), folder, total
+    (packs, folder), count = mine[0], max(n for n, _ in results)
+    for _, found in results:
+        total.update(found)
+    for name in ("waiting_model", "waiting_bash", "waiting_grading"):       # a mean over groups, of what all nodes saw
+        total[name] *= cell.nodes / total["groups_tried"]
+    reward = total["reward"] / total["rollouts_graded"] if total["rollouts_graded"] else None
+    return packs + [build_pack([])] * (count - len(packs)), folder, dict(total, reward=reward, packs=count)
 
 
 def train(cfg, cell, run_dir, model, tasks, eval_tasks):
     """The recipe: collect, select, compare, pack, update, reload. Runs on every rank; a node's first owns its generator."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    generator = GeneratorClient(cfg, cell, model, tasks, run_dir) if cell.first else None
-    try:
-        learner, history = Learner(cfg, model, cell), []
-        save = lambda step: learner.save_checkpoint(run_dir / f"checkpoint-{step}", tokenizer)
+    client = contextlib.closing(GeneratorClient(cfg, cell, model, tasks, run_dir)) if cell.first else contextlib.nullcontext()
+    with client as generator:
+        learner, history, saved = Learner(cfg, model, cell), [], 0
         for step in range(1, cfg.training_steps + 1):
             start = time.monotonic()
             try:
                 packs, folder, metrics = next_batch(cfg, cell, generator, step, learner.version)
             except RunFailed:
-                if learner.version and (step - 1) % cfg.save_every:     # what was learnt is not lost with the generator
-                    save(step - 1)
+                if learner.version and saved < step - 1:    # what was learnt is not lost with the generator
+                    learner.save_checkpoint(run_dir / f"checkpoint-{step - 1}", tokenizer)
                 raise
             generated = trained = waited = written = time.monotonic()
             update = dict.fromkeys(UPDATE_METRICS)
@@ -2057,7 +2017,8 @@ def train(cfg, cell, run_dir, model, tasks, eval_tasks):
                 written = time.monotonic()
             evaluation = bool(cfg.eval_every) and step % cfg.eval_every == 0
             if evaluation or step % cfg.save_every == 0 or step == cfg.training_steps:
-                save(step)
+                learner.save_checkpoint(run_dir / f"checkpoint-{step}", tokenizer)
+                saved = step
             if dist.get_rank() == 0:
                 metrics = dict(step=step, **metrics, **update, updated=bool(packs), version=learner.version,
                                seconds_generate=generated - start, seconds_train=trained - generated,
@@ -2069,9 +2030,6 @@ def train(cfg, cell, run_dir, model, tasks, eval_tasks):
                 report(metrics, cfg, run_dir)
         if dist.get_rank() == 0:
             summarize(history, run_dir)
-    finally:
-        if generator:
-            generator.close()
 
 
 def report(m, cfg, run_dir):
@@ -2123,11 +2081,8 @@ def score(results):
 
 def evaluate(cfg, cell, run_dir, model, tasks):
     """--eval: score a model."""
-    generator = GeneratorClient(cfg, cell, model, tasks, run_dir)
-    try:
+    with contextlib.closing(GeneratorClient(cfg, cell, model, tasks, run_dir)) as generator:
         report_scores(score(generator.evaluate(tasks, cfg)), str(model), run_dir)
-    finally:
-        generator.close()
 
 
 def oracle(cfg):
@@ -2288,7 +2243,7 @@ def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
     A share of the targets is random, so that the policy learns every word and yet hesitates everywhere: sampling then fails now
     and then in every task, from which RL can learn, and not always in some tasks and never in the others."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    policy = load_policy(folder, cfg, "cpu", sharded=False)
+    policy = load_policy(folder, cfg, sharded=False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, weight_decay=0.0)
     examples = [demonstration_rollout(tokenizer, *d) for d in demonstrations]
     random.Random(cfg.seed).shuffle(examples)
