@@ -1054,7 +1054,7 @@ def test_defaults_are_the_cards_values():
       for value in ("nan", "inf", "0", "-1")),
     *((f"--{name} -1", name) for name in ("max_prompt_tokens", "max_turn_tokens", "max_total_tokens", "max_steps", "async_steps",
                                           "warmup_steps", "prompts_per_step", "training_steps", "num_learners", "num_engines",
-                                          "max_concurrent_rollouts", "save_every")),
+                                          "max_concurrent_rollouts", "save_every", "eval_runs", "gpu_memory_gb", "seed")),
 ])
 def test_wrong_values_are_refused_by_name(argv, named):
     """A wrong flag or value raises UserError with one line that names it."""
@@ -1074,6 +1074,7 @@ def test_tiny_is_a_preset_and_given_flags_win():
     for place in (0, 2, 5, 7):
         assert tmax.parse_config([*flags[:place], "--tiny", *flags[place:]]) == wanted
     assert tmax.parse_config(["--tiny", "false"]) == tmax.Config()
+    assert tmax.parse_config("--async_steps 0 --seed 0 --warmup_steps 0 --fp32_lm_head false".split()).async_steps == 0
 
 
 @pytest.mark.parametrize("gpus, ranks, world, flags, split", [

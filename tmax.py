@@ -64,7 +64,7 @@ import traceback
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
@@ -162,13 +162,10 @@ class Config:
         def need(name, holds, what):
             if not holds:
                 raise UserError(f"--{name}: {getattr(self, name)} is not {what}")
-        for name in ("max_prompt_tokens", "max_turn_tokens", "max_total_tokens", "max_steps", "prompts_per_step", "pack_length",
-                     "training_steps", "save_every", "eval_runs"):
-            need(name, getattr(self, name) >= 1, "a positive number")
-        for name in ("async_steps", "warmup_steps", "num_learners", "num_engines", "max_concurrent_rollouts", "eval_every"):
-            need(name, getattr(self, name) >= 0, "zero or a positive number")
-        for name in ("bash_timeout", "learning_rate", "max_grad_norm", "dppo_threshold"):
-            need(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        for f in fields(self):
+            if type(value := getattr(self, f.name)) in (int, float):
+                zero = f.default == 0 or f.name in ("async_steps", "seed")
+                need(f.name, 0 < value < math.inf or zero and value == 0, "zero or a positive number" if zero else "a positive number")
         need("temperature", 0 < self.temperature <= 2, "above 0 and at most 2")
         need("top_p", 0 < self.top_p <= 1 and (self.eval or self.top_p == 1), "1, or in an evaluation between 0 and 1")
         need("eval_every", bool(self.eval_every) == bool(self.eval_tasks), "given together with --eval_tasks")
