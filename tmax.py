@@ -443,39 +443,38 @@ def content_hash(folder):
     return digest.hexdigest()[:32]
 
 
-IMAGE_PAUSE = 60.0                      # seconds before what failed is tried again: the rollouts of a group share one try
 image_slots = threading.Semaphore(4)    # pulls and builds at once
-image_states = {}                       # image name -> lock, number of failures, earliest time of the next try
+image_locks = {}                        # image name -> lock, so that all rollouts share one pull or build
+images_failed = set()                   # names of images that could not be had
 
 
 def image_of(client, task, cfg, stop=threading.Event()):
     """The name of the task's container image, which the engine then has: pulled, or built once for a content of environment/.
 
-    Blocking; begins nothing once `stop` is set. Raises SandboxLost("image"); runs/NAME/images/ has the log. After three
-    failures an image is not tried again: its tasks are set aside. The docker program does the work because the SDK knows no BuildKit."""
+    Blocking; begins nothing once `stop` is set. Raises SandboxLost("image"), at once after the third failure: the tasks of the
+    image are set aside; runs/NAME/images/ has the log. The docker program does the work: the SDK knows no BuildKit."""
     context = task.path / "environment"
     name = f"tmax-build:{content_hash(context)}" if task.builds else task.image or cfg.image
-    state = image_states.setdefault(name, SimpleNamespace(lock=threading.Lock(), failures=0, again=0.0))
-    with state.lock:
+    with image_locks.setdefault(name, threading.Lock()):
         with contextlib.suppress(docker.errors.APIError):
             return client.images.get(name) and name
-        if state.failures < 3 and time.monotonic() >= state.again:
-            log = Path("runs", cfg.name, "images", re.sub(r"[^\w.-]", "_", name)[-100:] + ".log")
-            log.parent.mkdir(parents=True, exist_ok=True)
-            command = ["timeout", "--verbose", "--foreground", "-k", "10", str(task.build_timeout), "docker"]
-            command += ["build", "--force-rm", "--tag", name, "--", f"{context}"] if task.builds else ["pull", "--", name]
-            # The program would go by its own context where DOCKER_HOST is not set, and the SDK does not.
-            env = {"DOCKER_HOST": "unix:///var/run/docker.sock", **os.environ}
-            with image_slots, log.open("ab", buffering=0) as file:
-                for pause in (0,) if task.builds else (0, 2, 10):
-                    if stop.wait(pause):    # what runs by now ends with this process group
-                        raise SandboxLost("image")
-                    file.write(f"{time.ctime()}: {task.name}: {shlex.join(command)}\n".encode())
-                    if not subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env).returncode:
-                        return name
-            state.failures, state.again = state.failures + 1, time.monotonic() + IMAGE_PAUSE
-            fate = "set aside" if state.failures == 3 else "to be tried again"
-            print(f"task {task.name}: its image could not be had, {fate}: see {log}", file=sys.stderr)
+        if name in images_failed:
+            raise SandboxLost("image")
+        log = Path("runs", cfg.name, "images", re.sub(r"[^\w.-]", "_", name)[-100:] + ".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = ["timeout", "--verbose", "--foreground", "-k", "10", str(task.build_timeout), "docker"]
+        command += ["build", "--force-rm", "--tag", name, "--", f"{context}"] if task.builds else ["pull", "--", name]
+        # The program would go by its own context where DOCKER_HOST is not set, and the SDK does not.
+        env = {"DOCKER_HOST": "unix:///var/run/docker.sock", **os.environ}
+        with image_slots, log.open("ab", buffering=0) as file:
+            for pause in (0, 2, 10):
+                if stop.wait(pause):    # what runs by now ends with this process group
+                    raise SandboxLost("image")
+                file.write(f"{time.ctime()}: {task.name}: {shlex.join(command)}\n".encode())
+                if not subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env).returncode:
+                    return name
+        images_failed.add(name)
+        print(f"task {task.name} is set aside: its image could not be had: see {log}", file=sys.stderr)
     raise SandboxLost("image")
 
 
