@@ -165,7 +165,7 @@ class Config:
         for f in fields(self):
             if type(value := getattr(self, f.name)) in (int, float):
                 zero = f.default == 0 or f.name in ("async_steps", "seed")
-                need(f.name, 0 < value < math.inf or zero and value == 0, "zero or a positive number" if zero else "a positive number")
+                need(f.name, 0 < value < math.inf or zero and value == 0, "zero or " * zero + "a positive number")
         need("temperature", 0 < self.temperature <= 2, "above 0 and at most 2")
         need("top_p", 0 < self.top_p <= 1 and (self.eval or self.top_p == 1), "1, or in an evaluation between 0 and 1")
         need("eval_every", bool(self.eval_every) == bool(self.eval_tasks), "given together with --eval_tasks")
@@ -2189,7 +2189,8 @@ TINY_TEMPLATE = r"""
             {{- "\nCall one so:\n<tool_call>\n{\"name\": NAME, \"arguments\": ARGUMENTS}\n</tool_call>" }}
         {%- endif %}
         {%- for call in m.tool_calls or [] %}
-            {{- "<tool_call>\n" + ({"name": call.function.name, "arguments": call.function.arguments} | tojson) + "\n</tool_call>" }}
+            {{- "<tool_call>\n" + ({"name": call.function.name, "arguments": call.function.arguments} | tojson) }}
+            {{- "\n</tool_call>" }}
         {%- endfor %}
         {{- "<|im_end|>\n" }}
     {%- endif %}
@@ -2202,7 +2203,8 @@ def tiny_task(kind, first, second, folder=None):
     """A task about two words: its instruction and its solution as [(command, output), …]; written to `folder` if given."""
     a, b = f"/workspace/{first}", f"/workspace/{second}"
     instruction, seeds, solution, test = {
-        "write": (f"Write the line /{first} to the file {b}", {}, [(f"echo /{first} > {b}", "")], f'[ "$(cat {b})" = /{first} ]'),
+        "write": (f"Write the line /{first} to the file {b}", {}, [(f"echo /{first} > {b}", "")],
+                  f'[ "$(cat {b})" = /{first} ]'),
         "rename": (f"Rename the file {a} to {b}", {first: ""}, [(f"mv {a} {b}", "")], f"[ -e {b} ] && [ ! -e {a} ]"),
         "follow": (f"Read the file {a} and make the file that it names", {first: f"{b}\n"},
                    [(f"cat {a}", f"{b}\n"), (f"touch {b}", "")], f"[ -e {b} ]"),
@@ -2212,24 +2214,23 @@ def tiny_task(kind, first, second, folder=None):
                 '[environment]\nmemory_mb = 512\nnetwork_mode = "no-network"\n')
         files = {"instruction.md": f"{instruction}\n", "task.toml": spec,
                  "tests/test.sh": f"if {test}; then echo 1; else echo 0; fi >/logs/verifier/reward.txt\n"}
-        (folder / "environment/seeds").mkdir(parents=True)
-        (folder / "tests").mkdir()
+        for part in ("tests", "environment/seeds"):
+            (folder / part).mkdir(parents=True)
         for name, text in (files | {f"environment/seeds/{name}": text for name, text in seeds.items()}).items():
             (folder / name).write_text(text)
     return instruction, solution
 
 
 def make_tiny(root, seed):
-    """Write tasks, tokenizer and a random model under `root`. Returns (model folder, tasks folder, demonstrations): 126 tasks of
-    three kinds, and scripted conversations [(instruction, solution), …] about other pairs of words."""
-    pairs = random.Random(seed).sample(list(itertools.permutations(TINY_WORDS, 2)), 42 * 5)
-    kinds = ("write", "rename", "follow")
+    """Write tasks, tokenizer and a random model under `root`. Returns (model folder, tasks folder, demonstrations): 126 tasks
+    of three kinds, and scripted conversations [(instruction, solution), …] about other pairs of words."""
+    pairs, kinds = random.Random(seed).sample(list(itertools.permutations(TINY_WORDS, 2)), 210), ("write", "rename", "follow")
     for kind in kinds:
         for a, b in pairs[:42]:
             tiny_task(kind, a, b, root / "tasks" / f"{kind}-{a}-{b}")
     demonstrations = [tiny_task(kind, a, b) for a, b in pairs[42:] for kind in kinds]
 
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+    special = "<|endoftext|> <|im_start|> <|im_end|> <tool_call> </tool_call> <tool_response> </tool_response>".split()
     bpe = Tokenizer(models.BPE())
     word = Regex(rf"[ /]?(?:{'|'.join(TINY_WORDS)})|\n")        # a name is a token of its own, what stands around it another
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(word, "isolated"),
@@ -2245,8 +2246,8 @@ def make_tiny(root, seed):
     torch.manual_seed(seed)
     lm = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, initializer_range=0.08, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        num_key_value_heads=2, head_dim=32, initializer_range=0.08, max_position_embeddings=2048, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     lm.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     return root / "model", root / "tasks", demonstrations
@@ -2288,7 +2289,8 @@ def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
     held_out, examples = examples[:96], examples[96:]
     held_out, sampled = build_pack(held_out), [sum(r.mask) for r in held_out]
     draw, slips = random.Random(cfg.seed), np.random.default_rng(cfg.seed)
-    with tqdm(total=target, bar_format="warm start: solves {n:.3f} of held-out tasks, until {total} [{elapsed}]", disable=None) as bar:
+    with tqdm(total=target, disable=None,
+              bar_format="warm start: solves {n:.3f} of held-out tasks, until {total} [{elapsed}]") as bar:
         for step in itertools.count():
             if step % 2 == 0:
                 with torch.no_grad():
@@ -2298,7 +2300,7 @@ def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
                 if solved >= target:
                     break
                 if step > 2000:
-                    raise RunFailed(f"warm start: solves {solved:.3f} of the held-out tasks after {step} steps; try another --seed")
+                    raise RunFailed(f"warm start: solves {solved:.3f} of held-out tasks after {step} steps; try another --seed")
             pack = build_pack(draw.sample(examples, 16))
             wrong = slips.random(len(pack.targets)) < noise
             pack.targets[wrong] = slips.integers(len(tokenizer), size=wrong.sum())
@@ -2339,7 +2341,7 @@ def learner_memory(config, cfg, ranks):
 def plan(cfg, ranks):
     """What GPUs hold when `ranks` of them learn: (one screen of text, list of what does not fit). Reads config.json only.
 
-    Of a GPU, 5 % stay free of learners; vLLM takes 92 %, of which about 4 GiB are activations and CUDA graphs. Raises UserError."""
+    Of a GPU, 5 % stay free of learners; vLLM takes 92 %, 4 GiB of it for activations and CUDA graphs. Raises UserError."""
     check_model(cfg.model, cfg)
     config = AutoConfig.from_pretrained(cfg.model)
     gib, free = cfg.gpu_memory_gb or 80, math.inf
@@ -2386,7 +2388,7 @@ def make_run_dir(cfg):
 
 
 def run(cfg):
-    """Make what is missing, then train or evaluate. Runs on every rank; the first makes files, in a folder that all nodes see."""
+    """Make what is missing, then train or evaluate. Runs on every rank; the first makes files, where all nodes see them."""
     if not torch.cuda.is_available():  # one share of the cores each: OpenMP threads that wait for a core spin, ten times slower
         threads = max(1, len(os.sched_getaffinity(0)) // (cfg.num_learners + cfg.num_engines))
         torch.set_num_threads(threads)
