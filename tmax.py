@@ -64,7 +64,7 @@ import traceback
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
@@ -162,13 +162,10 @@ class Config:
         def need(name, holds, what):
             if not holds:
                 raise UserError(f"--{name}: {getattr(self, name)} is not {what}")
-        for name in ("max_prompt_tokens", "max_turn_tokens", "max_total_tokens", "max_steps", "prompts_per_step", "pack_length",
-                     "training_steps", "save_every", "eval_runs"):
-            need(name, getattr(self, name) >= 1, "a positive number")
-        for name in ("async_steps", "warmup_steps", "num_learners", "num_engines", "max_concurrent_rollouts", "eval_every"):
-            need(name, getattr(self, name) >= 0, "zero or a positive number")
-        for name in ("bash_timeout", "learning_rate", "max_grad_norm", "dppo_threshold"):
-            need(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        for f in fields(self):
+            if type(value := getattr(self, f.name)) in (int, float):
+                zero = f.default == 0 or f.name in ("async_steps", "seed")
+                need(f.name, 0 < value < math.inf or zero and value == 0, "zero or " * zero + "a positive number")
         need("temperature", 0 < self.temperature <= 2, "above 0 and at most 2")
         need("top_p", 0 < self.top_p <= 1 and (self.eval or self.top_p == 1), "1, or in an evaluation between 0 and 1")
         need("eval_every", bool(self.eval_every) == bool(self.eval_tasks), "given together with --eval_tasks")
@@ -446,39 +443,38 @@ def content_hash(folder):
     return digest.hexdigest()[:32]
 
 
-IMAGE_PAUSE = 60.0                      # seconds before what failed is tried again: the rollouts of a group share one try
 image_slots = threading.Semaphore(4)    # pulls and builds at once
-image_states = {}                       # image name -> lock, number of failures, earliest time of the next try
+image_locks = {}                        # image name -> lock, so that all rollouts share one pull or build
+images_failed = set()                   # names of images that could not be had
 
 
 def image_of(client, task, cfg, stop=threading.Event()):
     """The name of the task's container image, which the engine then has: pulled, or built once for a content of environment/.
 
-    Blocking; begins nothing once `stop` is set. Raises SandboxLost("image"); runs/NAME/images/ has the log. After three
-    failures an image is not tried again: its tasks are set aside. The docker program does the work because the SDK knows no BuildKit."""
+    Blocking; begins nothing once `stop` is set. Raises SandboxLost("image"), at once after the third failure: the tasks of the
+    image are set aside; runs/NAME/images/ has the log. The docker program does the work: the SDK knows no BuildKit."""
     context = task.path / "environment"
     name = f"tmax-build:{content_hash(context)}" if task.builds else task.image or cfg.image
-    state = image_states.setdefault(name, SimpleNamespace(lock=threading.Lock(), failures=0, again=0.0))
-    with state.lock:
+    with image_locks.setdefault(name, threading.Lock()):
         with contextlib.suppress(docker.errors.APIError):
             return client.images.get(name) and name
-        if state.failures < 3 and time.monotonic() >= state.again:
-            log = Path("runs", cfg.name, "images", re.sub(r"[^\w.-]", "_", name)[-100:] + ".log")
-            log.parent.mkdir(parents=True, exist_ok=True)
-            command = ["timeout", "--verbose", "--foreground", "-k", "10", str(task.build_timeout), "docker"]
-            command += ["build", "--force-rm", "--tag", name, "--", f"{context}"] if task.builds else ["pull", "--", name]
-            # The program would go by its own context where DOCKER_HOST is not set, and the SDK does not.
-            env = {"DOCKER_HOST": "unix:///var/run/docker.sock", **os.environ}
-            with image_slots, log.open("ab", buffering=0) as file:
-                for pause in (0,) if task.builds else (0, 2, 10):
-                    if stop.wait(pause):    # what runs by now ends with this process group
-                        raise SandboxLost("image")
-                    file.write(f"{time.ctime()}: {task.name}: {shlex.join(command)}\n".encode())
-                    if not subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env).returncode:
-                        return name
-            state.failures, state.again = state.failures + 1, time.monotonic() + IMAGE_PAUSE
-            fate = "set aside" if state.failures == 3 else "to be tried again"
-            print(f"task {task.name}: its image could not be had, {fate}: see {log}", file=sys.stderr)
+        if name in images_failed:
+            raise SandboxLost("image")
+        log = Path("runs", cfg.name, "images", re.sub(r"[^\w.-]", "_", name)[-100:] + ".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = ["timeout", "--verbose", "--foreground", "-k", "10", str(task.build_timeout), "docker"]
+        command += ["build", "--force-rm", "--tag", name, "--", f"{context}"] if task.builds else ["pull", "--", name]
+        # The program would go by its own context where DOCKER_HOST is not set, and the SDK does not.
+        env = {"DOCKER_HOST": "unix:///var/run/docker.sock", **os.environ}
+        with image_slots, log.open("ab", buffering=0) as file:
+            for pause in (0, 2, 10):
+                if stop.wait(pause):    # what runs by now ends with this process group
+                    raise SandboxLost("image")
+                file.write(f"{time.ctime()}: {task.name}: {shlex.join(command)}\n".encode())
+                if not subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env).returncode:
+                    return name
+        images_failed.add(name)
+        print(f"task {task.name} is set aside: its image could not be had: see {log}", file=sys.stderr)
     raise SandboxLost("image")
 
 
@@ -2151,7 +2147,8 @@ TINY_TEMPLATE = r"""
             {{- "\nCall one so:\n<tool_call>\n{\"name\": NAME, \"arguments\": ARGUMENTS}\n</tool_call>" }}
         {%- endif %}
         {%- for call in m.tool_calls or [] %}
-            {{- "<tool_call>\n" + ({"name": call.function.name, "arguments": call.function.arguments} | tojson) + "\n</tool_call>" }}
+            {{- "<tool_call>\n" + ({"name": call.function.name, "arguments": call.function.arguments} | tojson) }}
+            {{- "\n</tool_call>" }}
         {%- endfor %}
         {{- "<|im_end|>\n" }}
     {%- endif %}
@@ -2164,7 +2161,8 @@ def tiny_task(kind, first, second, folder=None):
     """A task about two words: its instruction and its solution as [(command, output), …]; written to `folder` if given."""
     a, b = f"/workspace/{first}", f"/workspace/{second}"
     instruction, seeds, solution, test = {
-        "write": (f"Write the line /{first} to the file {b}", {}, [(f"echo /{first} > {b}", "")], f'[ "$(cat {b})" = /{first} ]'),
+        "write": (f"Write the line /{first} to the file {b}", {}, [(f"echo /{first} > {b}", "")],
+                  f'[ "$(cat {b})" = /{first} ]'),
         "rename": (f"Rename the file {a} to {b}", {first: ""}, [(f"mv {a} {b}", "")], f"[ -e {b} ] && [ ! -e {a} ]"),
         "follow": (f"Read the file {a} and make the file that it names", {first: f"{b}\n"},
                    [(f"cat {a}", f"{b}\n"), (f"touch {b}", "")], f"[ -e {b} ]"),
@@ -2174,24 +2172,23 @@ def tiny_task(kind, first, second, folder=None):
                 '[environment]\nmemory_mb = 512\nnetwork_mode = "no-network"\n')
         files = {"instruction.md": f"{instruction}\n", "task.toml": spec,
                  "tests/test.sh": f"if {test}; then echo 1; else echo 0; fi >/logs/verifier/reward.txt\n"}
-        (folder / "environment/seeds").mkdir(parents=True)
-        (folder / "tests").mkdir()
+        for part in ("tests", "environment/seeds"):
+            (folder / part).mkdir(parents=True)
         for name, text in (files | {f"environment/seeds/{name}": text for name, text in seeds.items()}).items():
             (folder / name).write_text(text)
     return instruction, solution
 
 
 def make_tiny(root, seed):
-    """Write tasks, tokenizer and a random model under `root`. Returns (model folder, tasks folder, demonstrations): 126 tasks of
-    three kinds, and scripted conversations [(instruction, solution), …] about other pairs of words."""
-    pairs = random.Random(seed).sample(list(itertools.permutations(TINY_WORDS, 2)), 42 * 5)
-    kinds = ("write", "rename", "follow")
+    """Write tasks, tokenizer and a random model under `root`. Returns (model folder, tasks folder, demonstrations): 126 tasks
+    of three kinds, and scripted conversations [(instruction, solution), …] about other pairs of words."""
+    pairs, kinds = random.Random(seed).sample(list(itertools.permutations(TINY_WORDS, 2)), 210), ("write", "rename", "follow")
     for kind in kinds:
         for a, b in pairs[:42]:
             tiny_task(kind, a, b, root / "tasks" / f"{kind}-{a}-{b}")
     demonstrations = [tiny_task(kind, a, b) for a, b in pairs[42:] for kind in kinds]
 
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+    special = "<|endoftext|> <|im_start|> <|im_end|> <tool_call> </tool_call> <tool_response> </tool_response>".split()
     bpe = Tokenizer(models.BPE())
     word = Regex(rf"[ /]?(?:{'|'.join(TINY_WORDS)})|\n")        # a name is a token of its own, what stands around it another
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(word, "isolated"),
@@ -2207,8 +2204,8 @@ def make_tiny(root, seed):
     torch.manual_seed(seed)
     lm = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, initializer_range=0.08, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        num_key_value_heads=2, head_dim=32, initializer_range=0.08, max_position_embeddings=2048, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     lm.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     return root / "model", root / "tasks", demonstrations
@@ -2250,7 +2247,8 @@ def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
     held_out, examples = examples[:96], examples[96:]
     held_out, sampled = build_pack(held_out), [sum(r.mask) for r in held_out]
     draw, slips = random.Random(cfg.seed), np.random.default_rng(cfg.seed)
-    with tqdm(total=target, bar_format="warm start: solves {n:.3f} of held-out tasks, until {total} [{elapsed}]", disable=None) as bar:
+    with tqdm(total=target, disable=None,
+              bar_format="warm start: solves {n:.3f} of held-out tasks, until {total} [{elapsed}]") as bar:
         for step in itertools.count():
             if step % 2 == 0:
                 with torch.no_grad():
@@ -2260,7 +2258,7 @@ def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
                 if solved >= target:
                     break
                 if step > 2000:
-                    raise RunFailed(f"warm start: solves {solved:.3f} of the held-out tasks after {step} steps; try another --seed")
+                    raise RunFailed(f"warm start: solves {solved:.3f} of held-out tasks after {step} steps; try another --seed")
             pack = build_pack(draw.sample(examples, 16))
             wrong = slips.random(len(pack.targets)) < noise
             pack.targets[wrong] = slips.integers(len(tokenizer), size=wrong.sum())
@@ -2301,7 +2299,7 @@ def learner_memory(config, cfg, ranks):
 def plan(cfg, ranks):
     """What GPUs hold when `ranks` of them learn: (one screen of text, list of what does not fit). Reads config.json only.
 
-    Of a GPU, 5 % stay free of learners; vLLM takes 92 %, of which about 4 GiB are activations and CUDA graphs. Raises UserError."""
+    Of a GPU, 5 % stay free of learners; vLLM takes 92 %, 4 GiB of it for activations and CUDA graphs. Raises UserError."""
     check_model(cfg.model, cfg)
     config = AutoConfig.from_pretrained(cfg.model)
     gib, free = cfg.gpu_memory_gb or 80, math.inf
@@ -2348,7 +2346,7 @@ def make_run_dir(cfg):
 
 
 def run(cfg):
-    """Make what is missing, then train or evaluate. Runs on every rank; the first makes files, in a folder that all nodes see."""
+    """Make what is missing, then train or evaluate. Runs on every rank; the first makes files, where all nodes see them."""
     if not torch.cuda.is_available():  # one share of the cores each: OpenMP threads that wait for a core spin, ten times slower
         threads = max(1, len(os.sched_getaffinity(0)) // (cfg.num_learners + cfg.num_engines))
         torch.set_num_threads(threads)
