@@ -2780,10 +2780,9 @@ def wait_for(condition, seconds=120):
 def start_run(folder, *flags):
     """`python tmax.py --tiny …` in a folder of its own, as a user starts it."""
     (folder / "tmp").mkdir(exist_ok=True)
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}  # vLLM's here
     log = (folder / f"log-{flags[1]}").open("w")
     return subprocess.Popen([sys.executable, tmax.__file__, "--tiny", *flags], cwd=folder, stdout=log, stderr=log,
-                            env=environment | {"TMAX_MARK": MARK, "TMPDIR": str(folder / "tmp")})
+                            env=os.environ | {"TMAX_MARK": MARK, "TMPDIR": str(folder / "tmp")})
 
 
 def last_line(folder, name):
@@ -2946,6 +2945,8 @@ def live(tiny_run, tmp_path_factory):
     threads = torch.get_num_threads()
     live = InThisProcess(tiny_run / "model")
     torch.set_num_threads(threads)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):   # vLLM's here; what tests start would take them for torchrun's
+        os.environ.pop(name, None)
     yield live
     live.engine.llm.shutdown(timeout=0)
 
