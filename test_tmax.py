@@ -3549,14 +3549,17 @@ def test_families_train(family_model):
 
 def sampled_gap(folder):
     """Largest |log mu - log pi| of some turns that a real engine samples from a model."""
+    prompts = [[token % 300 for token in PROMPT[:20 + i]] for i in range(8)]    # the smallest vocabulary has a few more
+
     async def turns():
         engine = tmax.Engine(folder, HOT)
-        await engine.llm.update_weight_version("0")
-        found = await asyncio.gather(*[engine.generate(PROMPT[:20 + i], 64, []) for i in range(8)])
-        engine.llm.shutdown(timeout=0)
-        return found
-    return max(float((learner_logprobs(folder, turn, PROMPT[:20 + i]) - torch.tensor(turn.logprobs)).abs().max())
-               for i, turn in enumerate(asyncio.run(turns())))
+        try:
+            await engine.llm.update_weight_version("0")
+            return await asyncio.gather(*[engine.generate(prompt, 64, []) for prompt in prompts])
+        finally:
+            engine.llm.shutdown(timeout=0)
+    return max(float((learner_logprobs(folder, turn, prompt) - torch.tensor(turn.logprobs)).abs().max())
+               for prompt, turn in zip(prompts, asyncio.run(turns())))
 
 
 @pytest.mark.slow
