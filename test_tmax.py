@@ -47,7 +47,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings, strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
@@ -2762,11 +2762,12 @@ def debris(folder):
 
 
 def assert_nothing_new(folder, before, seconds=30):
-    """Wait for the debris of a run to be gone."""
+    """Wait for the debris of a run to be gone. What earlier runs left may go too: a start cleans up after dead ones."""
+    new = lambda: [sorted(set(now) - set(then)) for now, then in zip(debris(folder), before)]
     end = time.monotonic() + seconds
-    while debris(folder) != before and time.monotonic() < end:
+    while any(new()) and time.monotonic() < end:
         time.sleep(0.2)
-    assert debris(folder) == before
+    assert not any(left := new()), left
 
 
 def wait_for(condition, seconds=120):
@@ -3040,7 +3041,7 @@ def test_reward_rises(tmp_path, flags):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Asynchrony: everything but vLLM is real; in its place an engine that takes given times
+# Asynchrony: real engines and sandboxes; how many tokens a rollout samples and how long its commands take is given
 # ---------------------------------------------------------------------------------------------------------------------
 
 ALONE = tmax.Cell(0, 1, 0, 1, None)
@@ -3058,60 +3059,62 @@ REAL_TIMES = [[float(x) for x in triple.split("/")] for triple in """
 36/286/689 64/285/372 31/150/162 57/266/285 35/519/41 28/401/28 20/356/33 25/375/60 29/334/20""".split()]
 
 
-class Replay:
-    """In vLLM's place: each rollout makes `turns` turns of one sleep each, then submits. TMAX_REPLAY holds the times, as
-    (turns, seconds of the model, seconds of bash), taken in order; versions are those of the moment, half a turn each."""
-    errored = False
+class TimedEngine(tmax.Engine):
+    """vLLM, and for how much of the time each engine had work; the spec's fault comes with the third version."""
 
     def __init__(self, model, cfg):
-        self.llm, self.version, self.kv_tokens, self.new = self, 0, 1 << 40, itertools.count()
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.spec = json.loads(os.environ["TMAX_REPLAY"])
+        super().__init__(model, cfg)
         self.busy, self.since, self.worked, self.start = [0] * cfg.num_engines, [0.0] * cfg.num_engines, 0.0, time.monotonic()
 
-    async def update_weight_version(self, version):
-        self.version = int(version)
-
-    async def reload(self, folder, version):
-        assert (folder / "model.safetensors").exists()
-        if version == 3 and self.spec["fault"] == "refuses":
-            raise RuntimeError("these weights do not load")
-        if version == 3 and self.spec["fault"] == "dies":      # then vLLM's calls can wait for ever
-            self.errored, self.dead_error = True, RuntimeError("the engine is dead")
-            await asyncio.Event().wait()
-        self.version = version
-        return 0.0
-
-    def shutdown(self, timeout):
-        seconds = (time.monotonic() - self.start) * len(self.busy)
-        Path(self.spec["folder"], "worked").write_text(str(self.worked / seconds))
-
     async def generate(self, tokens, budget, stop_ids, engine_rank=0, cfg=None):
-        numbers = re.findall(r"#(\d+)\.", self.tokenizer.decode(tokens))
-        number = int(numbers[0]) if numbers else next(self.new)
-        turns, model, bash = self.spec["times"][number % len(self.spec["times"])]
-        says = f"sleep {bash / turns:.3f} #{number}." if len(numbers) < turns else SUBMIT
-        ids = self.tokenizer.encode(hermes(says)) + [self.tokenizer.eos_token_id]
-        versions = []
         self.since[engine_rank] = time.monotonic() if not self.busy[engine_rank] else self.since[engine_rank]
         self.busy[engine_rank] += 1
-        with tmax.waiting("model"):
-            for half in (ids[:len(ids) // 2], ids[len(ids) // 2:]):
-                await asyncio.sleep(model / turns / 2)
-                versions += [self.version] * len(half)
-        self.busy[engine_rank] -= 1
-        self.worked += 0 if self.busy[engine_rank] else time.monotonic() - self.since[engine_rank]
-        return tmax.Turn(ids, [-3.0] * len(ids), versions, False)
+        try:
+            return await super().generate(tokens, budget, stop_ids, engine_rank, cfg)
+        finally:
+            self.busy[engine_rank] -= 1
+            self.worked += 0 if self.busy[engine_rank] else time.monotonic() - self.since[engine_rank]
+
+    async def reload(self, folder, version):
+        spec = json.loads(os.environ["TMAX_REPLAY"])
+        Path(spec["folder"], "worked").write_text(str(self.worked / (time.monotonic() - self.start) / len(self.busy)))
+        if version == 3 and spec["fault"] == "refuses":
+            save_file({"no.such.weight": torch.zeros(1)}, folder / "model.safetensors")
+        if version == 3 and spec["fault"] == "dies":
+            os.kill(next(p for p, command in descendants(os.getpid()).items() if "EngineCore" in command), signal.SIGKILL)
+        return await super().reload(folder, version)
+
+
+started = itertools.count()
+
+
+async def timed_rollout(engine, task, tokenizer, cfg, engine_rank=0):
+    """What a model would decide is given: TMAX_REPLAY holds (turns, sampled tokens, seconds of bash), taken in order. Engine,
+    sandbox, `sleep` and tests are real."""
+    times = json.loads(os.environ["TMAX_REPLAY"])["times"]
+    turns, tokens, bash = times[next(started) % len(times)]
+    chat = tmax.chat_format(tokenizer)
+    r = tmax.Rollout(task.name, [], [], [], [], 0, finish="submitted")
+    r.append(chat.prompt(task.instruction), 0)
+    async with tmax.Sandbox(task, cfg) as box:
+        for _ in range(turns):
+            turn = await engine.generate(r.tokens, max(1, tokens // turns), [], engine_rank, cfg)
+            r.append(turn.tokens, 1, turn.logprobs, turn.versions)
+            with tmax.waiting("bash"):
+                await box.run(f"sleep {bash / turns:.3f}")
+            r.append(chat.tool_turn(["(no output)"]), 0)
+        r.reward = await box.grade()
+    return r
 
 
 def replay_main(*args):
-    tmax.Engine = Replay
+    tmax.Engine, tmax.rollout = TimedEngine, timed_rollout
     tmax.generator_main(*args)
 
 
 @pytest.fixture
 def replay(tmp_path, tiny_model, process_group, monkeypatch):
-    """Runs train() with that engine and a real, tiny learner; returns metrics.jsonl as a list."""
+    """Runs train() with those rollouts and a tiny learner; returns metrics.jsonl as a list."""
     monkeypatch.setattr(tmax, "generator_main", replay_main)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     make_task(tmp_path / "t", test="echo $((RANDOM % 2)) >/logs/verifier/reward.txt")
@@ -3121,7 +3124,7 @@ def replay(tmp_path, tiny_model, process_group, monkeypatch):
         update = tmax.Learner.update
         monkeypatch.setattr(tmax.Learner, "update", lambda *args: (time.sleep(seconds_update), update(*args))[1])
         monkeypatch.setenv("TMAX_REPLAY", json.dumps(dict(times=times, fault=fault, folder=str(tmp_path))))
-        defaults = dict(max_turn_tokens=512, max_total_tokens=4096, pack_length=8192, num_learners=1, num_engines=1)
+        defaults = dict(max_total_tokens=1024, num_learners=1, num_engines=1)
         try:
             tmax.train(dataclasses.replace(TINY, **defaults | cfg), ALONE, tmp_path, tiny_model[0], [task], [])
         finally:
@@ -3136,7 +3139,7 @@ def replay(tmp_path, tiny_model, process_group, monkeypatch):
 def test_staleness_never_exceeds_the_bound(replay, tmp_path, async_steps, seconds_update, slow):
     """With a learner that sleeps, and with commands that do, in real sandboxes: no token that was trained lags more than
     async_steps versions; behind the slow learner some lag as much. The metrics say who waits."""
-    times = [[2, 0.2, slow * (i % 7 == 0)] for i in range(50)]
+    times = [[2, 30, slow * (i % 7 == 0)] for i in range(50)]
     metrics = replay(times, seconds_update, async_steps=async_steps, prompts_per_step=2, samples_per_prompt=4,
                      training_steps=6 if async_steps else 4, max_concurrent_rollouts=1000)
     assert all(m["updated"] for m in metrics)
@@ -3150,11 +3153,11 @@ def test_staleness_never_exceeds_the_bound(replay, tmp_path, async_steps, second
     assert waited < 0.5 if seconds_update else any(m["waiting_bash"] for m in metrics)
 
 
-@pytest.mark.parametrize("fault, said", [("refuses", "these weights do not load"), ("dies", "the engine is dead")])
+@pytest.mark.parametrize("fault, said", [("refuses", "no module or parameter"), ("dies", "EngineDeadError")])
 def test_failed_reload_ends_the_run_and_leaves_a_checkpoint(replay, tmp_path, fault, said):
     """Weights that the engines cannot load, or an engine that dies over them: fatal, with the reason; what was learnt is saved."""
     with pytest.raises(tmax.RunFailed, match=f"generator: .*{said}.*generator.log"):
-        replay([[1, 0.1, 0.0]], fault=fault, prompts_per_step=2, samples_per_prompt=4, training_steps=20)
+        replay([[1, 10, 0.0]], fault=fault, prompts_per_step=2, samples_per_prompt=4, training_steps=20)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
     AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{steps[-1]}")
 
@@ -3162,10 +3165,11 @@ def test_failed_reload_ends_the_run_and_leaves_a_checkpoint(replay, tmp_path, fa
 @pytest.mark.bench
 @pytest.mark.parametrize("async_steps", [0, 1, 4])
 def test_benchmark_asynchrony(request, replay, tmp_path, capsys, async_steps, scale=0.01, seconds_update=2.0):
-    """Real rollouts at a hundredth of their time, bash as real sleeps in real sandboxes, on two engines."""
+    """Real rollouts at a hundredth of their time, bash as real sleeps in real sandboxes, on two engines: a second of the model
+    is one token of the tiny one, which samples some hundred a second."""
     if "bench" not in request.config.option.markexpr:
         pytest.skip("runs with -m bench")
-    times = [[min(turns, 4), model * scale, bash * scale] for turns, model, bash in REAL_TIMES]
+    times = [[min(turns, 4), min(400, round(model)), bash * scale] for turns, model, bash in REAL_TIMES]
     metrics = replay(times, seconds_update, async_steps=async_steps, prompts_per_step=4, samples_per_prompt=5,
                      training_steps=10, max_concurrent_rollouts=1000, num_engines=2)[1:]    # the first step starts everything
     took = sum(m["seconds_generate"] + m["seconds_train"] + m["seconds_gather_write"] for m in metrics)
