@@ -33,7 +33,9 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
 install() {
   local python='' name index=() options=() check='import torch, transformers, vllm'
-  for name in "${PYTHON:-python3}" python3 python3.12 python3.13 python3.11 python3.14; do
+  local names=(python3 python3.12 python3.13 python3.11 python3.14)
+  [ -z "${PYTHON-}" ] || names=("$PYTHON")
+  for name in "${names[@]}"; do
     # The range is vLLM's.
     if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then
       python=$name
@@ -93,13 +95,13 @@ ready || (
 ) 9>>.venv.lock
 
 # The GPUs that programs see: the machine's, unless CUDA_VISIBLE_DEVICES names some of them.
-[ -z "${CUDA_VISIBLE_DEVICES+set}" ] || gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+[ "$gpus" = 0 ] || [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
 
 export PATH="$PWD/.venv/bin:$PATH" # vLLM calls ninja by name
 case "${1-}" in
   setup) say "the $flavour installation in .venv is ready" ;;
   test) # without -m: all but what is long; a -m of your own replaces this one
-    shift && exec python -m pytest test_tmax.py -m 'not slow and not bench' "$@" \
+    shift && exec python -m pytest test_tmax.py --timeout 1800 -m 'not slow and not bench' "$@" \
       -o markers=$'slow: learning with three seeds\nbench: prints figures, asserts nothing\ngpu: needs a CUDA device' ;;
   tiny) shift && exec python tmax.py --tiny "$@" ;;
   '') if [ "$gpus" -ge 2 ]; then exec python tmax.py; else exec python tmax.py --tiny; fi ;;

@@ -252,7 +252,6 @@ def test_full_logits_never_exist():
 # Rollouts of a small real model, and one step on them by hand
 # ---------------------------------------------------------------------------------------------------------------------
 
-CFG = tmax.Config(loss="dppo_tv")
 
 
 def small_policy(seed=0, implementation="packed", **changes):
@@ -794,6 +793,15 @@ def test_metrics_are_of_all_ranks(policy, rollouts, monkeypatch):
         assert metrics == pytest.approx(metrics_by_hand(both, 5), rel=1e-6)
 
 
+def test_metrics_that_are_no_numbers_are_null(policy, rollouts, process_group):
+    """What metrics.jsonl holds must be JSON, also of a step that is skipped."""
+    seen = some_figures(policy, rollouts)[0]
+    for name in ("loss", "logprobs", "entropy"):
+        seen[name][3] = math.nan
+    metrics = tmax.step_metrics(seen, 5)
+    assert json.dumps(metrics, allow_nan=False) and metrics["loss"] is metrics["drift_max"] is None and metrics["kept_fraction"] > 0
+
+
 def test_metrics_without_the_newest_version(policy, rollouts, process_group):
     """No token of the newest weights, no advantage above 0: null, not 0."""
     for r in rollouts:
@@ -857,6 +865,11 @@ QWEN3_8B = dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
                 vocab_size=151936, tie_word_embeddings=False)
 
 
+def without_weights(config):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 @pytest.mark.gpu
 @pytest.mark.bench
 @needs_gpu
@@ -870,7 +883,7 @@ def test_gpu_benchmark_update(request, monkeypatch, capsys, count, peak=989e12):
         pytest.skip("runs with -m bench")
     cfg, free = tmax.Config(), torch.cuda.mem_get_info()[0]
     shaped = lambda layers: Qwen3Config(num_hidden_layers=layers, **QWEN3_8B)
-    layers = max(k for k in range(1, 37) if sum(tmax.learner_memory(shaped(k), cfg, 1)[1].values()) < 0.95 * free)
+    layers = max(k for k in range(1, 37) if sum(tmax.learner_memory(without_weights(shaped(k)), cfg, 1)[1].values()) < 0.95 * free)
     make = AutoModelForCausalLM.from_config
 
     def random_model(_, **kw):
@@ -1050,6 +1063,7 @@ def test_defaults_are_the_cards_values():
     ("--loss foo", "--loss"), ("--advantage std", "--advantage"), ("--dtype int8", "--dtype"), ("--sandbox chroot", "--sandbox"),
     ("--kl_beta 0.1", "kl_beta"), ("--kl_beta nan", "kl_beta"), ("--oracle", "--eval"), ("--training_steps 1.5", "training_steps"),
     ("--training_steps many", "training_steps"), ("--fp32_lm_head perhaps", "fp32_lm_head"), ("--name a/b", "name"),
+    (f"--name {'a' * 300}", "name"), ("--seed 9223372036854775808", "seed"), ("--tiny --plan", "plan"),
     *((f"--{name} {value}", name) for name in ("learning_rate", "temperature", "dppo_threshold", "max_grad_norm", "bash_timeout")
       for value in ("nan", "inf", "0", "-1")),
     *((f"--{name} -1", name) for name in ("max_prompt_tokens", "max_turn_tokens", "max_total_tokens", "max_steps", "async_steps",
@@ -1128,18 +1142,46 @@ def test_help_names_every_field(monkeypatch, capsys):
     assert all(f"--{name}" in said for name in FIELDS)
 
 
+def test_run_folder_is_new(tmp_path, monkeypatch):
+    """Logs of images may be there before it; a run may not. What cannot be made is one line."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/a/images").mkdir(parents=True)
+    assert json.loads((tmax.make_run_dir(tmax.Config(name="a")) / "config.json").read_text())["name"] == "a"
+    (tmp_path / "runs/file").write_text("")
+    for name in ("a", "file"):
+        with pytest.raises(tmax.UserError, match=f"--name: runs/{name}"):
+            tmax.make_run_dir(tmax.Config(name=name))
+
+
 def test_errors_are_one_line(tmp_path):
     """`python tmax.py` with something the user can mend: exit code 1, one line on stderr, no traceback, no run folder."""
     make_task(tmp_path / "untested/a", test=None)
+    make_task(tmp_path / "good/a")
     AutoConfig.for_model("qwen3_5").save_pretrained(tmp_path / "hybrid")
     table = [("--lerning_rate 1", ["--lerning_rate"]), ("", ["GPU", "--tiny"]), ("--tiny --tasks untested", ["tests/test.sh", "untested"]),
-             ("--tiny --tasks /nowhere", ["--tasks", "/nowhere"]), ("--tiny --model hybrid", ["--model", "linear_attention"])]
+             ("--tiny --tasks /nowhere", ["--tasks", "/nowhere"]), ("--tiny --model hybrid", ["--model", "linear_attention"]),
+             ("--tiny --eval --model /nowhere --tasks good", ["--model", "/nowhere"])]
     started = [subprocess.Popen([sys.executable, tmax.__file__, *argv.split()], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
                                 env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}) for argv, _ in table]
     for process, (argv, wanted) in zip(started, table):
         said = process.communicate()[1]
         assert process.returncode == 1 and re.fullmatch(r"error: [^\n]+\n", said) and all(word in said for word in wanted), said
     assert not (tmp_path / "runs").exists()
+
+
+def test_run_sh_says_what_is_missing(tmp_path):
+    """No Python, no room: one line each, and no .venv is begun."""
+    for name in ("run.sh", "requirements.txt"):
+        shutil.copy(Path(tmax.__file__).parent / name, tmp_path)
+    (programs := tmp_path / "bin").mkdir()
+    for name in "bash sh sed cat grep dirname awk rm flock tr".split():
+        (programs / name).symlink_to(shutil.which(name))
+    (programs / "df").write_text("#!/bin/sh\necho; echo a b c 1000\n")
+    (programs / "df").chmod(0o755)
+    for python, said in [({}, "error: no Python"), (dict(PYTHON="/no/python"), "error: no Python"),
+                         (dict(PYTHON=sys.executable), "error: not enough disk space")]:
+        ran = subprocess.run(["bash", tmp_path / "run.sh", "setup"], env={"PATH": str(programs), **python}, capture_output=True, text=True)
+        assert ran.returncode == 1 and ran.stderr.startswith(said) and ran.stderr.count("\n") == 1 and not (tmp_path / ".venv").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1172,7 +1214,7 @@ ZOO = [
     (dict(files={"image.txt": "image:2"}, toml='[environment]\ndocker_image = "image:3"'), dict(image="image:3")),
     (dict(test=None), "no tests/test.sh"), (dict(instruction=None), "no instruction.md"), (dict(instruction=" \n"), "empty"),
     (dict(instruction=b"caf\xe9"), "utf-8"), (dict(toml=b"\xff = 1"), "utf-8"), (dict(toml="[agent\n"), "line 1"),
-    (dict(toml='agent = "soon"'), "tables"), (dict(toml="[verifier]\nenv = 3"), "tables"), (dict(toml="verifier = 1"), "tables"),
+    (dict(toml=f"a = {'[' * 9000}"), "recursion"), (dict(toml='agent = "soon"'), "tables"), (dict(toml="[verifier]\nenv = 3"), "tables"), (dict(toml="verifier = 1"), "tables"),
     (dict(toml='[agent]\ntimeout_sec = "soon"'), "timeout_sec = 'soon' is not"), (dict(toml="[agent]\ntimeout_sec = [1]"), "[1] is not"),
     (dict(toml="[agent]\ntimeout_sec = 0"), "timeout_sec = 0 is not a positive number"), (dict(toml="[verifier]\ntimeout_sec = nan"), "nan is not"),
     (dict(toml="[environment]\nmemory_mb = inf"), "inf is not"), (dict(toml="[environment]\ncpus = -1"), "-1 is not"),
@@ -1213,16 +1255,18 @@ def test_zoo_of_task_folders(tmp_path, capsys):
 
 
 def test_bubblewrap_takes_no_task_that_needs_an_image(tmp_path, capsys):
-    """docker_image, image.txt and a Dockerfile are three ways to need one; seeds alone are not. Docker needs one, or --image."""
+    """docker_image, image.txt and a Dockerfile are three ways to need one; seeds alone are not. Docker needs one, or --image. Nor
+    does bubblewrap take a task with a user of its own."""
     make_task(tmp_path / "plain", seeds={"a": "x"})
     make_task(tmp_path / "toml", toml='[environment]\ndocker_image = "i"')
     make_task(tmp_path / "txt", files={"image.txt": "i"})
     make_task(tmp_path / "file", files={"environment/Dockerfile": "FROM i"})
+    make_task(tmp_path / "user", toml="[agent]\nuser = 'worker'")
     docker = dataclasses.replace(DOCKER, image="")
     assert [t.name for t in tmax.load_tasks(str(tmp_path), docker)] == ["file", "toml", "txt"]
-    assert "1  names no container image: --image gives one (plain)" in capsys.readouterr().out
+    assert "2  names no container image: --image gives one (plain, user)" in capsys.readouterr().out
     assert [t.name for t in tmax.load_tasks(str(tmp_path), CFG)] == ["plain"]
-    assert re.search(r"3  needs a container image.*--sandbox docker \(file, toml, txt\)", capsys.readouterr().out)
+    assert re.search(r"3  needs a container image.*--sandbox docker \(file, toml, txt\)\n +1  needs a user.*\(user\)", capsys.readouterr().out)
 
 
 def test_one_task_folder_or_a_folder_of_them(tmp_path, monkeypatch):
@@ -1384,6 +1428,7 @@ SYM, HARD = tarfile.SYMTYPE, tarfile.LNKTYPE
     ([("t1/d", SYM, "."), ("t1/d/f",)], "t1/d/f"), ([("t1/d", SYM, "f"), ("t1/d",)], "t1/d"),
     ([("s", SYM, "t1/.."), ("t1/a/h", HARD, "s")], "t1/a/h"),
     ([("t1/n", tarfile.CHRTYPE)], "t1/n"), ([("t1/n", tarfile.BLKTYPE)], "t1/n"), ([("t1/n", tarfile.FIFOTYPE)], "t1/n"),
+    ([("t1/a", SYM, "a")], "t1/a"), ([("t1/a", SYM, "b"), ("t1/b", SYM, "a")], "t1/a"),
 ], ids=str)
 def test_hostile_archives_are_refused(hub, tmp_path, members, named):
     """Paths and links out, directly or through one another, and devices: a UserError names the member, and nothing was written
@@ -1409,6 +1454,18 @@ def test_links_that_stay_inside_are_kept(hub, tmp_path):
         tar.addfile(*member("./t1/hard", HARD, "./t1/instruction.md"))
     task, = tmax.load_tasks(str(tmp_path / "d"), DOCKER)
     assert (task.path / "link").read_text() == (task.path / "hard").read_text() == "Do it."
+
+
+@pytest.mark.parametrize("header", [dict(path="t1/a\0b"), dict(mtime="1e30"), dict(mtime="nan")], ids=str)
+def test_a_header_that_cannot_be_meant_is_refused(hub, tmp_path, header):
+    """Extended headers hold any text."""
+    make_dataset(tmp_path / "d", ids=())
+    info, data = member("t1/instruction.md")
+    info.pax_headers = header
+    with tarfile.open(tmp_path / "d/task-data.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, data)
+    with pytest.raises(tmax.UserError, match="task-data.tar.gz"):
+        tmax.load_tasks(str(tmp_path / "d"), DOCKER)
 
 
 def test_a_cut_archive_is_refused(hub, tmp_path):
@@ -1861,6 +1918,7 @@ def test_output_is_complete_on_a_busy_machine():
 
 def test_a_gigabyte_is_capped(cfg):
     """1 GB of output: neither this process nor the sandbox keeps it; the observation has its first and last 5,000 characters."""
+    Path("/proc/self/clear_refs").write_text("5")       # starts the high-water mark anew
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     output, = shell("echo BEGIN; head -c 1000000000 /dev/zero | tr '\\0' x; echo END", timeout=400, cfg=cfg)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 50_000  # KiB
@@ -1939,9 +1997,8 @@ def test_sandboxes_do_not_see_each_other():
     async def other(box):
         await box.run("echo x >/tmp/mine; echo x >/app/mine; echo x >/dev/shm/mine; sleep 7777 >/dev/null 2>&1 &")
         async with tmax.Sandbox(box.task, box.cfg) as second:
-            return await second.run("ls -A /tmp /app /dev/shm | grep mine; grep -l 7777 /proc/[0-9]*/cmdline | grep -v self; echo end")
-    assert in_sandbox(other).text.replace("/proc/", "").split()[-1] == "end"
-    assert "mine" not in in_sandbox(other).text
+            return await second.run("ls -A /tmp /app /dev/shm | grep mine; grep -l '[7]777' /proc/[0-9]*/cmdline; echo end")
+    assert in_sandbox(other).text == "end\n"
 
 
 def test_no_privileges():
@@ -1992,11 +2049,12 @@ def test_isolation_of_containers(cfg, tmp_path):
             pytest.skip("this engine has no bridge network")
 
 
-def test_a_task_names_its_user(tmp_path, cfg):
-    """[agent] user: the agent works as that user; files of root are not its to write; the tests run as root."""
+@pytest.mark.parametrize("user", ["worker", "1000"])
+def test_a_task_names_its_user(tmp_path, cfg, user):
+    """[agent] user, a name or a number: the agent works as that user, at home there; files of root are not its to write; the tests run as root."""
     if cfg.sandbox == "bwrap":
         pytest.skip("a sandbox of bubblewrap has one user")
-    task = dataclasses.replace(tmax.load_task(make_task(tmp_path / "t", test=f"id -u; rm /usr/bin/nproc && echo 1 >{TXT}")), user="worker")
+    task = dataclasses.replace(tmax.load_task(make_task(tmp_path / "t", test=f"id -u; rm /usr/bin/nproc && echo 1 >{TXT}")), user=user)
 
     async def work(box):
         text = (await box.run("id -un; echo $HOME; touch ~/mine; rm -f /usr/bin/nproc; A=1; grep CapEff /proc/self/status")).text
@@ -2057,7 +2115,10 @@ def test_no_process_is_left(alive, how, cfg):
         with pytest.raises(KeyError if how == "exception" else asyncio.CancelledError):
             asyncio.run(main())
     assert alive() == 0
-    assert not [t for t in threading.enumerate() if t.name.startswith("ThreadPool") and t.is_alive() and t.join(10)]
+    for thread in threading.enumerate():
+        if thread.name.startswith("ThreadPool"):
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("delay", [0, 0.003, 0.01, 0.03, 0.1, 0.4])
@@ -2097,7 +2158,9 @@ def test_killed_from_outside_is_lost(alive, busy, cfg):
 
 @pytest.mark.parametrize("command, memory, reason", [
     ("kill -STOP $PPID", 512, "silent"), ("head -c 99M /dev/zero >/dev/shm/f; sleep 1; echo", 40, "out of memory"),
-], ids=["stopped", "memory"])
+    ("head -c 200000 /dev/zero >/tmp/f; (while :; do for o in /dev/shm/.shell/out.*; do ln -sf /tmp/f $o; done; done) >/dev/null 2>&1 & sleep 1",
+     512, "meddled"),
+], ids=["stopped", "memory", "answer"])
 def test_an_agent_that_ends_its_own_sandbox(tmp_path, tokenizers, monkeypatch, cfg, command, memory, reason):
     """Finish killed_itself, reward 0, and not void: a rollout cannot get out of its group."""
     if cfg.sandbox == "bwrap" and reason == "out of memory":
@@ -2127,13 +2190,16 @@ def test_killed_owner_leaves_no_container(image, moment):
     """SIGKILL of the process that owns containers: the next start removes them, and nothing of others."""
     client, cfg = tmax.docker_client(), dataclasses.replace(CFG, sandbox="docker", image=image, network="none", name=f"leak-{uuid.uuid4()}")
     left = lambda: client.containers.list(all=True, filters={"label": f"tmax.run={cfg.name}"}, ignore_removed=True)
-    mounts = Path("/proc/mounts").read_text()
+    mounts = lambda: [line for line in Path("/proc/mounts").read_text().splitlines() if client.info()["DockerRootDir"] in line]
+    before = mounts()
     others = [client.containers.create(image, "true", labels=labels) for labels in ({}, {"tmax.owner": tmax.process_mark(os.getpid())}, {
         "tmax.owner": "another-machine pid:[1] 1 1"})]
     try:
         owner = multiprocessing.get_context("fork").Process(target=hold_containers, args=(cfg,))
         owner.start()
         time.sleep(moment)
+        if moment == 2.5:
+            wait_for(left, 60)
         owner.kill()
         owner.join()
         wait_for(lambda: tmax.remove_containers() or not left(), 30)    # a container may be in the making
@@ -2141,7 +2207,7 @@ def test_killed_owner_leaves_no_container(image, moment):
     finally:
         for container in others:
             container.remove(force=True)
-    wait_for(lambda: Path("/proc/mounts").read_text() == mounts, 30)
+    wait_for(lambda: mounts() == before, 30)
 
 
 @pytest.mark.parametrize("moment", [0.3, *(pytest.param(random.Random(i).uniform(0, 2), marks=pytest.mark.slow) for i in range(6))])
@@ -2206,7 +2272,7 @@ TXT, JSON = "/logs/verifier/reward.txt", "/logs/verifier/reward.json"
     (f": >{TXT}", 0), (f"echo 1 1 >{TXT}", 0), (f"printf '\\xff' >{TXT}", 0), (f"echo 1{'0' * 400} >{TXT}", 1),
     (f"head -c 30000 /dev/zero | tr '\\0' '[' >{TXT}", 0), ("true", 0), ("echo 1", 0), (f"echo {MARKER}; echo 1", 0),
     (f"echo '{{\"reward\": 0.75}}' >{JSON}", 0.75), (f"echo '{{\"reward\": \"x\"}}' >{JSON}", 0), (f"echo '{{\"score\": 1}}' >{JSON}", 0),
-    (f"echo '{{\"reward\": null}}' >{JSON}", 0), (f"echo 1 >{TXT}; exit 3", 1), (f"echo 1 >{TXT}; kill -9 $$", 0),
+    (f"echo '{{\"reward\": null}}' >{JSON}", 0), (f"echo 1 >{TXT}; exit 3", 1), (f"sleep 99 & echo 1 >{TXT}; kill $!; wait $!", 1), (f"echo 1 >{TXT}; kill -9 $$", 0),
     (f"set -e; cd \"$(dirname \"$0\")\"; [ $PWD = /tests ]; echo 1 >{TXT}", 1), (f"exec >/dev/null 2>&1; echo 1 >{TXT}", 1),
     (f"sleep 300 & head -c 90000 /dev/zero | tr '\\0' x; echo 1 >{TXT}", 1),
 ], ids=lambda value: str(value)[:50])
@@ -2330,7 +2396,8 @@ while True:
 X
 python3 /tmp/hop.py >/dev/null 2>&1 &""", False, 0, None),      # a new process every millisecond: none is there when it is looked at
     ("(until cat /tests/test.sh; do :; done) >/tmp/seen 2>/dev/null & touch /app/done", True, 1, False),
-    ("touch /app/done; (while :; do for p in /proc/[0-9]*; do kill -9 ${p#/proc/}; done; done) >/dev/null 2>&1 &", True, 1, False),
+    ("touch /app/done; (while :; do for p in /proc/[0-9]*; do [ ${p#/proc/} = $BASHPID ] || kill -9 ${p#/proc/}; done; done) >/dev/null 2>&1 &",
+     True, 1, False),
     ("head -c 999M /dev/zero >/dev/shm/f; touch /app/done", True, 1, False),
     ("rm -rf /dev/shm/.shell; mkdir /dev/shm/.shell; for n in {1..99}; do ln -s /proc/1/fd/1 /dev/shm/.shell/out.$n; done; printf '0 MQ== 1\\n'",
      False, 0, False),
@@ -2540,6 +2607,13 @@ def test_a_lost_sandbox_voids_the_rollout(tmp_path, tokenizers, monkeypatch, whe
     assert r.void and re.fullmatch("void:.+", r.finish) and r.reward == 0 and len(boxes) == 1
 
 
+def test_tests_that_are_gone_void_the_rollout(tmp_path, tokenizers):
+    """They were there when the task was loaded: a fault of this machine, not of the model, and not the end of the run."""
+    gone = lambda: (shutil.rmtree(tmp_path / "t/tests"), hermes(SUBMIT))[1]
+    r, _ = rolled_out(tmp_path, tokenizers["tiny"], gone)
+    assert r.finish == "void:died" and r.reward == 0
+
+
 def test_a_sandbox_that_does_not_start_voids_the_rollout(tmp_path, tokenizers, monkeypatch):
     """Also if there never was one."""
     monkeypatch.setattr(tmax, "bwrap_path", lambda: "/usr/bin/false")
@@ -2558,7 +2632,7 @@ def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
     tasks = {"right": "cp /solution/data done", "wrong": "echo no >done", "slow": "cp /solution/data done; sleep 60", "none": None}
     for name, solution in tasks.items():
         files = {"solution/solve.sh": solution, "solution/data": "yes"} if solution else {}
-        make_task(tmp_path / "tasks" / name, test, toml="[agent]\ntimeout_sec = 2", files=files)
+        make_task(tmp_path / "tasks" / name, test, toml=f"[agent]\ntimeout_sec = {4 if name == 'slow' else 60}", files=files)
     make_task(tmp_path / "tasks/skipped-1")
     flags = "--eval --oracle --sandbox bwrap --model /nowhere --name o --exclude skipped-* --tasks".split()
     ran = subprocess.run([sys.executable, tmax.__file__, *flags, tmp_path / "tasks"], cwd=tmp_path, capture_output=True, text=True)
@@ -2566,7 +2640,7 @@ def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
     wanted = {"right": (1.0, "submitted"), "wrong": (0.5, "submitted"), "slow": (1.0, "timeout"), "none": (0.0, "no_solution")}
     scores = json.loads((tmp_path / "runs/o/eval.json").read_text())
     assert {t["task"]: (t["rewards"][0], t["finish"][0]) for t in scores["tasks"]} == wanted and scores["mean"] == 0.625
-    assert "\n4 tasks / 62.5 % over 1 runs" in ran.stdout and "4 of 5 tasks taken" in ran.stdout
+    assert "\n4 tasks / 62.5 % over 1 run\n" in ran.stdout and "4 of 5 tasks taken" in ran.stdout
     for name, (reward, finish) in wanted.items():
         assert re.search(rf"^{name} +{reward // 1:.2f}  {finish}$", ran.stdout, re.M), ran.stdout
     assert sorted(p.name for p in (tmp_path / "runs/o").iterdir()) == ["config.json", "eval.json", "rollouts.jsonl"]
@@ -2627,6 +2701,14 @@ def test_an_image_that_cannot_be_built(images, tmp_path, capsys, lines, said):
     assert "task t is set aside" in told and "runs/run/images/" in told
 
 
+def test_an_engine_that_went_away_sets_no_image_aside(images, tmp_path, monkeypatch):
+    """The sandbox waits for it and tries again."""
+    monkeypatch.setattr(tmax, "engine_answers", lambda: False)
+    with pytest.raises(tmax.docker.errors.DockerException):
+        images.of(recipe(tmp_path / "t", "HELLO"))
+    assert images.log().count("docker build") == 1 and not tmax.images_failed
+
+
 def test_a_build_that_takes_too_long_is_stopped(images, image, tmp_path):
     """At [environment] build_timeout_sec; what it ran is gone. A rollout that was cancelled begins none, which is no failure."""
     task = dataclasses.replace(recipe(tmp_path / "t", f"FROM {image}\nRUN sleep 987"), build_timeout=3.0)
@@ -2639,6 +2721,12 @@ def test_a_build_that_takes_too_long_is_stopped(images, image, tmp_path):
     with pytest.raises(tmax.SandboxLost, match="image"):
         images.of(task, stop)
     assert images.log().count("docker build") == 3 and not tmax.images_failed
+    start, stop = time.monotonic(), threading.Event()
+    threading.Timer(1, stop.set).start()
+    with pytest.raises(tmax.SandboxLost, match="image"):
+        images.of(dataclasses.replace(task, build_timeout=600.0), stop)
+    assert time.monotonic() - start < 30 and images.log().count("docker build") == 4
+    assert not tmax.images_failed
     wait_for(lambda: not any("sleep 987" in str(c.attrs["Config"]["Cmd"]) for c in images.client.containers.list(ignore_removed=True)), 20)
 
 
@@ -2706,7 +2794,7 @@ def test_tasks_run_as_they_say(images, image, tmp_path, capsys):
     tasks = {   # solution, tests, task.toml, Dockerfile -> reward, end
         "right": ("touch /tmp/done", look, toml.format(60, "", 60, 512), "touch /built", 1, "submitted"),
         "wrong": ("touch /tmp/other", look, toml.format(60, "", 60, 512), "touch /built", 0, "submitted"),
-        "slow": ("touch /tmp/done; sleep 600", look, toml.format(2, "", 60, 512), "touch /built", 1, "timeout"),
+        "slow": ("touch /tmp/done; sleep 600", look, toml.format(8, "", 60, 512), "touch /built", 1, "timeout"),
         "slow-tests": ("", f"echo 1 >{TXT}; sleep 600", toml.format(60, "", 2, 512), "touch /built", 0, "submitted"),
         "user": ("id -un >/tmp/who", f'[ "$(cat /tmp/who) $(id -un)" = "worker root" ] && echo 1 >{TXT}',
                  toml.format(60, "user = 'worker'\n", 60, 512), "touch /built", 1, "submitted"),
@@ -2716,13 +2804,15 @@ def test_tasks_run_as_they_say(images, image, tmp_path, capsys):
     }
     for name, (solution, test, spec, step, *_) in tasks.items():
         make_task(tmp_path / "tasks" / name, test, toml=spec, seeds={"seed": "x"},
-                  files={"solution/solve.sh": solution, "environment/Dockerfile": f"FROM {image}\nRUN {step} # {tmp_path}"})
+                  files={"solution/solve.sh": solution, "environment/Dockerfile": f"FROM {image}\nVOLUME /data\nRUN {step} # {tmp_path}"})
+    volumes = images.client.volumes.list()
     tmax.oracle(dataclasses.replace(DOCKER, tasks=[str(tmp_path / "tasks")], eval=True, oracle=True, image="", network="none", name="run"))
     said = {t["task"]: t for t in map(json.loads, Path("runs/run/rollouts.jsonl").open())}
     assert {name: (t["reward"], t["finish"]) for name, t in said.items()} == {name: (r, end) for name, (*_, r, end) in tasks.items()}
-    assert "stopped after 2 s" in str(said["slow-tests"]["transcript"]) and "returned a non-zero code: 3" in images.log()
-    assert images.log().count("docker build") == 4 and "7 of 7 tasks taken" in capsys.readouterr().out
+    assert "stopped after 2 s" in str(said["slow-tests"]["transcript"]) and "code: 3" in images.log()
+    assert images.log().count(": unbuilt: ") == 3 and "7 of 7 tasks taken" in capsys.readouterr().out
     assert not [c for c in images.client.containers.list(all=True, ignore_removed=True) if str(tmp_path) in str(c.attrs["Config"]["Cmd"])]
+    assert images.client.volumes.list() == volumes
     images.client.images.remove(images.of(tmax.load_task(tmp_path / "tasks/right")))
 
 
@@ -2778,11 +2868,28 @@ def wait_for(condition, seconds=120):
         time.sleep(0.2)
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on():
+    """What a failed test has started ends with it."""
+    yield
+    for process in STARTED:
+        process.kill()
+    STARTED.clear()
+
+
+def start(*args, **kw):
+    STARTED.append(subprocess.Popen(*args, **kw))
+    return STARTED[-1]
+
+
 def start_run(folder, *flags):
     """`python tmax.py --tiny …` in a folder of its own, as a user starts it."""
     (folder / "tmp").mkdir(exist_ok=True)
     log = (folder / f"log-{flags[1]}").open("w")
-    return subprocess.Popen([sys.executable, tmax.__file__, "--tiny", *flags], cwd=folder, stdout=log, stderr=log,
+    return start([sys.executable, tmax.__file__, "--tiny", *flags], cwd=folder, stdout=log, stderr=log,
                             env=os.environ | {"TMAX_MARK": MARK, "TMPDIR": str(folder / "tmp")})
 
 
@@ -2923,33 +3030,23 @@ def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim, learners, engines
         assert victim == "interrupt" or re.search("; newest checkpoint: runs/.*/checkpoint-[1-9]", last)
 
 
-class InThisProcess:
+@pytest.fixture(scope="session")
+def live(tiny_run):
     """A real engine on an event loop in a thread; `call` runs a coroutine there."""
+    threads, loop = torch.get_num_threads(), asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    call = lambda coroutine: asyncio.run_coroutine_threadsafe(coroutine, loop).result(300)
 
-    def __init__(self, model):
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.engine = self.call(self._make(model))
-
-    async def _make(self, model):
-        engine = tmax.Engine(model, HOT)
+    async def make():
+        engine = tmax.Engine(tiny_run / "model", HOT)
         await engine.llm.update_weight_version("0")
         return engine
-
-    def call(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(300)
-
-
-@pytest.fixture(scope="session")
-def live(tiny_run, tmp_path_factory):
-    """(engine in this process, two weight folders: the warm-started model's and the trained one's)."""
-    threads = torch.get_num_threads()
-    live = InThisProcess(tiny_run / "model")
+    engine = call(make())
     torch.set_num_threads(threads)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):   # vLLM's here; what tests start would take them for torchrun's
         os.environ.pop(name, None)
-    yield live
-    live.engine.llm.shutdown(timeout=0)
+    yield SimpleNamespace(engine=engine, call=call)
+    engine.llm.shutdown(timeout=0)
 
 
 def learner_logprobs(folder, turn, prompt):
@@ -2977,13 +3074,15 @@ def test_logprobs_match_before_and_after_a_reload(live, tiny_run):
 
 def test_rollout_in_flight_goes_on_under_new_weights(live, tiny_run):
     """A turn that spans a reload has tokens of two versions, each with the logprobs of its own weights."""
-    async def both():
+    async def both(delay):
         requests = [asyncio.create_task(live.engine.generate(PROMPT, 256, [])) for _ in range(48)]
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(delay)
         await live.engine.reload(tiny_run / "checkpoint-6", 7)
         return await asyncio.gather(*requests)
-    live.call(live.engine.reload(tiny_run / "model", 6))
-    spanning = [turn for turn in live.call(both()) if len(set(turn.versions)) == 2]
+    for delay in (0.1, 0.3, 1, 3):      # until some were in the middle
+        live.call(live.engine.reload(tiny_run / "model", 6))
+        if spanning := [turn for turn in live.call(both(delay)) if len(set(turn.versions)) == 2]:
+            break
     assert spanning
     for turn in spanning:
         assert turn.versions == sorted(turn.versions) and set(turn.versions) == {6, 7}
@@ -3028,6 +3127,9 @@ def test_long_prompts_are_dropped_and_counted(tiny_run, capsys):
     assert capsys.readouterr().out == f"dropped: the prompts of 1 of 2 tasks are longer than {size} tokens\n"
     with pytest.raises(tmax.UserError, match="--max_prompt_tokens: the prompts of 1 of 1 tasks are longer"):
         tmax.drop_long_prompts([short], tokenizer, too_small)
+    with pytest.raises(tmax.UserError, match="--max_prompt_tokens: .* of 1 of 2 tasks are longer"):     # its mean would be of other tasks
+        tmax.drop_long_prompts([short, dataclasses.replace(short, instruction=short.instruction + " amber")], tokenizer,
+                               dataclasses.replace(fits, eval=True))
 
 
 @pytest.mark.slow
@@ -3219,7 +3321,7 @@ def recorded_weights(folder):
 
 def agent(*args, **kw):
     """A torchrun agent."""
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, args)],
+    return start([sys.executable, "-m", "torch.distributed.run", *map(str, args)],
                             env=os.environ | {"TMAX_MARK": MARK, "OMP_NUM_THREADS": "1"}, stderr=subprocess.STDOUT, **kw)
 
 
@@ -3237,7 +3339,7 @@ def test_updates_do_not_depend_on_ranks_and_nodes(tmp_path, policy, groups, proc
     torch.save([[r for r in group if not r.void] for group in groups], tmp_path / "groups.pt")
     agents = [agent("--standalone", "--nproc_per_node", 2, __file__, tmp_path), *two_nodes(__file__, tmp_path)]
     updates_of_a_rank(tmp_path, ALONE)
-    assert [a.wait(120) for a in agents] == [0, 0, 0]
+    assert [a.wait(600) for a in agents] == [0, 0, 0]
     first = recorded_weights(tmp_path / "model")
     (wanted, metrics), moved = torch.load(tmp_path / "1x1.pt"), recorded_weights(tmp_path / "1x1-0/weights") - first
     assert moved.abs().max() > 2e-3     # three steps of 1e-3
@@ -3306,7 +3408,7 @@ def test_plan_names_what_does_not_fit(tmp_path):
     run = subprocess.run([sys.executable, tmax.__file__, "--plan", "--model", tmp_path, *flags], capture_output=True, text=True,
                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert (run.returncode, run.stdout) == (1, text + "\n")
-    with pytest.raises(tmax.UserError, match="--model: .*absent"):
+    with pytest.raises(tmax.UserError, match="--model: [^\n]*absent[^\n]*$"):
         tmax.plan(tmax.Config(model=str(tmp_path / "absent")), 4)
     assert "4 learner(s)" in planned(tmp_path, "--eval", num_hidden_layers=36, **QWEN3_8B)[0]     # of training, nevertheless
 
@@ -3320,7 +3422,7 @@ def learner_growth(folder):
     AutoModelForCausalLM.from_config(Qwen3Config(**MODEL_30M)).save_pretrained(folder)
     torch.set_num_threads(1)
     cfg = tmax.Config(model=str(folder), dtype="float32", pack_length=512)
-    _, parts = tmax.learner_memory(Qwen3Config.from_pretrained(folder), cfg, 1)
+    _, parts = tmax.learner_memory(tmax.check_model(folder, cfg), cfg, 1)
     rollout = tmax.Rollout("t", [5] * 64, [0] * 16 + [1] * 48, [-9.0] * 64, [0] * 64, 16, advantage=0.5)
     cell, figures = tmax.join_ranks(), {}
     with measured(figures):
@@ -3337,8 +3439,7 @@ def test_plan_of_a_learner_is_what_it_takes(tmp_path):
     assert 0.8 * grown <= estimate <= 1.2 * grown
 
 
-if __name__ == "__main__":      # a rank of the test above
-    updates_of_a_rank(Path(sys.argv[1]), tmax.join_ranks())
+# ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -3379,24 +3480,23 @@ def test_an_evaluation_grades_every_end(tmp_path, tokenizers, says, limits, fini
     assert (r.finish, r.reward, r.transcript[-1]["role"]) == (finish, 1.0, "verifier") and r.steps == (steps or r.steps) < 9
 
 
-def test_a_void_rollout_of_an_evaluation_is_tried_three_times(monkeypatch):
-    """Then it stays void; one that works ends the trying."""
-    tries, sent = [], []
+def test_a_void_rollout_of_an_evaluation_is_tried_three_times(tmp_path, monkeypatch):
+    """Then it stays void; one that works ends the trying. A sandbox that does not start is started three times in each rollout."""
+    works, sent, starts = tmax.bwrap_path(), [], []
+    cfg = dataclasses.replace(CFG, eval=True, oracle=True, num_engines=1)       # a rollout without a model
 
-    async def fake(engine, task, tokenizer, cfg, rank):
-        tries.append(task)
-        return tmax.Rollout(task, [], [], [], [], 0, finish="void:died" if task == "bad" or len(tries) == 1 else "submitted")
-    monkeypatch.setattr(tmax, "rollout", fake)
-
-    async def both():
-        generator = tmax.Generator(dataclasses.replace(TINY, num_engines=1), ALONE, [], SimpleNamespace(send=sent.append))
-        generator.rollouts = asyncio.Semaphore(4)
-        generator.engine = generator.tokenizer = None
-        for place, name in enumerate(["good", "bad"]):
-            await generator._evaluate(place, name, 2, TINY)
-    asyncio.run(both())
-    assert tries == ["good"] * 2 + ["bad"] * 3
-    assert [(m[0], m[1], m[2], m[3].finish) for m in sent] == [("evaluated", 0, 2, "submitted"), ("evaluated", 1, 2, "void:died")]
+    async def evaluate(name, failures):
+        starts.append(0)
+        path = lambda: (starts.append(starts.pop() + 1), "/usr/bin/false" if starts[-1] <= failures else works)[1]
+        monkeypatch.setattr(tmax, "bwrap_path", path)
+        generator = tmax.Generator(cfg, ALONE, [], SimpleNamespace(send=sent.append))
+        generator.rollouts, generator.engine, generator.tokenizer = asyncio.Semaphore(1), None, None
+        task = tmax.load_task(make_task(tmp_path / name, files={"solution/solve.sh": "true"}))
+        await generator._evaluate(0, task, 2, cfg)
+    asyncio.run(evaluate("a", 3))
+    asyncio.run(evaluate("b", 99))
+    assert starts == [4, 9] and [(*m[:3], m[3].task, m[3].finish) for m in sent] == [
+        ("evaluated", 0, 2, "a", "submitted"), ("evaluated", 0, 2, "b", "void:start")]
 
 
 def figures(lines, runs):
@@ -3479,14 +3579,6 @@ def test_evaluation_during_training(tiny_run, metrics, rollout_lines):
     best = max(evaluated, key=lambda m: m["eval_mean"])
     assert os.readlink(tiny_run / "checkpoint-best") == f"checkpoint-{best['step']}"
     assert f"checkpoint-best -> checkpoint-{best['step']}" in (tiny_run.parents[1] / "log-e2e").read_text()
-
-
-def test_an_evaluation_drops_no_task(tokenizers, capsys):
-    """A prompt that is too long is dropped in training, and an error in an evaluation."""
-    tasks = [tmax.Task(name, Path("/nonexistent"), text) for name, text in [("short", "a"), ("long", "a " * 600)]]
-    assert [t.name for t in tmax.drop_long_prompts(tasks, tokenizers["tiny"], TINY)] == ["short"]
-    with pytest.raises(tmax.UserError, match="--max_prompt_tokens: .* of 1 of 2 tasks are longer"):
-        tmax.drop_long_prompts(tasks, tokenizers["tiny"], dataclasses.replace(TINY, eval=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3574,7 +3666,7 @@ def test_families_sample(family_model):
 
 
 @pytest.mark.parametrize("family, changes, reason", [
-    ("qwen3", {}, None), ("qwen2", {}, None), ("llama", {}, None), ("qwen3_moe", {}, None),
+    ("qwen3", {}, None), ("qwen2", {}, None), ("llama", {}, None), ("llama", dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=2.0)), None),
     ("mistral", dict(sliding_window=None), None), ("phi3", dict(sliding_window=262144), None),
     ("granite", dict(logits_scaling=1.0), None),
     ("qwen3_5", {}, "linear_attention"), ("qwen3_5_text", {}, "linear_attention"), ("qwen3_next", {}, "linear_attention"),
@@ -3585,6 +3677,8 @@ def test_families_sample(family_model):
     ("gemma2", {}, "sliding_attention"), ("gpt_oss", {}, "sliding_attention"), ("llama4_text", {}, "chunked_attention"),
     ("qwen2_5_vl", {}, "multimodal"), ("t5", {}, "encoder-decoder"), ("bart", {}, "encoder-decoder"), ("vit", {}, "no causal"),
     ("granite", dict(logits_scaling=8.0), "scales"), ("cohere", {}, "scales"),
+    ("llama", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "dynamic"),
+    ("mixtral", dict(sliding_window=None), "other names"), ("qwen3_moe", {}, "other names"), ("phi", {}, "bias"), ("gpt2", {}, "no decoder of layers"),
 ])
 def test_models_that_cannot_be_packed_are_refused(tmp_path, family, changes, reason):
     """From config.json alone, before anything is loaded, in one line that says why."""
@@ -3596,12 +3690,6 @@ def test_models_that_cannot_be_packed_are_refused(tmp_path, family, changes, rea
     assert "\n" not in str(error.value)
 
 
-def test_a_model_that_is_not_there_is_refused(tmp_path):
-    """One line, no traceback."""
-    with pytest.raises(tmax.UserError, match="--model: [^\n]+$"):
-        tmax.check_model(tmp_path / "nothing", CFG)
-
-
 @pytest.mark.parametrize("name, value", [("softcap", 50.0), ("s_aux", torch.zeros(2)), ("sliding_window", 7), ("dropout", 0.1)])
 def test_attention_of_another_kind_is_an_error(name, value):
     """What packed attention does not compute, it does not ignore; what is off, or no shorter than the row, changes nothing."""
@@ -3610,13 +3698,6 @@ def test_attention_of_another_kind_is_an_error(name, value):
     with pytest.raises(ValueError, match=name):
         attend(**{name: value})
     assert attend(softcap=None, dropout=0.0, sliding_window=8, use_cache=False, position_ids=torch.arange(8)).equal(attend())
-
-
-def test_a_bias_in_the_head_is_refused(tmp_path):
-    """The chunked LM head would leave it out."""
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("phi", vocab_size=64, **SHAPE)).save_pretrained(tmp_path)
-    with pytest.raises(tmax.UserError, match="--model: .*bias"):
-        tmax.load_policy(tmp_path, CFG, sharded=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3668,3 +3749,7 @@ def test_checkpoint_serves(tiny_run, tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+if __name__ == "__main__":      # a rank of test_updates_do_not_depend_on_ranks_and_nodes
+    updates_of_a_rank(Path(sys.argv[1]), tmax.join_ranks())

@@ -82,6 +82,7 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
                           GenerationConfig, HfArgumentParser, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
@@ -175,7 +176,9 @@ class Config:
         need("pack_length", self.eval or self.pack_length >= self.max_prompt_tokens + self.max_total_tokens,
              f"at least max_prompt_tokens + max_total_tokens = {self.max_prompt_tokens + self.max_total_tokens}")
         need("oracle", not self.oracle or self.eval and self.tasks, "possible without --eval and --tasks")
-        need("name", "/" not in self.name, "the name of one folder")
+        need("name", re.fullmatch(r"[^/\0]{0,100}", self.name), "the name of one folder")
+        need("seed", self.seed < 2**63, "below 2^63")
+        need("plan", not self.plan or self.model, "possible without --model")
         return self
 
 
@@ -332,10 +335,12 @@ def load_tasks(source, cfg):
             task = load_task(root / name, images.get(name, ""))
             if cfg.sandbox == "bwrap" and (task.image or task.builds):
                 raise ValueError("needs a container image, and bubblewrap has none: --sandbox docker")
+            if cfg.sandbox == "bwrap" and task.user not in ("", "root", "0"):
+                raise ValueError("needs a user of its own, and bubblewrap has root alone: --sandbox docker")
             if cfg.sandbox == "docker" and not (task.image or task.builds or cfg.image):
                 raise ValueError("names no container image: --image gives one")
             tasks.append(task)
-        except (ValueError, OSError, TypeError, AttributeError) as reason:  # task.toml may hold anything
+        except (ValueError, OSError, TypeError, AttributeError, RecursionError) as reason:  # task.toml may hold anything
             refused.setdefault(str(reason).replace(f"{root / name}/", ""), []).append(name)
     reasons = sorted(refused.items(), key=lambda item: -len(item[1]))
     if not tasks and (reasons or not names):
@@ -349,7 +354,10 @@ def load_tasks(source, cfg):
 
 def all_tasks(sources, cfg):
     """The tasks of all sources. Raises UserError if --include and --exclude leave none."""
-    tasks = [task for source in sources for task in load_tasks(source, cfg)]
+    try:
+        tasks = [task for source in sources for task in load_tasks(source, cfg)]
+    except (OSError, ValueError, RuntimeError) as error:    # a folder or a cache that cannot be read or written
+        raise UserError(f"--tasks: {error}".splitlines()[0]) from None
     if sources and not tasks:
         raise UserError("--include, --exclude: they leave no task")
     return tasks
@@ -363,7 +371,7 @@ def find_source(source):
     try:
         root = Path(huggingface_hub.snapshot_download(name, repo_type="dataset", revision=revision or None))
     except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
-        raise UserError(f"--tasks: {source} is no folder here, and no data set: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--tasks: {source} is no folder here, and no data set: {error}".splitlines()[0]) from None
     if (root / "task-data.tar.gz").is_file():
         return root
     # The hub's cache holds links to files named by their hashes; sandboxes and image builds need the files themselves.
@@ -402,22 +410,22 @@ def cached(key, make):
 
 def unpack(archive, folder):
     """Unpack a tar archive that may be hostile: files, folders, links that stay inside. Raises UserError naming the member."""
-    links, place = [], "not an archive"
+    links, place = set(), "not an archive"
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
                 place = member.name
                 for name in (member.name, member.linkname) if member.islnk() else (member.name,):
                     path = PurePosixPath(name)
-                    if path.is_absolute() or ".." in path.parts or any(link in (path, *path.parents) for link in links):
+                    if path.is_absolute() or ".." in path.parts or not links.isdisjoint((path, *path.parents)):
                         raise tarfile.TarError(f"{name} leads out of it")
                 if member.issym():
-                    links.append(PurePosixPath(place))
+                    links.add(PurePosixPath(place))
                 tar.extract(member, folder, filter="data")
         for place in links:  # now that all are there: one may lead out through another
             if not (folder / place).resolve(strict=True).is_relative_to(folder.resolve()):
                 raise tarfile.TarError("leads out of it")
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(f"--tasks: {archive}: {place}: {error}") from None
 
 
@@ -468,11 +476,17 @@ def image_of(client, task, cfg, stop=threading.Event()):
         env = {"DOCKER_HOST": "unix:///var/run/docker.sock", **os.environ}
         with image_slots, log.open("ab", buffering=0) as file:
             for pause in (0, 2, 10):
-                if stop.wait(pause):    # what runs by now ends with this process group
+                if stop.wait(pause):
                     raise SandboxLost("image")
                 file.write(f"{time.ctime()}: {task.name}: {shlex.join(command)}\n".encode())
-                if not subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env).returncode:
+                with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env) as program:
+                    while program.poll() is None and not stop.wait(0.1):
+                        pass
+                    program.terminate()
+                if not program.returncode:
                     return name
+                if not engine_answers():    # no fault of the image's: the sandbox waits for the engine
+                    raise docker.errors.DockerException("the engine went away")
         images_failed.add(name)
         print(f"task {task.name} is set aside: its image could not be had: see {log}", file=sys.stderr)
     raise SandboxLost("image")
@@ -509,7 +523,7 @@ for signal in HUP INT QUIT TERM USR1 USR2 PIPE ALRM; do trap : $signal; done  # 
 cd /app 2>/dev/null
 agent=(setpriv --bounding-set=-setpcap,-sys_ptrace --inh-caps=-setpcap,-sys_ptrace --ambient-caps=-all)
 if [ "$user" ]; then
-  eval "home=~$user"
+  name=$(id -un "$user") && eval "home=~$name" || home=/
   group=$(id -g "$user") && agent+=(--init-groups) || agent+=(--clear-groups)
   agent+=(--reuid "$user" --regid "${group:-$user}")
 fi 2>/dev/null
@@ -686,7 +700,7 @@ def remove_containers(owned_by_me=False):
                 dead = True
             if mark == me if owned_by_me else dead:
                 with contextlib.suppress(OSError, docker.errors.DockerException):
-                    container.remove(force=True)
+                    container.remove(force=True, v=True)
         found = docker_client().containers.list(all=True, filters={"label": "tmax.owner"}, ignore_removed=True)
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(remove, found))
@@ -747,7 +761,7 @@ class Sandbox:
             self.process.wait()
         if self.container:
             with contextlib.suppress(OSError, docker.errors.DockerException):  # gone already
-                self.container.remove(force=True)
+                self.container.remove(force=True, v=True)
         for end in (self.stdin, self.stdout, self.socket):
             with contextlib.suppress(OSError):  # a command that it did not take any more
                 end and end.close()
@@ -831,7 +845,8 @@ class Sandbox:
             mem_limit=memory, memswap_limit=memory, pids_limit=MAX_PROCESSES, cpu_period=100_000,
             cpu_quota=int(task.cpus * 100_000), cap_drop=["ALL"], cap_add=CAPABILITIES, security_opt=["no-new-privileges"])
         # The engine closes the loop's stdin when this connection ends, however its owner does; the loop then ends by itself.
-        self.socket = self.container.attach_socket(params={"stdin": 1, "stdout": 1, "stream": 1})._sock
+        stream = self.container.attach_socket(params={"stdin": 1, "stdout": 1, "stream": 1})
+        self.socket = getattr(stream, "_sock", stream)  # with TLS it is the socket itself
         self.socket.settimeout(60)
         self.stdin, self.stdout = self.socket.makefile("wb"), io.BufferedReader(DockerStream(self.socket.makefile("rb")))
         self.container.start()
@@ -859,22 +874,26 @@ class Sandbox:
         return Output(output.decode("utf-8", "replace"), code, timed_out)
 
     def _send_and_receive(self, mode, timeout, payload, name):
-        with tempfile.TemporaryFile() as data:
-            if isinstance(payload, str):
-                data.write(payload.encode("utf-8", "replace").replace(b"\0", b""))
-            else:
-                with tarfile.open(fileobj=data, mode="w") as tar:
-                    tar.add(payload, arcname=".")
-            size = data.tell()
-            data.seek(0)
-            try:
+        answer = b""
+        try:
+            with tempfile.TemporaryFile() as data:
+                if isinstance(payload, str):
+                    data.write(payload.encode("utf-8", "replace").replace(b"\0", b""))
+                else:
+                    with tarfile.open(fileobj=data, mode="w") as tar:
+                        tar.add(payload, arcname=".")
+                size = data.tell()
+                data.seek(0)
                 self.stdin.write(f"{mode} {timeout:.3f} {size} {name}\n".encode())
                 shutil.copyfileobj(data, self.stdin)
-                self.stdin.flush()
-                code, output, reward = self.stdout.readline(4 * OUTPUT_KEPT).rstrip(b"\n").split(b" ")
-                return int(code), base64.b64decode(output, validate=True), reward.decode("utf-8", "replace")
-            except (OSError, ValueError) as error:  # ValueError: it ended within its answer
-                raise KilledItself("out of memory") if self._out_of_memory() else SandboxLost("died") from error
+            self.stdin.flush()
+            answer = self.stdout.readline(4 * OUTPUT_KEPT)
+            code, output, reward = answer.rstrip(b"\n").split(b" ")
+            return int(code), base64.b64decode(output, validate=True), reward.decode("utf-8", "replace")
+        except (OSError, ValueError) as error:
+            if answer.endswith(b"\n") or len(answer) == 4 * OUTPUT_KEPT:    # whole, and yet none: the loop would not write that
+                raise KilledItself("its shell's answer was meddled with") from error
+            raise KilledItself("out of memory") if self._out_of_memory() else SandboxLost("died") from error
 
     def _alive(self):
         """Whether the loop's process is still there, so that it is the sandbox that is silent, not its machine."""
@@ -913,7 +932,7 @@ class Sandbox:
             reward = float(reward["reward"] if isinstance(reward, dict) else reward)
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             reward = math.nan
-        if reason := (f"stopped after {limit:g} s" if output.timed_out else "killed" if output.exit_code in (137, 143) else
+        if reason := (f"stopped after {limit:g} s" if output.timed_out else "killed" if output.exit_code == 137 else
                       "not of the tests' writing" if self.tampered else repr(self.reward[:200]) if math.isnan(reward) else ""):
             self.grading += f"\nno reward: {reason}"
             return 0.0
@@ -939,6 +958,8 @@ def check_sandbox(cfg):
             raise UserError(f"--sandbox: no Docker engine answers at {os.environ.get('DOCKER_HOST', 'its usual socket')}")
         if cfg.tiny and not cfg.image:
             raise UserError("--image: the tiny tasks need one in containers; name any with bash, coreutils and tar")
+        if not shutil.which("docker"):
+            print("sandboxes: there is no docker program here, so images can be neither pulled nor built", file=sys.stderr)
         remove_containers()
         if not cfg.image:  # every task has its own
             return
@@ -1091,6 +1112,14 @@ class ChatFormat:
 
 
 chat_format = functools.lru_cache(ChatFormat)
+
+
+def load_tokenizer(model):
+    """The tokenizer of a Hugging Face id or folder. Raises UserError."""
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model: {error}".split("\n")[0]) from None
 
 
 def drop_long_prompts(tasks, tokenizer, cfg):
@@ -1262,7 +1291,7 @@ class Engine:
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1",
                           VLLM_WORKER_MULTIPROC_METHOD="spawn")
         if not torch.cuda.is_available():
-            os.environ.update(TORCH_COMPILE_DISABLE="1", HF_HUB_OFFLINE="1")
+            os.environ["TORCH_COMPILE_DISABLE"] = "1"
         from vllm.v1.engine.async_llm import AsyncLLM
         self.cfg, self.requests = cfg, itertools.count()
         self.llm = AsyncLLM.from_engine_args(engine_args(model, cfg))
@@ -1337,7 +1366,8 @@ def end_generator(memory):
     """The last act of the generator's process group: engine processes and sandboxes end with it."""
     if docker_client.cache_info().currsize:
         remove_containers(owned_by_me=True)
-    shutil.rmtree(memory, ignore_errors=True)
+    if not multiprocessing.parent_process().is_alive():     # else the learners may be writing there, and remove it themselves
+        shutil.rmtree(memory, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 
@@ -1511,7 +1541,7 @@ def pack(rollouts, pack_length, num_ranks):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def check_model(model, cfg):
-    """Refuse, from its config.json alone, a model whose logprobs would be wrong here. Raises UserError with the reason.
+    """The model without its weights, from config.json alone. Raises UserError if its logprobs would be wrong here.
 
     Attention is told where the rollouts of a pack begin; a recurrent state or a convolution would run on into the next one."""
     try:
@@ -1523,15 +1553,23 @@ def check_model(model, cfg):
     window = getattr(text, "sliding_window", None) or math.inf
     layers = set(getattr(text, "layer_types", None) or ["full_attention" if window >= cfg.pack_length else "sliding_attention"])
     scales = (getattr(text, name, None) for name in ("logits_scaling", "logit_scale", "final_logit_softcapping"))
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
     for holds, reason in [
             (config.is_encoder_decoder, "it is an encoder-decoder"),
             (layers != {"full_attention"}, f"packs need full attention in every layer, and it has {', '.join(sorted(layers))}"),
             (text is not config, "it is multimodal"),
+            (rope in ("dynamic", "longrope"), f"its positions ({rope}) depend on the longest rollout of a pack"),
+            (get_checkpoint_conversion_mapping(config.model_type), "its weights have other names or shapes here than in vLLM"),
             (family is None, "transformers has no causal language model of this type"),
             (family and not family._supports_attention_backend, "its layers do not take packed attention"),
             (any(x not in (None, 1) for x in scales), "it scales or caps its logits")]:
         if holds:
             raise UserError(f"--model: {model} ({config.model_type}) cannot be trained: {reason}")
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    if getattr(lm.get_output_embeddings(), "bias", None) is not None or not hasattr(lm.base_model, "layers"):
+        raise UserError(f"--model: {model} cannot be trained: its LM head has a bias, or it is no decoder of layers")
+    return lm
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, cu_seqlens=None, sliding_window=None, **more):
@@ -1545,14 +1583,16 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, cu
     more["sliding_window"] = sliding_window and sliding_window < query.shape[2]
     if others := [name for name, x in more.items() if name != "position_ids" and (torch.is_tensor(x) or x)]:
         raise ValueError(f"packed attention knows no {', '.join(others)}")
+    # Grouped heads are repeated: CUDA's FP32 kernels do not know them, nor does every torch in its variable-length attention.
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     if query.is_cuda and query.dtype == torch.bfloat16:  # the one place where devices differ: all segments at once
         from torch.nn.attention.varlen import varlen_attn
         longest = int(cu_seqlens.diff().max())
         out = varlen_attn(*(x[0].transpose(0, 1).contiguous() for x in (query, key, value)), cu_seqlens, cu_seqlens,
-                          longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)
+                          longest, longest, scale=scaling, window_size=(-1, 0))
         return out[None], None
     segments = zip(*(x.split(cu_seqlens.diff().tolist(), dim=2) for x in (query, key, value)))
-    out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True) for q, k, v in segments]
+    out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling) for q, k, v in segments]
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
@@ -1593,7 +1633,7 @@ class TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets, logz = ctx.saved_tensors
         dtype = logz.dtype
         d_hidden, d_weight = torch.zeros_like(hidden, dtype=dtype), torch.empty_like(weight)
-        width = max(1, ctx.chunk * len(weight) // max(1, len(hidden)))      # as many logits at a time as in the forward pass
+        width = max(64, ctx.chunk * len(weight) // max(1, len(hidden)) // 64 * 64)  # as many logits as forward; rows aligned
         for i in range(0, len(weight), width):
             part = weight[i:i + width]
             d = TokenLogprobs.matmul(hidden, part.T, dtype if ctx.fp32 else hidden.dtype).to(dtype).div_(ctx.temperature)
@@ -1676,8 +1716,6 @@ class Policy(torch.nn.Module):
 def load_policy(model, cfg, sharded=True):
     """A trainable Policy with FP32 master weights, sharded over all ranks by FSDP2 layer by layer; or whole, on the CPU."""
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="packed")
-    if getattr(lm.get_output_embeddings(), "bias", None) is not None or not hasattr(lm.base_model, "layers"):
-        raise UserError(f"--model: {model} cannot be trained: its LM head has a bias, or it is no decoder of layers")
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(lm, cfg).train()
@@ -1726,8 +1764,9 @@ def step_metrics(seen, version):
     most = torch.stack([torch.cat([x.double(), x.new_tensor([-1.0]).double()]).max() for x in tops.values()])    # -1: of none
     dist.all_reduce(sums)
     dist.all_reduce(most, dist.ReduceOp.MAX)
-    return (dict(tokens=int(sums[0, 1])) | {name: total / n if n else None for name, (total, n) in zip(means, sums.tolist())}
-            | {name: None if x < 0 else x for name, x in zip(tops, most.tolist())})
+    return (dict(tokens=int(sums[0, 1]))
+            | {name: total / n if n and math.isfinite(total) else None for name, (total, n) in zip(means, sums.tolist())}
+            | {name: x if 0 <= x < math.inf else None for name, x in zip(tops, most.tolist())})
 
 
 class Cell(NamedTuple):
@@ -1738,10 +1777,6 @@ class Cell(NamedTuple):
     node: int
     nodes: int
     group: object       # process group of the node's ranks
-
-    @property
-    def first(self):
-        return self.rank == 0
 
 
 def join_ranks():
@@ -1853,10 +1888,11 @@ class GeneratorClient:
         self.cfg = cfg = replace(cfg, prompts_per_step=cfg.prompts_per_step // cell.nodes)
         self.cell, suffix = cell, f"-{cell.node}" if cell.node else ""      # the first node's files have plain names
         self.log = (run_dir / f"rollouts{suffix}.jsonl").open("a")
-        for left in Path("/dev/shm").glob("tmax-*"):        # by runs that were killed with their generators
+        here = os.stat("/proc/self/ns/pid").st_ino      # process numbers mean something in one namespace only
+        for left in Path("/dev/shm").glob(f"tmax-[0-9]*-{here}-*"):     # by runs that were killed with their generators
             if not Path("/proc", left.name.split("-")[1]).exists():
                 shutil.rmtree(left, ignore_errors=True)
-        self.memory = Path(tempfile.mkdtemp(prefix=f"tmax-{os.getpid()}-", dir="/dev/shm"))     # weights on their way; sockets
+        self.memory = Path(tempfile.mkdtemp(prefix=f"tmax-{os.getpid()}-{here}-", dir="/dev/shm"))      # weights, sockets
         self.closed, self.training, self.reload_seconds, self.failure = 0, 0, None, None
         self.generator_log = run_dir / f"generator{suffix}.log"
         self.inbox, self.loaded = {"group": queue.Queue(), "evaluated": queue.Queue()}, threading.Event()
@@ -1974,7 +2010,7 @@ def next_batch(cfg, cell, generator, step, version):
         rows = pack(sum(groups, []), cfg.pack_length, cell.ranks) if groups else [[]] * cell.ranks
         share.extend((row, generator.memory / "weights") for row in rows)
         return len(rows[0]), found
-    results, mine, total = together(collect if cell.first else lambda: (0, Counter())), [None], Counter()
+    results, mine, total = together(collect if cell.rank == 0 else lambda: (0, Counter())), [None], Counter()
     dist.scatter_object_list(mine, share, src=cell.node * cell.ranks, group=cell.group)
     (packs, folder), count = mine[0], max(n for n, _ in results)
     for _, found in results:
@@ -1988,8 +2024,8 @@ def next_batch(cfg, cell, generator, step, version):
 def train(cfg, cell, run_dir, model, tasks, eval_tasks):
     """The recipe: collect, select, compare, pack, update, reload. Runs on every rank; a node's first owns its generator."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    client = contextlib.closing(GeneratorClient(cfg, cell, model, tasks, run_dir)) if cell.first else contextlib.nullcontext()
-    with client as generator:
+    with (contextlib.nullcontext() if cell.rank else
+          contextlib.closing(GeneratorClient(cfg, cell, model, tasks, run_dir))) as generator:
         learner, history, saved = Learner(cfg, model, cell), [], 0
         for step in range(1, cfg.training_steps + 1):
             start = time.monotonic()
@@ -2106,8 +2142,8 @@ def report_scores(scores, model, run_dir):
     for t in scores["tasks"]:
         print(f"{t['task']:{width}}  {t['pass_rate']:.2f}  {', '.join(t['finish'])}")
     error = "" if runs == 1 else f" ± {100 * scores['stderr']:.1f}"
-    print(f"\n{len(scores['tasks'])} tasks / {100 * scores['mean']:.1f}{error} % over {runs} runs"
-          "   (± is the standard deviation, n - 1, of the runs' means / sqrt(runs))")
+    print(f"\n{len(scores['tasks'])} tasks / {100 * scores['mean']:.1f}{error} % over {runs} run{'s' * (runs > 1)}"
+          + "   (± is the standard deviation, n - 1, of the runs' means / sqrt(runs))" * (runs > 1))
     print("  ".join(f"pass@{k} {100 * p:.1f} %" for k, p in scores["pass_at_k"].items()))
     print("ends: " + ", ".join(f"{n} {end}" for end, n in sorted(scores["finish"].items())))
     if scores["void"]:
@@ -2274,21 +2310,21 @@ def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
 # Plan: memory, from shapes alone.
 # ---------------------------------------------------------------------------------------------------------------------
 
-def head_dim(c):
-    return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+def attention_widths(c):
+    """Numbers in a token's query, and in its key or its value."""
+    dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return c.num_attention_heads * dim, (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) * dim
 
 
-def learner_memory(config, cfg, ranks):
-    """(parameters, {part: bytes of one learner}) for a model of this configuration sharded over `ranks`, with a full pack."""
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
+def learner_memory(lm, cfg, ranks):
+    """(parameters, {part: bytes of one learner}) for a model sharded over `ranks`, with a full pack."""
     size, layer = (sum(p.numel() for p in module.parameters()) for module in (lm, lm.base_model.layers[0]))
-    c, n, width = config.get_text_config(), cfg.pack_length, getattr(torch, cfg.dtype).itemsize
+    c, n, width = lm.config, cfg.pack_length, getattr(torch, cfg.dtype).itemsize
     rest = size - c.num_hidden_layers * layer       # embedding and head, which FSDP gathers as one
-    d, q, kv = c.hidden_size, c.num_attention_heads * head_dim(c), c.num_key_value_heads * head_dim(c)
+    d, (q, kv) = c.hidden_size, attention_widths(c)
     # What the backward pass of one layer needs, counted in the model's source: FP32 copies in the four norms; what goes into
     # and comes out of matrix products, rotary embedding, attention and gate.
-    kept = n * (4 * (4 * d + 2 * q + 2 * kv) + width * (7 * d + 6 * q + 7 * kv + 4 * c.intermediate_size))
+    kept = n * (4 * (4 * d + 2 * q + 2 * kv) + width * (7 * d + 8 * q + 5 * kv + 4 * c.intermediate_size))
     return size, {
         "weights, FP32": 4 * size / ranks, "gradients, FP32": 4 * size / ranks, "optimizer, FP32": 8 * size / ranks,
         "gathered layers": width * (2 * layer + 2 * rest) + 4 * rest,       # two layers; embedding and head with gradients
@@ -2300,16 +2336,14 @@ def plan(cfg, ranks):
     """What GPUs hold when `ranks` of them learn: (one screen of text, list of what does not fit). Reads config.json only.
 
     Of a GPU, 5 % stay free of learners; vLLM takes 92 %, 4 GiB of it for activations and CUDA graphs. Raises UserError."""
-    check_model(cfg.model, cfg)
-    config = AutoConfig.from_pretrained(cfg.model)
-    gib, free = cfg.gpu_memory_gb or 80, math.inf
+    lm, gib, free = check_model(cfg.model, cfg), cfg.gpu_memory_gb or 80, math.inf
     if torch.cuda.is_available():
         gib, free = cfg.gpu_memory_gb or torch.cuda.mem_get_info()[1] / 2**30, shutil.disk_usage("/dev/shm").free / 2**30
-    size, parts = learner_memory(config, cfg, ranks)
-    c, width = config.get_text_config(), getattr(torch, cfg.dtype).itemsize
+    size, parts = learner_memory(lm, cfg, ranks)
+    c, width = lm.config, getattr(torch, cfg.dtype).itemsize
     longest = cfg.max_prompt_tokens + cfg.max_total_tokens
     learner, weights = sum(parts.values()) / 2**30, width * size / 2**30
-    per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim(c) * width / 2**30
+    per_token = 2 * c.num_hidden_layers * attention_widths(c)[1] * width / 2**30
     room = max(0.0, 0.92 * gib - 4 - weights)
     tokens = int(room / per_token)
     most = concurrency(cfg, tokens * cfg.num_engines)
@@ -2338,10 +2372,11 @@ def make_run_dir(cfg):
     """A new folder runs/NAME with the Config in it."""
     run_dir = Path("runs", cfg.name)
     try:
-        run_dir.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(f"--name: {run_dir} is there already") from None
-    (run_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+        run_dir.mkdir(parents=True, exist_ok=True)      # check_sandbox may have left images/ there
+        with (run_dir / "config.json").open("x") as file:
+            json.dump(asdict(cfg), file, indent=2)
+    except OSError as error:
+        raise UserError(f"--name: {run_dir} cannot be made: {error.strerror}") from None
     return run_dir
 
 
@@ -2357,8 +2392,10 @@ def run(cfg):
         if torch.cuda.is_available() and not cfg.tiny and not cfg.eval and (problems := plan(cfg, dist.get_world_size())[1]):
             raise UserError(f"--plan says what does not fit: {'; '.join(problems)}")
         check_sandbox(cfg)
-        if cfg.model and not cfg.eval:
-            check_model(cfg.model, cfg)
+        if cfg.model:
+            if not cfg.eval:
+                check_model(cfg.model, cfg)
+            chat_format(load_tokenizer(cfg.model))
         tasks.extend(all_tasks(cfg.tasks, cfg))
         eval_tasks.extend(all_tasks(cfg.eval_tasks, replace(cfg, include=[], exclude=[])))
 
@@ -2371,15 +2408,15 @@ def run(cfg):
         return run_dir, cfg.model or model, folder
 
     def choose():
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        tasks[:] = drop_long_prompts(tasks or load_tasks(tiny_tasks, cfg), tokenizer, cfg)
+        tokenizer = load_tokenizer(model)
+        tasks[:] = drop_long_prompts(tasks or all_tasks([tiny_tasks], cfg), tokenizer, cfg)
         if eval_tasks:
             drop_long_prompts(eval_tasks, tokenizer, replace(cfg, eval=True))
     idle = lambda: None
-    together(look if cell.first else idle)
+    together(look if cell.rank == 0 else idle)
     run_dir, model, tiny_tasks = together(make if dist.get_rank() == 0 else idle)[0]
     cfg.name = run_dir.name
-    together(choose if cell.first else idle)
+    together(choose if cell.rank == 0 else idle)
     if dist.get_rank() == 0:
         if cfg.sandbox == "bwrap":
             print("sandboxes: bubblewrap: no network; a rollout's files and each of its processes are limited, not their sum")
