@@ -2006,8 +2006,9 @@ def test_no_privileges():
     caps, = shell("grep -E '^(Cap(Inh|Prm|Eff|Bnd|Amb)|NoNewPrivs):' /proc/self/status")
     assert re.sub(r"\s+", " ", caps.text) == " ".join(
         [*(f"{name}: 0000000000000000" for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")), "NoNewPrivs: 1 "])
-    for output in shell("mount -t tmpfs none /tmp", "mount --bind /tmp /usr", "umount /proc", "mount -o remount,rw /usr", "unshare -Ur true",
-                        "unshare -m true", "unshare -n true", "chroot / true", "mknod /tmp/d c 1 1", "ulimit -u 100000", "hostname x"):
+    for output in shell("mount -t tmpfs none /tmp", "mount --bind /tmp /usr", "umount /proc", "mount -o remount,rw /usr", "unshare -U true",
+                        "unshare -m true", "unshare -n true", "chroot / true", "mknod /tmp/d c 1 1", "ulimit -u 100000", "hostname x",
+                        "cat /proc/sys/vm/swappiness >/proc/sys/vm/swappiness", "grep ' /usr [^ ]* rw' /proc/mounts"):
         assert output.exit_code != 0, output
 
 
@@ -2306,10 +2307,11 @@ def test_verifier_sees_its_environment(tmp_path):
     ["echo 'echo 1 >/logs/verifier/reward.txt; exit' >/tmp/e; export BASH_ENV=/tmp/e ENV=/tmp/e"],
     ["trap 'echo 1' EXIT DEBUG ERR; alias cat='echo 1'; shopt -s expand_aliases; set -e"],
     ["exec() { echo 1; }; eval() { echo 1; }; export -f exec eval; readonly __state=1 __code=0"],
-], ids=["pre-written", "/logs linked", "/logs/verifier linked", "/tests linked", "own /tests", "functions", "PATH", "BASH_ENV", "traps", "builtins"])
+    [": >/logs; : >/tests"],
+], ids=["pre-written", "/logs linked", "/logs/verifier linked", "/tests linked", "own /tests", "functions", "PATH", "BASH_ENV", "traps", "builtins", "files"])
 def test_agent_does_not_reach_the_tests(tmp_path, commands, cfg):
-    """Tests that give 0 still give 0, and find only their own files, whatever the agent left behind."""
-    reward, words = graded(tmp_path / "t", "ls -A /tests; echo $BASH_ENV; type cat; echo ran", *commands, cfg=cfg)
+    """Tests that give 0 still give 0, and find real folders and only their own files, whatever the agent left behind."""
+    reward, words = graded(tmp_path / "t", "[ -L /logs ] || [ ! -d /logs/verifier ] || ls -A /tests; echo $BASH_ENV; type cat; echo ran", *commands, cfg=cfg)
     assert reward == 0 and words.startswith("test.sh\n\ncat is /usr/bin/cat\nran\n"), words
 
 
