@@ -1822,7 +1822,8 @@ def shell(*commands, timeout=100, **kw):
     "own exit trap": [("trap 'echo bye' EXIT; cd /opt", "bye\n", 0), ("pwd", "/opt\n", 0)],
     "kill of itself": [("A=1", "", 0), ("kill -9 $$", "", 137), ("echo $A", "1\n", 0)],
     "kill of everything": [("A=1", "", 0), ("kill -9 -1", "", None), ("echo $A", "1\n", 0)],
-    "all signals to process 1": [("for s in {1..31}; do kill -$s 1; done 2>/dev/null; echo sent", "sent\n", 0), ("echo here", "here\n", 0)],
+    "all signals to process 1": [("for s in {1..31}; do kill -$s 1; done 2>/dev/null; echo sent", "sent\n", 0),
+                                 *((f"kill -{s} 1; sleep .01; echo sent", "sent\n", 0) for s in range(1, 65) if s not in (32, 33))],
     "no input": [("cat; read x; echo eof", "eof\n", 0), ("read -t 5 x </dev/tty; echo $?", "1\n", 0)],
     "broken PATH": [("export PATH=/nonexistent", "", 0), ("echo hi", "hi\n", 0), ("ls", "not found", 127),
                     ("export PATH=/usr/bin:/bin; ls /usr >/dev/null && echo fixed", "fixed\n", 0)],
@@ -1833,6 +1834,7 @@ def shell(*commands, timeout=100, **kw):
                       ("unset BIG", "", 0), ("ls / >/dev/null && echo ok", "ok\n", 0)],
     "background job does not talk into the next answer": [
         ("(while :; do echo spam; sleep .1; done) & sleep .3", "spam\n", 0), ("sleep .5; echo clean", "clean\n", 0)],
+    "background job that floods": [("yes & sleep .1", "y\n", 0), ("kill %1 2>/dev/null; echo here", "here\n", 0)],
     "background job lives on": [("sleep 7777 >/dev/null 2>&1 & echo $! >/tmp/pid", "", 0), ("kill -0 $(cat /tmp/pid) && echo alive", "alive\n$", 0)],
     "background job lives on after exit code 124": [
         ("sleep 7777 >/dev/null 2>&1 & echo $! >/tmp/pid; timeout .2 sleep 9", "", 124), ("kill -0 $(cat /tmp/pid) && echo alive", "alive\n", 0)],
@@ -2012,6 +2014,20 @@ def test_no_privileges():
         assert output.exit_code != 0, output
 
 
+def test_limits(cfg):
+    """Open files, core dumps, size of a file, and in bubblewrap processes; what commands leave for the loop does not pile up."""
+    limits, *_, left = shell("ulimit -n; ulimit -c; ulimit -f; ulimit -u", *["echo"] * 20, "ls /dev/shm/.shell/ | grep -c ^out", cfg=cfg)
+    wanted = f"{tmax.MAX_OPEN}\n0\n{tmax.MAX_FILE}\n" + f"{tmax.MAX_PROCESSES}\n" * (cfg.sandbox == "bwrap")
+    assert limits.text.startswith(wanted) and int(left.text) < 17
+
+
+def test_an_upload_that_fails_is_lost(tmp_path, cfg):
+    """The sandbox is then not what the task needs."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(tmax.SandboxLost, match="upload"):
+        in_sandbox(lambda box: box.upload(tmp_path, "/proc/x"), cfg=cfg)
+
+
 def test_memory_is_limited():
     """Neither files nor a single process pass the task's memory_mb."""
     task = tmax.Task("t", Path("/nonexistent"), "", memory_mb=64)
@@ -2161,11 +2177,12 @@ def test_killed_from_outside_is_lost(alive, busy, cfg):
     ("kill -STOP $PPID", 512, "silent"), ("head -c 99M /dev/zero >/dev/shm/f; sleep 1; echo", 40, "out of memory"),
     ("head -c 200000 /dev/zero >/tmp/f; (while :; do for o in /dev/shm/.shell/out.*; do ln -sf /tmp/f $o; done; done) >/dev/null 2>&1 & sleep 1",
      512, "meddled"),
-], ids=["stopped", "memory", "answer"])
+    ("printf '#!/bin/sh\\necho a b c\\n' >$(type -p base64); sleep 1", 512, "meddled"),
+], ids=["stopped", "memory", "answer", "program"])
 def test_an_agent_that_ends_its_own_sandbox(tmp_path, tokenizers, monkeypatch, cfg, command, memory, reason):
     """Finish killed_itself, reward 0, and not void: a rollout cannot get out of its group."""
-    if cfg.sandbox == "bwrap" and reason == "out of memory":
-        pytest.skip("its loop has memory of its own")
+    if cfg.sandbox == "bwrap" and (reason == "out of memory" or "base64" in command):
+        pytest.skip("its loop has memory of its own, and its programs are read-only")
     monkeypatch.setattr(tmax, "GRACE", 3)
     task = dataclasses.replace(tmax.load_task(make_task(tmp_path / "t")), memory_mb=memory)
     script = Script(tokenizers["tiny"], *[hermes(command)] * 9)
@@ -2286,6 +2303,11 @@ def test_reward_is_what_the_tests_wrote(tmp_path, test, reward):
 def test_verifier_timeout_is_zero(tmp_path, test):
     """The task's own limit for tests, whatever they printed or wrote before."""
     assert graded(tmp_path / "t", test, toml="[verifier]\ntimeout_sec = 2\n")[0] == 0
+
+
+def test_tests_start_in_app(tmp_path, cfg):
+    """Also if the agent made it anew."""
+    assert graded(tmp_path / "t", f"[ -e done ] && echo 1 >{TXT}", "cd / && rm -rf /app && mkdir /app && touch /app/done", cfg=cfg)[0] == 1
 
 
 def test_verifier_sees_its_environment(tmp_path):

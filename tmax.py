@@ -519,7 +519,7 @@ GRACE = 20              # seconds that the loop may stay silent beyond a command
 SHELL_LOOP = r"""
 state=$1 run_command=$2 keep=$3 limits=$4 user=$5 home=$HOME n=0 env=0 services= readers=()
 for fd in /proc/$$/fd/*; do (( ${fd##*/} > 2 )) && eval "exec ${fd##*/}<&-"; done 2>/dev/null  # nothing of the host stays open
-for signal in HUP INT QUIT TERM USR1 USR2 PIPE ALRM; do trap : $signal; done  # a handler: children get the default back
+for signal in {1..16} {18..31}; do trap : $signal; done  # a handler, not for CHLD: children get the default back
 cd /app 2>/dev/null
 agent=(setpriv --bounding-set=-setpcap,-sys_ptrace --inh-caps=-setpcap,-sys_ptrace --ambient-caps=-all)
 if [ "$user" ]; then
