@@ -3710,7 +3710,8 @@ def test_models_that_cannot_be_packed_are_refused(tmp_path, family, changes, rea
     """From config.json alone, before anything is loaded, in one line that says why."""
     AutoConfig.for_model(family, **changes).save_pretrained(tmp_path)
     if reason is None:
-        return tmax.check_model(tmp_path, CFG)
+        assert tmax.check_model(tmp_path, CFG).config.model_type == family
+        return
     with pytest.raises(tmax.UserError, match=f"--model: .*{reason}") as error:
         tmax.check_model(tmp_path, CFG)
     assert "\n" not in str(error.value)

@@ -410,17 +410,17 @@ def cached(key, make):
 
 def unpack(archive, folder):
     """Unpack a tar archive that may be hostile: files, folders, links that stay inside. Raises UserError naming the member."""
-    links, place = set(), "not an archive"
+    links, place = {}, "not an archive"      # a dict: in order, found at once
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
                 place = member.name
                 for name in (member.name, member.linkname) if member.islnk() else (member.name,):
                     path = PurePosixPath(name)
-                    if path.is_absolute() or ".." in path.parts or not links.isdisjoint((path, *path.parents)):
+                    if path.is_absolute() or ".." in path.parts or not links.keys().isdisjoint((path, *path.parents)):
                         raise tarfile.TarError(f"{name} leads out of it")
                 if member.issym():
-                    links.add(PurePosixPath(place))
+                    links[PurePosixPath(place)] = True
                 tar.extract(member, folder, filter="data")
         for place in links:  # now that all are there: one may lead out through another
             if not (folder / place).resolve(strict=True).is_relative_to(folder.resolve()):
