@@ -82,9 +82,9 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
                           GenerationConfig, HfArgumentParser, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 
 # ---------------------------------------------------------------------------------------------------------------------
