@@ -999,8 +999,8 @@ def join_ranks():
 # The bound on staleness, in groups:    started - (trained + rejected) <= (async_steps + 1) * prompts_per_step
 #
 # A batch counts as trained when the next is collected, so at most (async_steps + 1) batches are open at once:
-# a token is trained on at most async_steps updates after it was sampled. GeneratorClient.collect starts groups,
-# and keeps to it (stage one); select_groups drops what should be staler all the same (stage two).
+# a token is trained on at most async_steps updates after it was sampled. GeneratorClient.collect starts
+# groups, and keeps to it (stage one); select_groups drops what should be staler all the same (stage two).
 # ------------------------------------------------------------------------------------------------------------
 
 class GeneratorClient:
@@ -1298,8 +1298,9 @@ GRACE = 20                  # seconds that a sandbox may be silent beyond a comm
 ENGINE_ERRORS = OSError, docker.errors.DockerException      # those of requests are OSErrors
 
 # One line, so that bash's messages number the agent's lines. The command, of $1 bytes, comes on stdin:
-# arguments have a limit, and `pkill -f` would find its own shell. State is saved from an EXIT trap, or behind a
-# that set its own, and counts only with its end: a kill may cut it. `builtin`: functions may have any name.
+# arguments have a limit, and `pkill -f` would find its own shell. State is saved from an EXIT trap, or behind
+# a command that set its own, and counts only with its end: a kill may cut it. `builtin`: functions may have any
+# name.
 SAVE_STATE = """{ builtin set +ex -- "$?"; builtin unset __command; { builtin umask -p; \
 builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; \
 builtin printf '#whole'; } >|/tmp/.shell.new; } >/dev/null 2>&1; builtin exit "$1" """
@@ -1581,7 +1582,8 @@ class Bubblewrap:
     def start(self):
         self.top = tempfile.mkdtemp(prefix="sandbox-")      # of mode 0700
         self.uid = os.getuid() or 1_900_000_000 + os.stat(self.top).st_ino % 100_000_000
-        for name in ["", *"root root/tmp root/root root/home root/opt root/var root/app root/workspace".split()]:
+        inside = "root root/tmp root/root root/home root/opt root/var root/app root/workspace"
+        for name in ["", *inside.split()]:
             os.makedirs(f"{self.top}/{name}", exist_ok=True)
             os.chown(f"{self.top}/{name}", self.uid, -1)
         memory = self.task.memory_mb << 20
