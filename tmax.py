@@ -1299,8 +1299,8 @@ ENGINE_ERRORS = OSError, docker.errors.DockerException      # those of requests 
 
 # One line, so that bash's messages number the agent's lines. The command, of $1 bytes, comes on stdin:
 # arguments have a limit, and `pkill -f` would find its own shell. State is saved from an EXIT trap, or behind
-# a command that set its own, and counts only with its end: a kill may cut it. `builtin`: functions may have any
-# name.
+# a command that set its own, and counts only with its end: a kill may cut it. `builtin`: functions may have
+# any name.
 SAVE_STATE = """{ builtin set +ex -- "$?"; builtin unset __command; { builtin umask -p; \
 builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; \
 builtin printf '#whole'; } >|/tmp/.shell.new; } >/dev/null 2>&1; builtin exit "$1" """
