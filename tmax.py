@@ -1097,6 +1097,8 @@ class GeneratorClient:
         self.reloading = False
 
     def __exit__(self, *_):
+        self.pipe.close()       # the generator clears up and ends; this process may be killed meanwhile
+        self.process.join(20)
         self.process.kill()
         with contextlib.suppress(ProcessLookupError):       # it had no group yet
             os.killpg(self.process.pid, signal.SIGKILL)
