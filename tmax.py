@@ -148,15 +148,16 @@ class Config:
     tiny: bool = knob(False, "a preset of the fields above for two CPU cores")
 
 
-# Small groups of fields, the same recipe. A tiny task needs no image, and bubblewrap starts in 10 ms.
+# Defaults of --tiny. Beside them it makes its model and tasks (run), has a small vLLM (engine_args) and needs
+# no GPU (resolve).
 TINY = dict(
     tiny=True, model="", tasks=[], max_prompt_tokens=512, max_turn_tokens=64, max_total_tokens=256,
     max_steps=6, bash_timeout=10.0, prompts_per_step=16, async_steps=1, pack_length=4096,
     learning_rate=7e-4, warmup_steps=5, training_steps=28, dtype="float32", gradient_checkpointing=False,
     max_concurrent_rollouts=64, sandbox="bwrap", save_every=1000)
 
-# The authors' settings: 2,048 + 38,912 tokens are a context of 40,960. In an evaluation, too, the tests run
-# whatever the rollout's end was, and a turn without a call is answered: see `rollout` and `agent_loop`.
+# Defaults of --eval: the authors' context of 40,960 is 2,048 + 38,912. Beyond these fields an evaluation
+# grades every end (rollout) and answers a turn without a call (agent_loop).
 EVAL = dict(eval=True, temperature=0.7, top_p=0.95, max_total_tokens=38912)
 
 
@@ -192,7 +193,7 @@ def train(cfg, cell, run_dir, model, tasks, eval_tasks):
                 generator.finish_reload()
             clock.append(time.monotonic())
             if packs:
-                learner.save_weights(cell.memory / "weights")
+                learner.save_weights(cell.memory / "weights")       # in /dev/shm
                 if is_owner:
                     generator.reload(learner.version)
             clock.append(time.monotonic())
@@ -226,9 +227,8 @@ class Rollout:
     mask: list[int]             # 1: sampled by the policy, trained on; 0: prompt or tool output
     logprobs: list[float]       # log mu of sampled tokens as vLLM returned it; 0.0 elsewhere
     versions: list[int]         # policy version that sampled the token; -1 elsewhere
-    prompt_tokens: int = 0
     reward: float = 0.0
-    # submitted | no_call | max_steps | max_tokens | timeout | killed_itself | void:REASON
+    # submitted | no_call | max_steps | max_tokens | timeout | killed_itself | void:REASON; oracle: no_solution
     finish: str = ""
     problem: str = ""           # of its grade: no_reward | clipped
     touches_grader: bool = False    # a command names the grader's files
@@ -271,8 +271,8 @@ async def rollout(engine, task, tokenizer, cfg, engine_rank=0):
     except KilledItself as reason:
         r.finish = "killed_itself"
         r.say("error", f"the sandbox ended: {reason}")
-    except SandboxLost as lost:
-        r.finish = f"void:{lost.reason}"
+    except (SandboxLost, OSError) as lost:      # an OSError: this machine has no more processes, files, …
+        r.finish = f"void:{getattr(lost, 'reason', 'host')}"
         r.say("error", str(lost))
     return r
 
@@ -283,8 +283,7 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
     A turn without a valid call is an end; in an evaluation it is a step and answered by a message."""
     chat = chat_format(tokenizer)
     r.append(chat.prompt(box.task.instruction), 0)
-    r.prompt_tokens = len(r.tokens)
-    limit = r.prompt_tokens + cfg.max_total_tokens
+    limit = len(r.tokens) + cfg.max_total_tokens
     while True:
         budget = min(cfg.max_turn_tokens, limit - len(r.tokens))
         turn = await engine.generate(r.tokens, budget, chat.stop_ids, engine_rank, cfg)
@@ -305,10 +304,10 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
             with waiting("bash"):
                 answers.append(await TOOLS[name].call(box, **arguments))
             r.say("tool", answers[-1])
-            r.seconds_bash = box.seconds    # waiting for the model costs a rollout none of its time
+            r.seconds_bash = box.seconds
             if box.submitted:
                 return "submitted"
-            if box.seconds >= box.task.agent_timeout:
+            if box.seconds >= box.task.agent_timeout:   # waiting for the model costs it no time
                 return "timeout"
         if not calls:
             r.say("error", error)
@@ -354,7 +353,8 @@ async def bash(box, command):
     return render_observation(output.text + stopped, output.exit_code)
 
 
-# A tool is one entry; prompt and parser follow from this table.
+# A tool is one entry; parser and template follow from this table, SYSTEM_PROMPT speaks of bash alone. A tool
+# works by box.run(command, seconds) and may set box.submitted.
 TOOLS = {"bash": Tool({
     "name": "bash", "description": "Run a command in the terminal.",
     "parameters": {
@@ -478,8 +478,10 @@ def pack(rollouts, pack_length, num_ranks):
                 return None
             min(with_room, key=cost).append(r)
         return bins
-    counts = itertools.count(num_ranks, num_ranks)
-    bins = next(filter(None, map(distribute, counts)))
+    for count in itertools.count(num_ranks, num_ranks):
+        bins = distribute(count)
+        if bins:
+            break
     bins.sort(key=cost, reverse=True)   # side by side run packs of like cost: all ranks wait for the slowest
     packs = [build_pack(bin) for bin in bins]
     return [packs[rank::num_ranks] for rank in range(num_ranks)]
@@ -519,7 +521,7 @@ def policy_loss(cfg, logprobs, rollout_logprobs, advantages):
         divergence = cfg.loss.removeprefix("dppo_")
         return dppo_loss(logprobs, rollout_logprobs, advantages, divergence, cfg.dppo_threshold)
     # grpo: PPO's clip of r. pg: importance-weighted, without a trust region.
-    low, high = (0.8, 1.272) if cfg.loss == "grpo" else (0.0, math.inf)
+    low, high = {"grpo": (0.8, 1.272), "pg": (0.0, math.inf)}[cfg.loss]
     r = (logprobs - rollout_logprobs).exp().detach()
     clipped = r.clamp(low, high)
     kept = ~(advantages * (r - clipped) > 0)
@@ -549,7 +551,7 @@ def packed_attention(module, query, key, value, mask, cu_seqlens=None, scaling=N
     # Grouped heads are repeated: CUDA's FP32 kernels do not know them, nor every torch's varlen_attn.
     heads_per_key = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(heads_per_key, dim=1) for x in (key, value))
-    if query.is_cuda and query.dtype == torch.bfloat16:     # the one place where devices differ: all at once
+    if query.is_cuda and query.dtype == torch.bfloat16:     # one kernel for all rollouts
         from torch.nn.attention.varlen import varlen_attn
         rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         longest = int(lengths.max())
@@ -619,7 +621,7 @@ def token_logprobs(hidden, lm_head_weight, targets, chunk=1024, temperature=1.0)
 
 
 class Policy(torch.nn.Module):
-    """A causal LM whose forward pass ends in logprobs: only within it FSDP gathers the LM head's weight."""
+    """A causal LM whose forward pass ends in logprobs: FSDP gathers the LM head's weight only there."""
 
     def __init__(self, lm, cfg):
         super().__init__()
@@ -627,8 +629,9 @@ class Policy(torch.nn.Module):
 
     def forward(self, batch):
         """Logprobs and entropy of a Pack's sampled tokens, [M] each."""
-        tokens, positions, cu_seqlens, predicts, targets, *_ = (
-            torch.from_numpy(array).to(self.lm.device) for array in vars(batch).values())
+        arrays = (batch.tokens, batch.positions, batch.cu_seqlens, batch.predicts, batch.targets)
+        tokens, positions, cu_seqlens, predicts, targets = (
+            torch.from_numpy(array).to(self.lm.device) for array in arrays)
         outputs = self.lm.base_model(input_ids=tokens[None], position_ids=positions[None],
                                      cu_seqlens=cu_seqlens, use_cache=False)
         hidden, head = outputs.last_hidden_state[0, predicts], self.lm.get_output_embeddings()
@@ -719,9 +722,9 @@ class Learner:
 #
 # The bound on staleness, in groups:    started - (trained + rejected) <= (async_steps + 1) * prompts_per_step
 #
-# A batch counts as trained when the next is collected, so at most (async_steps + 1) batches are open at once:
-# a token is trained on at most async_steps updates after it was sampled. GeneratorClient.collect starts
-# groups, and keeps to it (stage one); select_groups drops what should be staler all the same (stage two).
+# Stage one: GeneratorClient.collect starts no group beyond that; a batch counts as trained when the next is
+# collected. This bounds what is open, not a slow group that others overtake. Stage two: select_groups drops a
+# group with a token older than async_steps.
 # ------------------------------------------------------------------------------------------------------------
 
 class GeneratorClient:
@@ -760,7 +763,7 @@ class GeneratorClient:
             except (EOFError, OSError):
                 name, answer = "failed", "the process ended unexpectedly"
             if name == "failed":
-                self.failure = self.failure or f"generator: {answer} (see {self.generator_log})"
+                self.failure = f"generator: {answer} (see {self.generator_log})"
                 return None
             if name == "ready":
                 tqdm.write(answer)
@@ -838,7 +841,7 @@ class Generator:
         self.sender, self.running = ThreadPoolExecutor(1), []
 
     async def serve(self, model):
-        """Until an engine dies, whose death a request might wait for in vain, or not notice."""
+        """Start what the pipe asks for. Only raises: what an engine died of, for a request may not notice."""
         self.tokenizer, self.engine = AutoTokenizer.from_pretrained(model), Engine(model, self.cfg)
         await self.engine.llm.update_weight_version("0")
         kv_tokens, engines = self.engine.kv_tokens, self.cfg.num_engines
@@ -864,8 +867,8 @@ class Generator:
         self.sender.submit(self.pipe.send, answer)
 
     async def _group(self, index, task, cfg):
-        """The rollouts of a task, each once a slot is free, all by one engine for its prefix cache. In an
-        evaluation, which counts it as a failure, a void one is tried three times."""
+        """The rollouts of a task, each once a slot is free, all by one engine for its prefix cache. An
+        evaluation, where void counts as failed, tries three times."""
         async def attempt():
             async with self.slots:
                 for _ in range(3 if cfg.eval else 1):
@@ -926,7 +929,7 @@ class Engine:
             async for output in self.llm.generate(prompt, params, request, data_parallel_rank=engine_rank):
                 done = output.outputs[0]
         ids = list(done.token_ids)
-        logprobs = [entry[i].logprob for entry, i in zip(done.logprobs, ids)]
+        logprobs = [entry[i].logprob for entry, i in zip(done.logprobs, ids, strict=True)]
         versions = []
         for span in done.weight_versions:
             versions += [int(span.version)] * (span.end - span.start)
@@ -959,7 +962,7 @@ def engine_args(model, cfg):
         enable_prefix_caching=True, disable_log_stats=True,
         logprobs_mode="processed_logprobs",     # after the temperature, as the learner computes them
         generation_config="vllm",               # else top_k and top_p of the model's own defaults creep in
-        hf_overrides={"head_dtype": "float32"},
+        hf_overrides={"head_dtype": "float32"},     # as in token_logprobs
         **(small if cfg.tiny or not torch.cuda.is_available() else {}))
 
 
@@ -1005,7 +1008,7 @@ def read_call(text):
         name, arguments = function[1], {}
         # With a "</parameter>" in front, every parameter, the first too, follows "</parameter> <parameter=".
         padded = "</parameter>" + text[function.end():]
-        body, rest = re.split(r"</parameter>\s*</function>(?=\s*</tool_call>)", padded, 1)
+        body, rest = re.split(r"</parameter>\s*</function>(?=\s*</tool_call>)", padded, maxsplit=1)
         _, *parameters = re.split(r"</parameter>\s*<parameter=", body)
         for parameter in parameters:
             key, value = parameter.split(">", 1)
@@ -1058,7 +1061,8 @@ class ChatFormat:
 
     def tool_turn(self, texts, role="tool", stop=None):
         """Token ids from the end of an assistant's turn to the header of its next, around the outputs of its
-        calls or a message. `stop` ended the turn; unless it is the template's own (None), that follows it."""
+        calls or a message. `stop`: the token that ended the turn; if it is the template's own, or None, the
+        template's is left out."""
         messages = [("system", "S"), ("user", "U"), ("assistant", "DUMMY")]
         messages += [(role, "DUMMY") for _ in texts]
         _, *parts = self._render(messages, tokenize=False).split("DUMMY")
@@ -1083,12 +1087,12 @@ chat_format = functools.lru_cache(ChatFormat)
 OUTPUT_KEPT = 1_000_000     # bytes of an output's beginning, and of its end
 MAX_PROCESSES = 512
 GRACE = 20                  # seconds that a sandbox may be silent beyond a command's own limit
-ENGINE_ERRORS = OSError, docker.errors.DockerException      # those of requests are OSErrors
+DOCKER_ERRORS = OSError, docker.errors.DockerException      # those of requests are OSErrors
 
 # One line, so that bash's messages number the agent's lines. The command, of $1 bytes, comes on stdin:
-# arguments have a limit, and `pkill -f` would find its own shell. State is saved from an EXIT trap, or behind
-# a command that set its own, and counts only with its end: a kill may cut it. `builtin`: functions may have
-# any name.
+# arguments have a limit, and `pkill -f` would find its own shell. An EXIT trap saves the state; where the
+# command replaced that trap, the end of the line does. A state that does not end in `#whole` was cut by a kill
+# and is ignored. `builtin`: functions may have any name.
 SAVE_STATE = """{ builtin set +ex -- "$?"; builtin unset __command; { builtin umask -p; \
 builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; \
 builtin printf '#whole'; } >|/tmp/.shell.new; } >/dev/null 2>&1; builtin exit "$1" """
@@ -1151,7 +1155,7 @@ class Sandbox:
                 await self.upload(seeds, "/workspace")
         except BaseException as error:
             await self.__aexit__()
-            if isinstance(error, (*ENGINE_ERRORS, KilledItself)):   # nobody has worked in it yet
+            if isinstance(error, (*DOCKER_ERRORS, KilledItself)):   # nobody has worked in it yet
                 raise SandboxLost("start", error) from error
             raise
         return self
@@ -1170,9 +1174,10 @@ class Sandbox:
         try:
             call = self._in_thread(self.backend.execute, argv, stdin, timeout, user)
             code, output = await asyncio.wait_for(call, timeout + GRACE)
-        except ENGINE_ERRORS as error:
+        except DOCKER_ERRORS as error:
             running = await self._in_thread(self.backend.running)
-            if isinstance(error, TimeoutError) or self.worked and not running:
+            silent = isinstance(error, TimeoutError)    # the engine answers, the sandbox does not
+            if silent or (self.worked and not running):
                 raise KilledItself("its sandbox ended or does not answer") from error
             raise SandboxLost("died", error) from error
         seconds = time.monotonic() - start
@@ -1247,9 +1252,9 @@ def head_and_tail(parts):
     return bytes(output)
 
 
-# Runs "${@:2}" for at most $1 seconds. Its output goes through a pipe, so that a background job that holds it
-# delays nothing: when it has been empty for a while, it gets a reader that throws away. What runs out of time
-# gets SIGTERM and saves its state, then its group gets SIGKILL: a fork bomb outlives SIGTERM.
+# Runs "${@:2}" for at most $1 seconds. Its output goes through a pipe (8 writes, 7 reads), so that a job in the
+# background that holds it delays nothing: when it has been empty for a while, `cat <&7` drops the rest. What
+# runs out of time gets SIGTERM and saves its state, then its group gets SIGKILL: a fork bomb outlives SIGTERM.
 THROUGH_PIPE = """exec 8> >(exec cat) 7</proc/self/fd/8 2>/dev/null; reader=$!
 timeout -k 2 "$@" <&0 >&8 2>&1 7<&- 8>&- & job=$!
 wait $job; code=$?; (( SECONDS >= ${1%.*} )) && kill -KILL -- -$job
@@ -1272,7 +1277,7 @@ class Docker:
     def start(self):
         task, memory = self.task, self.task.memory_mb << 20
         client, image = docker_client(), image_of(task, self.cfg)
-        self.breaks = len(engine_breaks())
+        self.breaks = len(docker_breaks())
         network = task.network if self.cfg.network == "auto" else self.cfg.network
         with Docker.starting:
             if network == "public":     # a bridge whose containers do not reach each other
@@ -1296,38 +1301,42 @@ class Docker:
         with stream, getattr(stream, "_sock", stream) as connection:    # with TLS it is the socket itself
             connection.sendall(stdin)
             output = head_and_tail(part for _, part in frames_iter(stream, tty=False))
-        return api.exec_inspect(job)["ExitCode"], output
+        code = api.exec_inspect(job)["ExitCode"]
+        if code is None:
+            raise OSError("the engine gives no exit code")
+        return code, output
 
     def running(self):
         """Whether the container runs. Raises SandboxLost where the engine is gone, or was started anew."""
         try:
             running = docker_client().api.inspect_container(self.container.id)["State"]["Running"]
-        except ENGINE_ERRORS as error:
+        except DOCKER_ERRORS as error:
             raise SandboxLost("engine", error) from error
-        if len(engine_breaks()) > self.breaks:
+        if len(docker_breaks()) > self.breaks:
             raise SandboxLost("engine", "it was started anew")
         return running
 
     def stop(self):
         if self.container:
-            with contextlib.suppress(*ENGINE_ERRORS):   # it is gone, or the engine is
+            with contextlib.suppress(*DOCKER_ERRORS):   # it is gone, or the engine is
                 self.container.remove(force=True, v=True)
 
 
 @functools.cache
 def docker_client():
     """The engine of DOCKER_HOST, or the local one. Raises DockerException."""
+    os.environ.setdefault("DOCKER_HOST", "unix:///var/run/docker.sock")     # for the docker program, too
     return docker.from_env(timeout=60, max_pool_size=64)
 
 
 @functools.cache
-def engine_breaks():
+def docker_breaks():
     """A list that grows when the engine ends, and with it all containers: its events break off then."""
     breaks = []
 
     def watch():
         while True:
-            with contextlib.suppress(*ENGINE_ERRORS):
+            with contextlib.suppress(*DOCKER_ERRORS):
                 for _ in docker_client().events(filters={"type": "daemon"}):
                     pass
             breaks.append(time.time())
@@ -1336,10 +1345,10 @@ def engine_breaks():
     return breaks
 
 
-def engine_answers():
+def docker_answers():
     try:
         return docker_client().ping()
-    except ENGINE_ERRORS:
+    except DOCKER_ERRORS:
         return False
 
 
@@ -1444,8 +1453,8 @@ def make_memory():
 def check_sandbox(cfg):
     """Choose the kind of sandbox and try one before anything expensive happens. Raises UserError."""
     if cfg.sandbox == "auto":
-        cfg.sandbox = "docker" if engine_answers() else "bwrap"
-    if cfg.sandbox == "docker" and not engine_answers():
+        cfg.sandbox = "docker" if docker_answers() else "bwrap"
+    if cfg.sandbox == "docker" and not docker_answers():
         raise UserError("--sandbox: no Docker engine answers; DOCKER_HOST may name its socket")
     if cfg.sandbox == "docker" and not cfg.image:   # every task has its own
         return
@@ -1575,11 +1584,11 @@ def load_tasks(source, cfg):
     return tasks
 
 
-def all_tasks(sources, cfg):
+def all_tasks(sources, cfg, flag="--tasks"):
     """The tasks of all sources. Raises UserError, also if none is left."""
     tasks = []
     for source in sources:
-        with reading(source, "--tasks: "):
+        with reading(source, f"{flag}: "):
             tasks += load_tasks(source, cfg)
     require(tasks or not sources, "--tasks, --include, --exclude: no task is left")
     return tasks
@@ -1680,7 +1689,7 @@ def check_shape(model):
     config = AutoConfig.from_pretrained(model)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     require(config.model_type in TRAINABLE and kinds == {"full_attention"},
-            f"a {config.model_type} cannot be trained: tried are {TRAINABLE} with full attention everywhere")
+            f"a {config.model_type} is not supported: tried are {TRAINABLE} with full attention everywhere")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -1829,7 +1838,7 @@ def tiny_task(kind, first, second):
 
 def make_tiny(root, seed):
     """Write 126 tasks of three kinds, a tokenizer and a random model under `root`. Returns (model folder,
-    tasks folder, demonstrations [(instruction, solution), …] about other pairs of words)."""
+    demonstrations [(instruction, solution), …] about other pairs of words)."""
     pairs = list(itertools.permutations(TINY_WORDS, 2))
     random.Random(seed).shuffle(pairs)
     kinds = ("write", "rename", "follow")
@@ -1864,7 +1873,7 @@ def make_tiny(root, seed):
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     lm.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
-    return root / "model", root / "tasks", demonstrations
+    return root / "model", demonstrations
 
 
 def tiny_conversation(instruction, solution):
@@ -1880,7 +1889,7 @@ def tiny_conversation(instruction, solution):
 def demonstration_rollout(tokenizer, instruction, solution):
     """The same as a Rollout, its tokens put together as rollout() does: prompt, turns, tool turns."""
     chat = chat_format(tokenizer)
-    r = Rollout("demonstration", [], [], [], [], 0)
+    r = Rollout("demonstration", [], [], [], [])
     r.append(chat.prompt(instruction), 0)
     for message in tiny_conversation(instruction, solution)[2:]:
         if message["role"] == "assistant":
@@ -2035,7 +2044,7 @@ def check(cfg):
     need("eval_every", bool(cfg.eval_every) == bool(cfg.eval_tasks), "given together with --eval_tasks")
     need("samples_per_prompt", cfg.samples_per_prompt > 1, "at least 2, to be compared")
     need("pack_length", cfg.eval or cfg.pack_length >= longest, f"at least a rollout's {longest}")
-    need("name", re.fullmatch(r"[^/\0]{0,100}", cfg.name), "the name of one folder")
+    need("name", re.fullmatch(r"(?!\.)[^/\0\n]{0,100}", cfg.name), "the name of one folder")
     return cfg
 
 
@@ -2107,7 +2116,7 @@ UPDATE_METRICS = """tokens loss grad_norm kept_fraction kept_fraction_positive k
 
 
 def step_metrics(seen, version):
-    """Figures of the update over the tokens of all packs and ranks (a collective); None where none is finite.
+    """Figures of the update over the tokens of all packs and ranks (a collective); None if not finite.
 
     `version`: the weights that trained. *mismatch* is |log mu - log pi| over tokens that these very weights
     sampled, so numerics alone; *drift* is the same over all tokens, so numerics and staleness."""
@@ -2197,7 +2206,7 @@ def resolve(cfg):
         raise UserError(f"--num_learners: torchrun started {ranks} on this node, not {cfg.num_learners}")
     nodes = int(os.environ.get("WORLD_SIZE", 1)) // (ranks or 1)
     if cfg.prompts_per_step % nodes:
-        raise UserError(f"--prompts_per_step: {cfg.prompts_per_step} does not divide by {nodes} nodes")
+        raise UserError(f"--prompts_per_step: {cfg.prompts_per_step} is not a multiple of {nodes} nodes")
     needed = cfg.num_learners + cfg.num_engines
     share_a_gpu = cfg.tiny and needed == 2
     if needed > gpus > 0 and not cfg.plan and not share_a_gpu:
@@ -2227,9 +2236,9 @@ def preflight(cfg):
     if cfg.model and not cfg.oracle:
         with reading(cfg.model):
             chat_format(AutoTokenizer.from_pretrained(cfg.model))
-            check_weights(cfg.model, check_shape(cfg.model))
+            check_shape(cfg.model)
     every = replace(cfg, include=[], exclude=[])
-    return all_tasks(cfg.tasks, cfg), all_tasks(cfg.eval_tasks, every)
+    return all_tasks(cfg.tasks, cfg), all_tasks(cfg.eval_tasks, every, "--eval_tasks")
 
 
 def generator_main(cfg, cell, model, log, pipe):
@@ -2263,13 +2272,16 @@ def run(cfg):
         os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_CPU_OMP_THREADS_BIND="nobind")
     cell, name = join_ranks(), [cfg.name]
     tasks, eval_tasks = preflight(cfg) if cell.rank == 0 else ([], [])
+    if cell.rank == 0 and cfg.model:
+        with reading(cfg.model):
+            check_weights(cfg.model, check_shape(cfg.model))
     dist.broadcast_object_list(name)    # it may come from a clock
     cfg.name = name[0]
     run_dir = Path("runs", cfg.name)
     if dist.get_rank() == 0:
         make_run_dir(cfg)
         if cfg.tiny and not (cfg.model and cfg.tasks):
-            model, _, demonstrations = make_tiny(run_dir, cfg.seed)
+            model, demonstrations = make_tiny(run_dir, cfg.seed)
             if not cfg.model:
                 warm_start(model, demonstrations, cfg)
     dist.barrier()
