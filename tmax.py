@@ -228,7 +228,7 @@ class Rollout:
     logprobs: list[float]       # log mu of sampled tokens as vLLM returned it; 0.0 elsewhere
     versions: list[int]         # policy version that sampled the token; -1 elsewhere
     reward: float = 0.0
-    # submitted | no_call | max_steps | max_tokens | timeout | killed_itself | void:REASON; oracle: no_solution
+    # submitted | no_call | max_steps | max_tokens | timeout | killed_itself | void:REASON
     finish: str = ""
     problem: str = ""           # of its grade: no_reward | clipped
     touches_grader: bool = False    # a command names the grader's files
@@ -1091,8 +1091,8 @@ DOCKER_ERRORS = OSError, docker.errors.DockerException      # those of requests 
 
 # One line, so that bash's messages number the agent's lines. The command, of $1 bytes, comes on stdin:
 # arguments have a limit, and `pkill -f` would find its own shell. An EXIT trap saves the state; where the
-# command replaced that trap, the end of the line does. A state that does not end in `#whole` was cut by a kill
-# and is ignored. `builtin`: functions may have any name.
+# command replaced that trap, the end of the line does. A state that does not end in `#whole` was cut by a
+# kill and is ignored. `builtin`: functions may have any name.
 SAVE_STATE = """{ builtin set +ex -- "$?"; builtin unset __command; { builtin umask -p; \
 builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; \
 builtin printf '#whole'; } >|/tmp/.shell.new; } >/dev/null 2>&1; builtin exit "$1" """
@@ -1252,9 +1252,9 @@ def head_and_tail(parts):
     return bytes(output)
 
 
-# Runs "${@:2}" for at most $1 seconds. Its output goes through a pipe (8 writes, 7 reads), so that a job in the
-# background that holds it delays nothing: when it has been empty for a while, `cat <&7` drops the rest. What
-# runs out of time gets SIGTERM and saves its state, then its group gets SIGKILL: a fork bomb outlives SIGTERM.
+# Runs "${@:2}" for at most $1 seconds. Its output goes through a pipe (8 writes, 7 reads), so that a job in
+# the background that holds it delays nothing: when it has been empty for a while, `cat <&7` drops the rest.
+# What runs out of time gets SIGTERM and saves its state, then its group SIGKILL: a fork bomb outlives SIGTERM.
 THROUGH_PIPE = """exec 8> >(exec cat) 7</proc/self/fd/8 2>/dev/null; reader=$!
 timeout -k 2 "$@" <&0 >&8 2>&1 7<&- 8>&- & job=$!
 wait $job; code=$?; (( SECONDS >= ${1%.*} )) && kill -KILL -- -$job
