@@ -300,7 +300,7 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
         answers = []
         for name, arguments in calls[:cfg.max_steps - r.steps]:
             r.steps += 1
-            r.touches_grader |= bool(GRADER_FILES.search(str(arguments)))
+            r.touches_grader |= any(GRADER_FILES.search(str(value)) for value in arguments.values())
             with waiting("bash"):
                 answers.append(await TOOLS[name].call(box, **arguments))
             r.say("tool", answers[-1])
