@@ -1,9 +1,10 @@
 """Tests of tmax.py, in its order: the algorithm against independent references, sandboxes, a real engine, whole tiny runs.
 
-    bash run.sh test               the default suite
-    bash run.sh test -m slow       learning with three seeds, two nodes, more kills
-    bash run.sh test -m bench -s   benchmarks: they print, they assert nothing about time
-    bash run.sh test -m gpu        checks that need a CUDA device (vLLM not needed)
+    bash run.sh test                                    the default suite
+    bash run.sh test -k 'loss or pack or rollout'       for a change of the algorithm: less than a minute
+    bash run.sh test -m slow                            learning with three seeds, two nodes, more kills
+    bash run.sh test -m bench -s                        benchmarks: they print, they assert nothing about time
+    bash run.sh test -m gpu                             checks that need a CUDA device (vLLM not needed)
 """
 import ast
 import asyncio
@@ -36,6 +37,7 @@ import urllib.error
 import urllib.request
 import uuid
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,7 +57,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gener
 import tmax
 
 TINY = tmax.Config(**tmax.TINY | dict(num_learners=1, num_engines=1))
-HOT = dataclasses.replace(TINY, temperature=2.0)     # so that some turns are long
+HOT = replace(TINY, temperature=2.0)     # so that some turns are long
 MARK = f"tmax-test-{os.getpid()}"      # in the environment of everything that a test starts
 FIELDS = {field.name: field.default for field in dataclasses.fields(tmax.Config)}
 
@@ -72,14 +74,9 @@ def make_task(folder, test="echo 1 >/logs/verifier/reward.txt", instruction="Do 
 
 
 # Templates after Qwen's and Llama's manner. Half of Qwen's added tokens are not `special` ones, as in Qwen3.
-QWEN = """{%- if tools %}<|im_start|>system
+QWEN = """<|im_start|>system
 {{ messages[0].content }}
-
-Functions you may use:
 {%- for tool in tools %}{{ "\n" + (tool | tojson) }}{% endfor %}<|im_end|>
-{% else %}<|im_start|>system
-{{ messages[0].content }}<|im_end|>
-{% endif %}
 {%- for m in messages[1:] %}
 {%- if m.role == "tool" %}
 {%- if loop.previtem is not defined or loop.previtem.role != "tool" %}{{ "<|im_start|>user" }}{% endif %}
@@ -95,26 +92,26 @@ LLAMA = """{{- "<|begin_of_text|>" }}
 {{- m.content + "<|eot_id|>" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<|start_header_id|>assistant<|end_header_id|>\n\n" }}{% endif %}"""
-QWEN_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <tool_call> </tool_call> <tool_response> </tool_response>
-                 <think> </think>""".split()
-LLAMA_TOKENS = """<|end_of_text|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|python_tag|>""".split()
+QWEN_TOKENS = "<|endoftext|> <|im_start|> <|im_end|> <tool_call> </tool_call> <tool_response> </tool_response>".split()
+LLAMA_TOKENS = "<|end_of_text|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|python_tag|>".split()
 
 
 def small_tokenizer(template, tokens, eos):
     """A byte-level tokenizer, trained on a few words."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    text = "You solve tasks in a Linux terminal with the bash tool. (exit_code=0) (no output)"
-    bpe.train_from_iterator([text] * 3, trainers.BpeTrainer(vocab_size=330, show_progress=False,
-                                                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(vocab_size=330, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(["You solve tasks in a Linux terminal with the bash tool. (exit_code=0)"] * 3, trainer)
     bpe.add_tokens([AddedToken(t, special=t.startswith("<|")) for t in tokens])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template, eos_token=eos, pad_token=tokens[0])
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """make_tiny's folders and demonstrations, without a warm start."""
-    return tmax.make_tiny(tmp_path_factory.mktemp("tiny"), seed=3)
+    """The folders of a tiny model without a warm start and of its tasks, and demonstrations."""
+    folder = tmp_path_factory.mktemp("tiny")
+    *_, demonstrations = tmax.make_tiny(folder, seed=3)
+    return folder / "model", folder / "tasks", demonstrations
 
 
 @pytest.fixture(scope="session")
@@ -143,6 +140,7 @@ def nothing_runs_on():
 
 
 def start(*args, **kw):
+    """A process that ends with the test at the latest."""
     STARTED.append(subprocess.Popen(*args, **kw))
     return STARTED[-1]
 
@@ -171,33 +169,31 @@ def descendants(pid):
 
 
 def used_memory(run):
-    """Paths in /dev/shm that the processes of a run have open or mapped: the run's folder, semaphores."""
-    used = ""
-    for pid in [run.pid, *descendants(run.pid)]:
+    """Paths in /dev/shm of a run: its folders, which its janitors' command lines name, and semaphores."""
+    below = descendants(run.pid)
+    used = "".join(below.values())
+    for pid in [run.pid, *below]:
         with contextlib.suppress(OSError):
             used += Path(f"/proc/{pid}/maps").read_text()
-        for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
-            with contextlib.suppress(OSError):
-                used += os.readlink(descriptor) + "\n"
     return set(re.findall(r"/dev/shm/[^/\s]+", used))
 
 
 def left_of(folder, used):
-    """What is there of a run in `folder` that used this memory: processes, also in its sandboxes, memory, containers, files."""
+    """What is there of a run in `folder` that used this memory: processes, memory, containers, files."""
     owned, alive = [path for path in used if "/tmax-" in path], []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             traces = (process / "environ").read_text("utf-8", "replace") + (process / "mountinfo").read_text()
             if MARK in traces or any(path.removeprefix("/dev/shm") in traces for path in owned):
                 alive.append((process / "cmdline").read_bytes()[:100])
-    containers = tmax.docker_client().containers.list(all=True, ignore_removed=True) if tmax.engine_answers() else []
+    containers = tmax.docker_client().containers.list(all=True, ignore_removed=True) if tmax.docker_answers() else []
     alive += [c.name for c in containers if any(path in str(c.labels) for path in owned)]
-    return alive + list(filter(os.path.exists, used)) + [
-        name for name in os.listdir(folder / "tmp") if not name.startswith("torchelastic")]      # torchrun's own, when it is killed
+    files = [name for name in os.listdir(folder / "tmp") if not name.startswith("torchelastic")]    # torchrun's own
+    return alive + list(filter(os.path.exists, used)) + files
 
 
 def assert_nothing_left(folder, used, seconds=30):
-    """Everything of the run is gone, or goes within some seconds."""
+    """Everything of the run is gone, or goes within some seconds: its janitor waits for its end."""
     assert any("/tmax-" in path for path in used)
     with contextlib.suppress(AssertionError):
         wait_for(lambda: not left_of(folder, used), seconds)
@@ -219,7 +215,7 @@ def held_out(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, held_out):
-    """The folder of a short tiny run: run folder, tasks, warm-started model, checkpoint, metrics, transcripts."""
+    """The folder of a short tiny run: tasks, warm-started model, checkpoints, metrics, transcripts."""
     folder = tmp_path_factory.mktemp("e2e")
     run = start_run(folder, "--name", "e2e", "--training_steps", "6", "--prompts_per_step", "8", "--eval_every", "3",
                     "--eval_tasks", str(held_out), "--eval_runs", "2")
@@ -241,15 +237,8 @@ def rollout_lines(tiny_run):
 
 
 @pytest.fixture(scope="session")
-def transcripts(rollout_lines):
-    """Those of training: a rollout of an evaluation tells its run."""
-    return [line for line in rollout_lines if "run" not in line]
-
-
-@pytest.fixture(scope="session")
 def evaluation(tiny_run, held_out):
-    """(run folder, what was printed) of --eval with the trained model; sampling as in training, so that runs differ; one
-    task cannot start."""
+    """(run folder, what was printed) of --eval, sampling as in training, so that runs differ; one task cannot start."""
     folder, tasks = tiny_run.parents[1], tiny_run.parents[1] / "tasks"
     shutil.copytree(held_out, tasks)
     make_task(tasks / "never", toml="[environment]\nmemory_mb = 1\n", seeds={"large": "x" * (4 << 20)})
@@ -272,13 +261,14 @@ def live(tiny_run):
         return engine
     engine = call(make())
     torch.set_num_threads(threads)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):   # vLLM's: what a test starts would take them for
-        os.environ.pop(name, None)                                          # torchrun's
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):   # vLLM's; a run would take them for torchrun's
+        os.environ.pop(name, None)
     yield SimpleNamespace(engine=engine, call=call)
     engine.llm.shutdown(timeout=0)
 
 
 CFG = tmax.Config(sandbox="bwrap", bash_timeout=100.0)
+WARM = replace(CFG, temperature=0.9)
 ALONE = tmax.Cell(0, 1, 0, 1, None, None)
 PROPERTY = settings(max_examples=150, deadline=None, database=None)
 PAD, EOS, VOCAB = 0, 1, 32      # of small_policy
@@ -292,13 +282,6 @@ def process_group():
     dist.destroy_process_group()
 
 
-@pytest.fixture
-def bench(request):
-    """A benchmark prints, and runs with -m bench alone."""
-    if "bench" not in request.config.option.markexpr:
-        pytest.skip("runs with -m bench -s")
-
-
 def small_policy(seed=0, implementation="packed", **changes):
     """A Qwen3 whose distributions have peaks, so that the trust region is at work."""
     torch.manual_seed(seed)
@@ -306,7 +289,7 @@ def small_policy(seed=0, implementation="packed", **changes):
                  num_key_value_heads=2, head_dim=8, initializer_range=0.4, tie_word_embeddings=False, pad_token_id=PAD,
                  eos_token_id=EOS, bos_token_id=None)
     config = Qwen3Config(**shape | changes)
-    return tmax.Policy(AutoModelForCausalLM.from_config(config, attn_implementation=implementation), CFG)
+    return tmax.Policy(AutoModelForCausalLM.from_config(config, attn_implementation=implementation), WARM)
 
 
 def ordinary(lm):
@@ -322,38 +305,24 @@ def sampled(r, name):
     return [x for x, m in zip(getattr(r, name), r.mask) if m]
 
 
-def unpacked_distributions(lm, r, temperature=1.0):
-    """log pi [M, vocab] for each sampled token: the model alone on that rollout, full logits."""
-    logits = lm(torch.tensor([r.tokens])).logits[0, :-1]
-    return torch.log_softmax(logits / temperature, -1)[torch.tensor(r.mask)[1:] == 1]
+def unpacked_logprobs(lm, r, temperature=1.0):
+    """log pi [M] of a rollout's sampled tokens: the model alone on that rollout, full logits."""
+    tokens = torch.tensor(r.tokens)
+    logp = torch.log_softmax(lm(tokens[None]).logits[0, :-1] / temperature, -1)
+    return logp.gather(1, tokens[1:, None])[torch.tensor(r.mask[1:]) == 1, 0]
 
 
-def unpacked_logprobs(lm, r):
-    """log pi [M] of a rollout's sampled tokens."""
-    return unpacked_distributions(lm, r).gather(1, torch.tensor(sampled(r, "tokens"))[:, None])[:, 0]
-
-
-def random_rollout(draw, name="t", reward=0.0, versions=(0,)):
+def random_rollout(draw, name="t", reward=0.0):
     """A prompt, then turns and observations; many sampled tokens are the pad token, and each turn ends with EOS."""
-    r = tmax.Rollout(name, [], [], [], [], 0, reward=reward, finish="submitted")
+    r = tmax.Rollout(name, [], [], [], [], reward=reward, finish="submitted")
     some = lambda low, high: [draw.choice([PAD, draw.randrange(2, VOCAB)]) for _ in range(draw.randint(low, high))]
     r.append(some(3, 9), 0)
     for turn in range(draw.randint(1, 4)):
         if turn:
             r.append(some(2, 8), 0)
         tokens = some(1, 12) + [EOS]
-        version = versions[min(turn, len(versions) - 1)]
-        r.append(tokens, 1, [0.0] * len(tokens), [version] * len(tokens))
+        r.append(tokens, 1, [0.0] * len(tokens), [0] * len(tokens))
     return r
-
-
-def sample_under(r, lms, draw=None):
-    """Give r's sampled tokens the logprobs of lms[version], with noise from `draw`."""
-    with torch.no_grad():
-        logprobs = {version: unpacked_logprobs(lm, r).tolist() for version, lm in lms.items()}
-    for i, at in enumerate(np.flatnonzero(r.mask)):
-        noise = draw.gauss(0, 0.7) if draw else 0.0
-        r.logprobs[at] = min(0.0, logprobs[r.versions[at]][i] + noise)
 
 
 def with_advantages(groups):
@@ -366,43 +335,6 @@ def with_advantages(groups):
 
 def gradient_of(module):
     return torch.cat([p.grad.flatten().double() for p in module.parameters()])
-
-
-def reference_step(lm, groups):
-    """(gradient, loss) by hand, each rollout alone in float64: void ones out, A = R - mean, -sum(M r A) / tokens."""
-    lm = ordinary(lm).double()
-    loss, tokens, held_back = 0.0, 0, set()
-    for group in groups:
-        graded = [r for r in group if not r.finish.startswith("void")]
-        mean = sum(r.reward for r in graded) / len(graded)
-        for r in graded:
-            advantage = r.reward - mean
-            logp, logmu = unpacked_logprobs(lm, r), torch.tensor(sampled(r, "logprobs"), dtype=torch.float64)
-            away = (logp - logmu) * advantage > 0
-            outside = away & ((logp.exp() - logmu.exp()).abs() > 0.1)
-            loss -= ((logp - logmu).exp() * advantage * ~outside).sum()
-            tokens += len(logp)
-            held_back |= {advantage > 0} if outside.any() else set()
-    (loss / tokens).backward()
-    assert held_back == {True, False}       # the trust region holds some tokens back, of either sign
-    return gradient_of(lm), float(loss.detach() / tokens)
-
-
-def take_step(policy, ranks):
-    """(gradient, loss) of the packs of simulated ranks. Gradients are averaged here, as FSDP does."""
-    policy.zero_grad()
-    num_tokens = sum(len(p.targets) for packs in ranks for p in packs)
-    loss = 0.0
-    for packs in ranks:
-        seen = tmax.backward_packs(policy, packs, num_tokens, CFG, scale=len(ranks))
-        loss += float(seen["loss"].double().sum()) / num_tokens
-    return gradient_of(policy) / len(ranks), loss
-
-
-def agree(step, reference):
-    """The check of a whole step: the gradient to 1e-5 by norm, the loss to 1e-6."""
-    (gradient, loss), (wanted, wanted_loss) = step, reference
-    return bool((gradient - wanted).norm() <= 1e-5 * wanted.norm()) and abs(loss - wanted_loss) <= 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -419,7 +351,10 @@ def batch(policy):
         group.append(random_rollout(draw, group[0].task))
         group[-1].finish = "void:died"
     for r in sum(groups, []):
-        sample_under(r, {0: lm}, draw)
+        with torch.no_grad():
+            logprobs = unpacked_logprobs(lm, r, WARM.temperature).tolist()
+        for at, logprob in zip(np.flatnonzero(r.mask), logprobs):
+            r.logprobs[at] = min(0.0, logprob + draw.gauss(0, 0.7))
     return groups
 
 
@@ -436,12 +371,35 @@ def rollouts(groups):
 
 @pytest.fixture(scope="module")
 def reference(policy, batch):
-    return reference_step(policy.lm, batch)
+    """(gradient, loss) by hand, each rollout alone in float64: void ones out, A = R - mean, -sum(M r A) / tokens."""
+    lm = ordinary(policy.lm).double()
+    loss, tokens, signs_held_back = 0.0, 0, set()
+    for group in batch:
+        graded = [r for r in group if r.finish != "void:died"]
+        mean = sum(r.reward for r in graded) / len(graded)
+        for r in graded:
+            advantage, logmu = r.reward - mean, torch.tensor(sampled(r, "logprobs"), dtype=torch.float64)
+            logp = unpacked_logprobs(lm, r, WARM.temperature)
+            away = (logp - logmu) * advantage > 0
+            outside = away & ((logp.exp() - logmu.exp()).abs() > 0.1)
+            loss -= ((logp - logmu).exp() * advantage * ~outside).sum()
+            tokens += len(logp)
+            if outside.any():
+                signs_held_back.add(advantage > 0)
+    (loss / tokens).backward()
+    assert signs_held_back == {True, False}
+    return gradient_of(lm), float(loss.detach() / tokens)
 
 
-PROGRAMS = """bash sh echo ls cat cp mv rm mkdir rmdir ln chmod chown touch head tail sort wc cut tr tee env seq yes date sleep timeout kill
-    setpriv nohup setsid id stat du df dd mktemp basename dirname readlink realpath whoami uname find grep sed tar gzip ps base64 printf
-    mkfifo nproc true false mount umount unshare mknod chroot hostname pkill python3""".split()
+PROGRAMS = """bash sh echo ls cat cp mv rm mkdir rmdir ln chmod touch head tail wc cut tr env seq yes sleep timeout kill
+    setsid stat readlink whoami uname find grep tar printf true false mount umount unshare mknod chroot hostname pkill
+    python3""".split()
+HOST_IMAGE = r"""FROM scratch
+ADD root.tar /
+RUN mkdir -p /app /workspace /home/worker /opt /var /root && mkdir -m 1777 /tmp && chmod 777 /home/worker && mkdir -p /etc \
+    && printf 'root:x:0:0::/root:/bin/bash\nworker:x:1000:1000::/home/worker:/bin/bash\n' >/etc/passwd \
+    && printf 'root:x:0:\nworker:x:1000:\n' >/etc/group
+"""
 
 
 def host_image(client):
@@ -449,50 +407,37 @@ def host_image(client):
     name = "tmax-test:latest"
     if client.images.list(name):
         return name
-    python = Path(subprocess.check_output(["/usr/bin/python3", "-c", "import os; print(os.__file__)"], text=True)).parent
-    programs = [path for path in (shutil.which(p, path="/usr/bin:/usr/sbin:/bin:/sbin") for p in PROGRAMS) if path]
-    linked = subprocess.run(["ldd", *map(os.path.realpath, programs), *python.glob("lib-dynload/*.so")], capture_output=True, text=True)
-    paths = {*map(Path, programs), *map(Path, re.findall(r"(/\S+) \(0x", linked.stdout))}
-    paths |= {Path(os.path.realpath(path)) for path in paths}
-    kept = lambda info: None if re.search(r"/(test|__pycache__|idlelib|config-[^/]+)$", info.name) else info
-    with tempfile.TemporaryFile() as file:
-        with tarfile.open(fileobj=file, mode="w") as tar:
-            for path in [*filter(os.path.islink, ("/bin", "/sbin", "/lib", "/lib64")), *{p.parent.resolve() / p.name for p in paths}]:
-                tar.add(path)
-            tar.add(python, filter=kept)
-            for folder in ("tmp", "root", "app", "workspace", "home/worker", "etc", "opt", "var"):
-                info = tarfile.TarInfo(folder)
-                info.type, info.mode = tarfile.DIRTYPE, {"tmp": 0o1777, "root": 0o700, "home/worker": 0o777}.get(folder, 0o755)
-                tar.addfile(info)
-            for file_name, text in {"passwd": "root:x:0:0::/root:/bin/bash\nworker:x:1000:1000::/home/worker:/bin/bash\n",
-                                    "group": "root:x:0:\nworker:x:1000:\n"}.items():
-                info = tarfile.TarInfo(f"etc/{file_name}")
-                info.size = len(text)
-                tar.addfile(info, io.BytesIO(text.encode()))
-        file.seek(0)
-        client.api.import_image_from_data(file, repository="tmax-test", tag="latest")
+    found = [shutil.which(program, path="/usr/bin:/usr/sbin:/bin:/sbin") for program in PROGRAMS]
+    programs = list(filter(None, found))
+    library = ["/usr/bin/python3", "-c", "import os; print(os.path.dirname(os.__file__))"]
+    python = Path(subprocess.check_output(library, text=True).strip())
+    linked = subprocess.run(["ldd", *programs, *python.glob("lib-dynload/*.so")], capture_output=True, text=True)
+    paths = {"/bin/sh", "/bin/bash", *programs, *re.findall(r"(/\S+) \(0x", linked.stdout), str(python)}
+    left_out = [f"--exclude={python}/{folder}" for folder in ("test", "idlelib", "config-*", "*__pycache__")]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "Dockerfile").write_text(HOST_IMAGE)
+        subprocess.run(["tar", "-chPf", f"{folder}/root.tar", *left_out, *paths], check=True)     # h: what links lead to
+        client.images.build(path=folder, tag=name, network_mode="none", rm=True)
     return name
 
 
 @pytest.fixture(scope="session")
 def image():
     """Name of an image in the Docker engine. Without an engine, tests on docker are skipped."""
-    if not tmax.engine_answers():
+    if not tmax.docker_answers():
         pytest.skip("no Docker engine answers; .ci/run starts one")
     return host_image(tmax.docker_client())
+
+
+@pytest.fixture
+def docker_cfg(image):
+    return replace(CFG, sandbox="docker", image=image, network="none")
 
 
 @pytest.fixture(params=["bwrap", "docker"])
 def cfg(request):
     """CFG for each kind of sandbox."""
-    if request.param == "bwrap":
-        return CFG
-    return dataclasses.replace(CFG, sandbox="docker", image=request.getfixturevalue("image"), network="none")
-
-
-@pytest.fixture
-def docker_cfg(image):
-    return dataclasses.replace(CFG, sandbox="docker", image=image, network="none")
+    return CFG if request.param == "bwrap" else request.getfixturevalue("docker_cfg")
 
 
 NO_TASK = tmax.Task("t", Path("/nonexistent"), "")
@@ -513,36 +458,33 @@ def shell(*commands, timeout=100, **kw):
     return in_sandbox(work, **kw)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Config
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 def test_defaults_are_the_cards_values():
     """Else `python tmax.py` is another recipe than the model card's."""
-    card = dict(model="allenai/tmax-sft-8b", tasks=["allenai/tmax-15k-open-instruct"], max_prompt_tokens=2048,
-                max_turn_tokens=16384, max_total_tokens=32768, pack_length=34816, prompts_per_step=32, samples_per_prompt=8,
-                async_steps=4, max_steps=64, learning_rate=1e-6, warmup_steps=0, training_steps=500, temperature=1.0,
-                loss="dppo_tv", dppo_threshold=0.1, advantage="centered", fp32_lm_head=True, max_grad_norm=1.0,
-                gradient_checkpointing=True, dtype="bfloat16", bash_timeout=120.0)
+    card = dict(model="allenai/tmax-sft-8b", tasks=["allenai/tmax-15k-open-instruct"], seed=1, max_prompt_tokens=2048,
+                max_turn_tokens=16384, max_total_tokens=32768, max_steps=64, temperature=1.0, top_p=1.0, bash_timeout=120.0,
+                prompts_per_step=32, samples_per_prompt=8, advantage="centered", async_steps=4, pack_length=34816,
+                loss="dppo_tv", dppo_threshold=0.1, learning_rate=1e-6, max_grad_norm=1.0, training_steps=500,
+                dtype="bfloat16", gradient_checkpointing=True, eval_runs=3, sandbox="auto", network="auto", save_every=50)
     cfg = tmax.parse_config([])
-    assert {name: getattr(cfg, name) for name in card} == card and cfg == tmax.Config()
+    assert {name: value for name, value in vars(cfg).items() if value} == card and cfg == tmax.Config()
 
 
-POSITIVE = """learning_rate temperature dppo_threshold max_grad_norm bash_timeout top_p max_prompt_tokens max_turn_tokens
-              max_total_tokens max_steps prompts_per_step training_steps eval_runs save_every pack_length""".split()
-OR_ZERO = "async_steps warmup_steps num_learners num_engines max_concurrent_rollouts eval_every gpu_memory_gb seed".split()
+NUMBERS = [name for name, default in FIELDS.items() if type(default) in (int, float)]
 
 
 @pytest.mark.parametrize("argv, named", [
     ("--lerning_rate 1", "--lerning_rate"), ("--learning 1", "--learning"), ("stray", "stray"), ("--tasks", "--tasks"),
-    ("--pack_length 34815", "34816"), ("--samples_per_prompt 1", "samples_per_prompt"), ("--kl_beta 0", "kl_beta"),
     ("--loss foo", "--loss"), ("--advantage std", "--advantage"), ("--dtype int8", "--dtype"), ("--sandbox no", "--sandbox"),
-    ("--training_steps 1.5", "training_steps"), ("--fp32_lm_head perhaps", "fp32_lm_head"),
-    ("--name a/b", "name"), (f"--name {'a' * 300}", "name"), ("--seed 9223372036854775808", "seed"), ("--top_p 0.9", "top_p"),
-    ("--top_p 1.1 --eval", "top_p"), ("--eval_every 2", "eval_tasks"), ("--eval_tasks a", "eval_every"),
-    *((f"--{name} {value}", name) for name in POSITIVE for value in ("0", "-1")),
-    *((f"--{name} -1", name) for name in OR_ZERO),
-    *((f"--{name} {value}", name) for name in POSITIVE[:6] for value in ("nan", "inf")),
+    ("--training_steps 1.5", "training_steps"), ("--tiny perhaps", "tiny"), ("--name a/b", "name"),
+    (f"--name {'a' * 300}", "name"), ("--pack_length 34815", "34816"), ("--samples_per_prompt 1", "samples_per_prompt"),
+    ("--top_p 0.9", "top_p"), ("--top_p 1.1 --eval", "top_p"), ("--eval_every 2", "eval_tasks"),
+    ("--eval_tasks a", "eval_every"), (f"--seed {2**63}", "seed"), ("--bash_timeout nan", "bash_timeout"),
+    *((f"--{name} -1", name) for name in NUMBERS),
+    *((f"--{name} 0", name) for name in NUMBERS if FIELDS[name] and name not in ("async_steps", "seed")),
 ])
 def test_wrong_values_are_refused_by_name(argv, named):
     """Else a wrong flag or value is taken silently, or shows as a traceback hours later."""
@@ -552,16 +494,13 @@ def test_wrong_values_are_refused_by_name(argv, named):
 
 
 def test_presets_yield_to_given_flags():
-    """Else a flag beside --tiny or --eval is lost, or depends on where it stands; or 0 is refused where it means something."""
-    assert set(tmax.TINY) | set(tmax.EVAL) <= set(FIELDS)
-    tiny = tmax.Config(**tmax.TINY)
-    for argv in (["--tiny"], ["--tiny", "true"], ["--tiny=True"]):
-        assert tmax.parse_config(argv) == tiny
-    wanted = dataclasses.replace(tiny, max_steps=3, loss="grpo", dtype="bfloat16", gradient_checkpointing=True)
-    flags = ["--max_steps", "3", "--loss", "grpo", "--dtype=bfloat16", "--gradient_checkpointing", "true"]
-    for place in (0, 2, 4, 5, 7):
-        assert tmax.parse_config([*flags[:place], "--tiny", *flags[place:]]) == wanted
+    """Else a flag beside --tiny or --eval is lost, or depends on where it stands; or a 0 that means something is refused."""
+    tiny = replace(TINY, num_learners=0, num_engines=0)
+    for argv in ("--tiny", "--tiny true", "--tiny=True"):
+        assert tmax.parse_config(argv.split()) == tiny
     assert tmax.parse_config(["--tiny", "false"]) == tmax.Config()
+    for argv in ("--tiny --max_steps 3 --dtype=bfloat16", "--max_steps 3 --tiny --dtype=bfloat16"):
+        assert tmax.parse_config(argv.split()) == replace(tiny, max_steps=3, dtype="bfloat16")
     both = tmax.parse_config("--eval --tiny --top_p 1 --seed 0 --async_steps 0".split())
     assert both == tmax.Config(**tmax.EVAL | tmax.TINY | dict(top_p=1.0, seed=0, async_steps=0))
     assert tmax.parse_config(["--oracle"]).eval
@@ -578,10 +517,9 @@ def test_help_names_every_field(capsys):
 @pytest.mark.parametrize("gpus, ranks, world, flags, split", [
     (0, 0, 1, "--tiny", (1, 1)), (0, 0, 1, "--tiny --num_learners 2 --num_engines 3", (2, 3)), (8, 0, 1, "", (4, 4)),
     (8, 0, 1, "--num_learners 2", (2, 6)), (8, 0, 1, "--num_engines 3", (4, 3)), (8, 6, 12, "", (6, 2)),
-    (8, 0, 1, "--eval", (0, 8)),
-    (1, 0, 1, "--tiny", (1, 1)), (0, 2, 4, "--tiny", (2, 1)), (1, 0, 1, "", "GPUs"), (0, 0, 1, "", "needs GPUs"),
-    (8, 0, 1, "--num_learners 5 --num_engines 4", "num_learners.* 9 "), (8, 4, 4, "--num_learners 2", "torchrun started 4"),
-    (8, 4, 12, "", "prompts_per_step.* 3 nodes")])
+    (8, 0, 1, "--eval", (0, 8)), (1, 0, 1, "--tiny", (1, 1)), (0, 2, 4, "--tiny", (2, 1)), (1, 0, 1, "", "GPUs"),
+    (0, 0, 1, "", "needs GPUs"), (8, 0, 1, "--num_learners 5 --num_engines 4", "num_learners.* 9 "),
+    (8, 4, 4, "--num_learners 2", "torchrun started 4"), (8, 4, 12, "", "prompts_per_step.* 3 nodes")])
 def test_split_of_a_node(monkeypatch, gpus, ranks, world, flags, split):
     """Else learners and engines get the wrong numbers of GPUs, alone or under torchrun, or too few without a word."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -596,9 +534,9 @@ def test_split_of_a_node(monkeypatch, gpus, ranks, world, flags, split):
         assert (cfg.num_learners, cfg.num_engines) == split and cfg.name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Train
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 def test_metrics_have_the_agreed_keys(metrics):
     """Else forks and plots that read metrics.jsonl break: one object a step, with these keys at least."""
@@ -620,10 +558,10 @@ def test_engine_and_learner_agree_in_every_step(metrics):
     assert max(m["staleness_max"] for m in metrics) == TINY.async_steps
 
 
-def test_figures_count_every_rollout(metrics, transcripts):
+def test_figures_count_everything(metrics, rollout_lines):
     """Else the reward is that of useful groups alone, which solved ones leave: all graded rollouts that came back count."""
     for m in metrics:
-        lines = [t for t in transcripts if t["step"] == m["step"]]
+        lines = [t for t in rollout_lines if t["step"] == m["step"] and "run" not in t]      # none of an evaluation
         graded = [t for t in lines if not t["finish"].startswith("void")]
         assert m["reward"] == pytest.approx(np.mean([t["reward"] for t in graded]))
         assert (m["rollouts_graded"], m["rollouts_void"]) == (len(graded), len(lines) - len(graded))
@@ -632,14 +570,6 @@ def test_figures_count_every_rollout(metrics, transcripts):
         for problem in ("no_reward", "clipped"):
             assert m[problem] == [t["problem"] for t in lines].count(problem)
     assert 0.1 < metrics[0]["reward"] < 0.6                                 # what the warm start left
-
-
-def test_only_submissions_are_rewarded(transcripts):
-    """Else training rewards work that was never submitted: any end but that and the time's is 0, and no test is run."""
-    assert {t["finish"] for t in transcripts} <= {"submitted", "no_call", "max_steps", "max_tokens", "timeout"}
-    for t in transcripts:
-        graded = t["finish"] in ("submitted", "timeout")
-        assert (t["transcript"][-1]["role"] == "verifier") == graded and (graded or t["reward"] == 0)
 
 
 @pytest.mark.slow
@@ -655,9 +585,9 @@ def test_reward_rises(tmp_path, flags):
     assert max(m["mismatch_max"] or 0 for m in metrics) <= 2e-5
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Rollout
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 MARKER = "COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
 SUBMIT = f"echo {MARKER}"
@@ -678,95 +608,12 @@ def commands(text):
     return [arguments["command"] for _, arguments in tmax.parse_tool_calls(text)]
 
 
-@pytest.mark.parametrize("form", [hermes, xml])
-def test_calls_are_found_outside_thinking(form):
-    """Else a call that was only thought of runs, or one that was made does not. A and B stand for calls."""
-    for text, wanted in [
-            ("no call at all", ""), ("", ""), ("A", "a"), ("first A then\n\nB end", "ab"), ("<think>hm</think>\n\nA", "a"),
-            ("<think>B</think>A", "a"), ("B</think>A", "a"), ("<think>A", ""), ("<think>A</think>", ""), ("A<think>B", "a"),
-            ("<think>B</think>A<think>B</think>A", "aa"), ("<think><tool_call>{</think>A", "a"),
-            ("<tool_call>{ or so</think>A", "a"), ("<tool_call>{ or <tool_call> B </think>A", "a")]:
-        assert commands(text.replace("A", form("a")).replace("B", form("b"))) == list(wanted), text
-
-
-TAGS = """<tool_call> </tool_call> <think> </think> <function=bash> </function> <parameter=command> </parameter>
-          " \\ { }""".split()
-
-
-@settings(max_examples=300, deadline=None, database=None)
-@example("\n\n  ls\n\n")
-@example('echo "a\\n\'b\'" \\\r\n\0\ud800🌲')
-@given(st.lists(st.text(st.characters()) | st.sampled_from([*TAGS, "\n", " "])).map("".join))
-def test_any_command_comes_back(command):
-    """Else quotes, newlines or tags in a command change it. XML has no escapes: what closes its own parameter is left out."""
-    assert commands("Well. " + hermes(command) + "\n" + xml("pwd")) == [command, "pwd"]
-    assert commands(hermes("C").replace('"C"', json.dumps(command, ensure_ascii=False))) == [command]
-    if not re.search(r"</parameter>\s*(</function>|<parameter=)", command):
-        assert commands(xml(command) + hermes("pwd")) == [command, "pwd"]
-
-
-@pytest.mark.parametrize("text", [
-    *(form("ls")[:end] for form in (hermes, xml) for end in (-12, 30, 50)), "<tool_call>",
-    hermes("ls", "python"), xml("ls", "python"), hermes(["ls"]), hermes(None), hermes("ls", timeout=5), xml("ls", timeout=5),
-    xml("x").replace("command", "comm and"),
-    *(f"<tool_call>{call}</tool_call>" for call in [
-        "\n", "ls", '["bash", "ls"]', '"bash"', '{"name": "bash"}', '{"arguments": {"command": "ls"}}', "[" * 100_000,
-        '{"name": "bash", "arguments": "ls"}', '{"name": "bash", "arguments": {}}',
-        '{"name": ["bash"], "arguments": {"command": "ls"}}', "<function=bash></function>", "9" * 10_000,
-        "<function=bash>ls<parameter=command>ls</parameter></function>",
-        "<function=bash>" + 2 * "<parameter=command>ls</parameter>" + "</function>"]),
-    hermes("ls") + "<tool_call>", "<tool_call>oops</tool_call>" + xml("ls"), hermes("x</think>")[:-20],
-], ids=lambda text: text[:60])
-def test_malformed_calls_raise(text):
-    """Else a call that cannot be read, or whose tool or argument does not exist, runs as something else."""
-    with pytest.raises(tmax.FormatError) as error:
-        tmax.parse_tool_calls(text)
-    assert len(str(error.value)) < 400
-
-
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("unit", [
-    *TAGS, " ", '{"a":', "1,", "<tool_call>" + " " * 50, "<tool_call></think>", '<tool_call>{"a":', '<tool_call>{"a":</think>',
-    '<tool_call>["</think>', "<tool_call><function=a", "<tool_call><function=bash><parameter=command>",
-    "<tool_call><function=bash><parameter=command></think>", "<think></think>", "</parameter></function>", hermes("ls"),
-    xml("ls"), xml("ls") + "</think>"], ids=repr)
-def test_hostile_texts_are_read_in_linear_time(unit):
-    """Else one turn of a model that repeats itself holds up all other rollouts for minutes: 1 MB of anything."""
-    for before in ("", "<think>", "<tool_call>", '<tool_call>{"name": "', "<tool_call><function=bash><parameter=command>" * 60):
-        for after in ("", "</think>"):
-            with contextlib.suppress(tmax.FormatError):
-                tmax.parse_tool_calls(before + unit * (1_000_000 // len(unit)) + after)
-
-
-def add_a_tool(monkeypatch):
-    """A second tool as a fork would add it: one entry."""
-    async def repeat(box, command, times):
-        return "".join([(await box.run(command)).text for _ in range(times)])
-    parameters = {"type": "object", "required": ["command", "times"],
-                  "properties": {"command": {"type": "string"}, "times": {"type": "integer"}}}
-    monkeypatch.setitem(tmax.TOOLS, "second", tmax.Tool({"name": "second", "parameters": parameters}, repeat))
-
-
-def test_arguments_follow_the_schema(monkeypatch):
-    """Else a second tool gets text for a number in XML, or arguments that it does not have."""
-    add_a_tool(monkeypatch)
-    nothing = {"name": "none", "parameters": {"type": "object", "properties": {}}}
-    monkeypatch.setitem(tmax.TOOLS, "none", tmax.Tool(nothing, None))
-    for form in (hermes, xml):
-        assert tmax.parse_tool_calls(form("7", "second", times=3)) == [("second", {"command": "7", "times": 3})]
-        for wrong in (dict(times="many"), dict(times=1.5), {}, dict(times=3, more=1)):
-            with pytest.raises(tmax.FormatError):
-                tmax.parse_tool_calls(form("7", "second", **wrong))
-    assert tmax.parse_tool_calls("<tool_call>\n<function=none>\n</function>\n</tool_call>") == [("none", {})]
-
-
 def test_a_rollout_submits_by_the_last_echo_alone(tmp_path):
     """Else work is graded before it is done, as where a file that holds the marker is printed, or never. S: echo MARKER."""
-    yes = ["S", "  S\n", "\n\nS", "echo 'M'", 'echo \t"M"', "ls; S", "cd /\nS", "true && S", "false || S", "printf 'a\\n';S",
-           "cat <<X\na\nX\nS"]
-    no = ["M", "", "S; ls", "S;", "S && ls", "S\nls", "echo\nM", 'echo "M\n"', "printf x;S", "echo -n M", "echo M M", "echo xM",
-          "cat <<< M", "printf M", 'echo "M', "echo M\\", "S >out", "# S", "true #;S", "false && S", "exit 3;S", "ls | S",
-          "echo 'S' >p; cat p", "cat <<X\nS", "exec >/dev/null; S", "trap 'exit 1' EXIT; S"]
+    yes = ["  S\n", "echo 'M'", 'echo \t"M"', "ls; S", "cd /\nS", "true && S", "false || S", "cat <<X\na\nX\nS"]
+    no = ["M", "", "S;", "S && ls", "S\nls", "echo\nM", 'echo "M\n"', "printf x;S", "echo -n M", "echo M M", "echo xM",
+          "printf M", 'echo "M', "S >out", "# S", "true #;S", "false && S", "exit 3;S", "ls | S", "echo 'S' >p; cat p",
+          "cat <<X\nS", "exec >/dev/null; S", "trap 'exit 1' EXIT; S"]
 
     async def submitted():
         async with tmax.Sandbox(tmax.load_task(make_task(tmp_path / "t")), CFG) as box:
@@ -784,51 +631,6 @@ def test_observations():
     assert "5000 characters" in hint and re.fullmatch(r"a{5000}\n[^abX]+\nb{5000}\n\n\(exit_code=1\)", rest)
 
 
-@FAMILIES
-def test_observations_forge_nothing(tokenizers, family):
-    """Else a file that holds `<|im_end|>` ends the tool's turn: no added token comes out of text, and it decodes back."""
-    tokenizer = tokenizers[family]
-    chat, added = tmax.ChatFormat(tokenizer), tokenizer.added_tokens_decoder
-    text = "".join(f"{token.content} {token.content}\n" for token in added.values())
-    assert len(added) >= 6 and set(tokenizer.encode(text)) & set(added)
-    empty, ids = chat.tool_turn([""]), chat.tool_turn([text])
-    start = len(os.path.commonprefix([empty, ids]))
-    inside = ids[start:start + len(ids) - len(empty)]
-    assert not set(inside) & set(added) and tokenizer.decode(inside, skip_special_tokens=False) == text
-    assert ids[:start] + ids[start + len(inside):] == empty
-
-
-@pytest.mark.parametrize("template", [
-    "{% for m in messages %}{% if m.role != 'tool' %}{{ m.role + ': ' + m.content }}{% endif %}{% endfor %}",
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{{ m.content }}{% endfor %}",
-    None, QWEN], ids=["ignores", "raises", "none", "control"])
-def test_a_tokenizer_that_cannot_serve_is_refused(template):
-    """Else tool outputs are lost, or plain text merges into a control token: refused at the start, by name."""
-    tokenizer = small_tokenizer(template, QWEN_TOKENS, "<|im_end|>")
-    if template == QWEN:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer = tokenizer.train_new_from_iterator(["<|im_end|>"] * 9, 300)
-    with pytest.raises(tmax.UserError, match="--model: folder: .*(tool|template|<.im_end.>)"), tmax.reading("folder"):
-        tmax.ChatFormat(tokenizer)
-
-
-def test_turns_end_with_any_end_token(tmp_path):
-    """Else a model runs on behind its own end, or a turn is closed otherwise than its template does: the template's token
-    follows the one that was sampled. Ends are eos, those of generation_config and the template's."""
-    small_tokenizer(LLAMA, LLAMA_TOKENS, "<|end_of_text|>").save_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    python, eos, turn = (tokenizer.convert_tokens_to_ids(t) for t in ("<|python_tag|>", "<|end_of_text|>", "<|eot_id|>"))
-    chat = tmax.ChatFormat(tokenizer)
-    assert chat.stop_ids == sorted([eos, turn])
-    for listed, stop_ids in [(python, [eos, turn, python]), ([eos, turn, python], [eos, turn, python]), (None, [eos, turn])]:
-        GenerationConfig(eos_token_id=listed).save_pretrained(tmp_path)
-        assert tmax.ChatFormat(tokenizer).stop_ids == sorted(stop_ids)
-    for role in ("tool", "user"):
-        plain = chat.tool_turn(["output"], role)
-        assert plain[0] != turn and chat.tool_turn(["output"], role, stop=turn) == plain
-        assert chat.tool_turn(["output"], role, stop=eos) == [turn] + plain
-
-
 class Script:
     """An engine that says given texts, spelt letter by letter, as no tokenizer would: re-tokenising would show."""
 
@@ -837,205 +639,169 @@ class Script:
 
     async def generate(self, tokens, budget, stop_ids, engine_rank=0, cfg=None):
         self.calls.append((list(tokens), budget, list(stop_ids), engine_rank, cfg))
-        said, eos = self.says.pop(0), self.tokenizer.eos_token_id
-        pieces = re.findall(r"<\|?/?\w+\|?>|.", said() if callable(said) else said, re.S)
-        ids = [i for piece in pieces for i in self.tokenizer.encode(piece, add_special_tokens=False)] + [eos]
-        numbers = range(n := sum(map(len, self.sampled)), n + len(ids[:budget]))
+        pieces = re.findall(r"<\|?/?\w+\|?>|.", self.says.pop(0), re.S)
+        ids = sum((self.tokenizer.encode(piece, add_special_tokens=False) for piece in pieces), [])
+        ids.append(self.tokenizer.eos_token_id)
+        start = sum(map(len, self.sampled))
         self.sampled.append(ids[:budget])
+        numbers = range(start, start + len(ids[:budget]))
         return tmax.Turn(ids[:budget], [-0.25 * (i + 1) for i in numbers], [i // 7 for i in numbers], len(ids) > budget)
 
 
 def rolled_out(folder, tokenizer, *says, test="[ -e /tmp/done ] && echo 1 >/logs/verifier/reward.txt", toml=None, seeds=None,
-               rank=0, **cfg):
-    """A Rollout of the script in a real sandbox, checked for what holds of each; and the Script."""
+               **cfg):
+    """A Rollout of the script in a real sandbox, checked for what holds of each; and the sampled tokens of its turns."""
     task = tmax.load_task(make_task(folder / "t", test=test, toml=toml, seeds=seeds))
-    engine, cfg, chat = Script(tokenizer, *says), dataclasses.replace(CFG, **cfg), tmax.ChatFormat(tokenizer)
-    r = asyncio.run(tmax.rollout(engine, task, tokenizer, cfg, rank))
-    prompt = chat.prompt(task.instruction) if says else []
-    assert r.tokens[:r.prompt_tokens] == prompt and not any(r.mask[:len(prompt)]) and r.prompt_tokens == len(prompt)
-    assert len(r.tokens) == len(r.mask) == len(r.logprobs) == len(r.versions) <= len(prompt) + cfg.max_total_tokens
-    columns = list(zip(r.mask, r.tokens, r.logprobs, r.versions))
+    engine, cfg, chat = Script(tokenizer, *says), replace(CFG, **cfg), tmax.ChatFormat(tokenizer)
+    r = asyncio.run(tmax.rollout(engine, task, tokenizer, cfg, 2))
+    prompt = chat.prompt(task.instruction)
+    assert (r.task, r.advantage, r.void, engine.says) == ("t", 0, r.finish.startswith("void"), [])
+    columns = list(zip(r.mask, r.tokens, r.logprobs, r.versions, strict=True))
     sampled = [(1, t, -0.25 * (i + 1), i // 7) for i, t in enumerate(itertools.chain(*engine.sampled))]
     assert [c for c in columns if c[0]] == sampled and {(m, *rest) for m, _, *rest in columns if not m} <= {(0, 0.0, -1)}
+    assert not says or r.tokens[:len(prompt)] == prompt and len(r.tokens) <= len(prompt) + cfg.max_total_tokens
     for (seen, budget, *others), ids in zip(engine.calls, engine.sampled):
         assert r.tokens[:len(seen) + len(ids)] == seen + ids
-        assert budget == min(cfg.max_turn_tokens, cfg.max_total_tokens - (len(seen) - r.prompt_tokens)) >= 1
-        assert others == [chat.stop_ids, rank, cfg]         # with cfg, sampling is the rollout's own
-    assert (r.task, r.advantage, r.void, engine.says) == ("t", 0, r.finish.startswith("void"), [])
-    return r, engine
+        assert budget == min(cfg.max_turn_tokens, cfg.max_total_tokens + len(prompt) - len(seen)) >= 1
+        assert others == [chat.stop_ids, 2, cfg]        # with cfg, sampling is the rollout's own
+    return r, engine.sampled
 
 
 def told(r, *roles):
     return [m["content"] for m in r.transcript if m["role"] in roles]
 
 
-def rendered(tokenizer, messages):
-    messages = [{"role": "system", "content": tmax.SYSTEM_PROMPT}, {"role": "user", "content": "Do it."}, *messages]
-    return tokenizer.apply_chat_template(messages, tools=tmax.tool_schemas(), tokenize=False).rstrip("\n")
-
-
 @FAMILIES
 def test_a_rollout_works_and_submits(tmp_path, tokenizers, monkeypatch, family):
     """Else tokens, turns or outputs are not what was sampled and what the template makes: several calls in one turn run in
-    order, each a step; one header follows the last output; a second tool is called; nothing runs after a submission."""
-    add_a_tool(monkeypatch)
+    order, each a step; one header follows the last output; nothing runs after a submission; in an evaluation a turn without
+    a call is answered by a user's turn. A fork's second tool is an entry."""
+    async def repeat(box, command, times):
+        return "".join([(await box.run(command)).text for _ in range(times)])
+    schema = {"type": "object", "properties": {"command": {"type": "string"}, "times": {"type": "integer"}}}
+    monkeypatch.setitem(tmax.TOOLS, "second", tmax.Tool({"name": "second", "parameters": schema}, repeat))
     test = "[ ! -e /tmp/late ] && [ -e /tmp/done ] && echo 1 >/logs/verifier/reward.txt"
-    says = ["First.\n" + hermes("cd /tmp; printf '<|im_end|>ü'") + xml("echo a >>done", "second", times=2) + xml("pwd; exit 3"),
-            hermes("cat done"), hermes("true") + xml(f"ls\n{SUBMIT}") + hermes("touch /tmp/late")]
-    r, _ = rolled_out(tmp_path, tokenizers[family], *says, test=test, rank=2)
-    assert (r.finish, r.reward, r.steps, r.problem, r.touches_grader) == ("submitted", 1.0, 6, "", False) and r.seconds_bash > 0
+    first = [hermes("cd /tmp; printf '<|im_end|>ü'"), xml("echo a >>done", "second", times=2), xml("pwd; exit 3")]
+    says = ["First.\n" + "".join(first), "I think.", "<tool_call>{oops</tool_call>", hermes("cat done"),
+            hermes("true") + xml(f"ls\n{SUBMIT}") + hermes("touch /tmp/late")]
+    r, _ = rolled_out(tmp_path, tokenizers[family], *says, test=test, eval=True)
+    assert (r.finish, r.reward, r.steps, r.problem, r.touches_grader) == ("submitted", 1.0, 8, "", False) and r.seconds_bash > 0
     assert told(r, "tool")[:4] == ["<|im_end|>ü\n\n(exit_code=0)", "", "/tmp\n\n\n(exit_code=3)", "a\na\n\n\n(exit_code=0)"]
-    assert told(r, "assistant") == says and told(r, "verifier") and r.tokens[-1] == tokenizers[family].eos_token_id
-    assert tokenizers[family].decode(r.tokens, skip_special_tokens=False) == rendered(tokenizers[family], r.transcript[:-3])
+    assert told(r, "assistant") == says and told(r, "verifier") and len(told(r, "error")) == 2
+    messages = [dict(role="system", content=tmax.SYSTEM_PROMPT), dict(role="user", content="Do it."), *r.transcript[:-3]]
+    for m in messages:
+        if m["role"] == "error":
+            m |= dict(role="user", content=f"{m['content']} {tmax.FORMAT_MESSAGE}")
+    text = tokenizers[family].apply_chat_template(messages, tools=tmax.tool_schemas(), tokenize=False)
+    assert tokenizers[family].decode(r.tokens, skip_special_tokens=False) == text.rstrip("\n")
+
+
+DONE = hermes("touch /tmp/done")
+SMALL = "[environment]\nmemory_mb = 64\n"
 
 
 @pytest.mark.parametrize("says, options, wanted", [
     ([hermes(SUBMIT)], {}, ("submitted", 0.0, 1)),
-    *(([hermes("touch /tmp/done"), last], {}, ("no_call", 0.0, 1)) for last in [
-        "I am done.", "", "<tool_call>{oops</tool_call>", hermes("ls") + "<tool_call>", SUBMIT]),
-    ([hermes("touch /tmp/done")] * 3, dict(max_steps=3), ("max_steps", 0.0, 3)),
-    ([hermes("touch /tmp/done") * 5], dict(max_steps=3), ("max_steps", 0.0, 3)),
-    ([hermes("touch /tmp/done"), hermes(SUBMIT)], dict(max_steps=2), ("submitted", 1.0, 2)),
+    ([DONE, hermes(SUBMIT)], dict(max_steps=2), ("submitted", 1.0, 2)),
+    ([DONE, "I am done."], {}, ("no_call", 0.0, 1)),
+    ([DONE, hermes("ls") + "<tool_call>"], {}, ("no_call", 0.0, 1)),
+    ([DONE] * 3, dict(max_steps=3), ("max_steps", 0.0, 3)),
+    ([DONE * 5], dict(max_steps=3), ("max_steps", 0.0, 3)),
     ([hermes("ls") + "x" * 300], dict(max_turn_tokens=20), ("max_tokens", 0.0, 0)),
     ([hermes("ls") + "x" * 300], dict(max_total_tokens=20), ("max_tokens", 0.0, 0)),
-    ([hermes("touch /tmp/done"), hermes("sleep 300")], dict(toml="[agent]\ntimeout_sec = 3\n"), ("timeout", 1.0, 2)),
-    ([hermes("touch /tmp/done"), hermes("head -c 99M /dev/zero >/tmp/a")], dict(toml="[environment]\nmemory_mb = 64\n"),
-     ("killed_itself", 0.0, 2)),
-    ([], dict(toml="[environment]\nmemory_mb = 64\n", seeds={"large": b"x" * (65 << 20)}), ("void:start", 0.0, 0)),
+    ([DONE, hermes("sleep 300")], dict(toml="[agent]\ntimeout_sec = 2\n"), ("timeout", 1.0, 2)),
+    ([DONE, hermes("head -c 99M /dev/zero >/tmp/a")], dict(toml=SMALL), ("killed_itself", 0.0, 2)),
+    ([], dict(toml=SMALL, seeds={"large": b"x" * (65 << 20)}), ("void:start", 0.0, 0)),
     # In an evaluation every end is graded, and a turn without a call is a step.
-    *(([hermes("touch /tmp/done"), *says], dict(eval=True) | limits, wanted) for says, limits, wanted in [
-        (["Done."] * 3, dict(max_steps=4), ("max_steps", 1.0, 4)),
-        ([hermes("true")] * 3, dict(max_steps=4), ("max_steps", 1.0, 4)),
-        (["x" * 300], dict(max_turn_tokens=99), ("max_tokens", 1.0, 1)),
-        (["x"], dict(max_total_tokens=230), ("max_tokens", 1.0, 2))]),
+    ([DONE, *["Done."] * 3], dict(eval=True, max_steps=4), ("max_steps", 1.0, 4)),
+    ([DONE] * 4, dict(eval=True, max_steps=4), ("max_steps", 1.0, 4)),
+    ([DONE, "x" * 300], dict(eval=True, max_turn_tokens=99), ("max_tokens", 1.0, 1)),
 ])
 def test_ends_of_a_rollout(tmp_path, tokenizers, says, options, wanted):
     """Else work that was not submitted is rewarded, or submitted work is not: what submits or runs out of time is graded,
     max_steps counts calls, all that was sampled stays. The model's own faults are 0, this machine's are void."""
-    r, engine = rolled_out(tmp_path, tokenizers["qwen"], *says, **options)
-    last, graded = sum(engine.sampled[-1:], []), r.finish in ("submitted", "timeout") or "eval" in options
-    assert (r.finish, r.reward, r.steps) == wanted and r.tokens[len(r.tokens) - len(last):] == last
-    assert bool(told(r, "verifier")) == graded and r.transcript
+    r, turns = rolled_out(tmp_path, tokenizers["qwen"], *says, **options)
+    assert (r.finish, r.reward, r.steps) == wanted and r.tokens[-len(turns[-1]):] == turns[-1] if says else r.void
+    assert bool(told(r, "verifier")) == (r.finish in ("submitted", "timeout") or "eval" in options) and r.transcript
 
 
 def test_an_observation_of_a_rollout_must_fit(tmp_path, tokenizers):
     """Else a rollout is longer than a pack: an output stays if one more token can be sampled after it."""
     tokenizer, command = tokenizers["qwen"], hermes("echo hello")
-    turn = len(rolled_out(tmp_path / "a", tokenizer, command, "")[1].sampled[0])
+    turn = len(rolled_out(tmp_path / "a", tokenizer, command, "")[1][0])
     full = turn + len(tmax.ChatFormat(tokenizer).tool_turn(["hello\n\n\n(exit_code=0)"]))
-    for says, limit, length in [([command], full, turn), ([command, "too long"], full + 1, full + 1)]:
-        r, _ = rolled_out(tmp_path / str(limit), tokenizer, *says, max_total_tokens=limit)
-        assert (r.finish, r.reward, len(r.tokens) - r.prompt_tokens) == ("max_tokens", 0.0, length)
+    r, _ = rolled_out(tmp_path / "b", tokenizer, command, max_total_tokens=full)
+    longer, turns = rolled_out(tmp_path / "c", tokenizer, command, "too long", max_total_tokens=full + 1)
+    assert r.finish == longer.finish == "max_tokens" and len(turns[1]) == 1
+    assert len(longer.tokens) - len(r.tokens) == full + 1 - turn
 
 
 def test_a_rollout_is_told_of_a_stopped_command(tmp_path, tokenizers):
-    """Else bash_timeout ends the rollout, or the model does not learn of it; and nobody, which look for the grader. Tests
-    that are gone at the end are this machine's fault."""
+    """Else bash_timeout ends the rollout, or the model does not learn of it; and nobody, which look for the grader."""
     says = [hermes("echo before; sleep 300"), hermes("ls app/tests ./tests"), "end"]
-    r, _ = rolled_out(tmp_path / "a", tokenizers["qwen"], *says, bash_timeout=2.0)
-    assert re.fullmatch(r"before\n\n\(stopped after 2 s\)\n\n\(exit_code=124\)", told(r, "tool")[0]) and not r.touches_grader
-    gone = lambda: (shutil.rmtree(tmp_path / "b/t/tests"), hermes(SUBMIT))[1]
-    r, _ = rolled_out(tmp_path / "b", tokenizers["qwen"], hermes("cd /\n/tests/x"), gone)
-    assert (r.finish, r.reward, r.touches_grader) == ("void:upload", 0.0, True)
-
-
-@FAMILIES
-def test_a_rollout_of_an_evaluation_is_answered(tmp_path, tokenizers, family):
-    """Else an evaluation is harder than the authors': a turn without a call is answered, by the template's own user turn."""
-    says = ["I think.", "<tool_call>{oops</tool_call>", hermes("touch /tmp/done"), hermes(SUBMIT)]
-    r, _ = rolled_out(tmp_path, tokenizers[family], *says, eval=True)
-    assert (r.finish, r.reward, r.steps, told(r, "assistant")) == ("submitted", 1.0, 4, says) and len(told(r, "error")) == 2
-    messages = [dict(role="user", content=f"{m['content']} {tmax.FORMAT_MESSAGE}") if m["role"] == "error" else m
-                for m in r.transcript[:7]]
-    assert tokenizers[family].decode(r.tokens, skip_special_tokens=False) == rendered(tokenizers[family], messages)
+    r, _ = rolled_out(tmp_path / "a", tokenizers["qwen"], *says, bash_timeout=1.0)
+    assert told(r, "tool")[0] == "before\n\n(stopped after 1 s)\n\n(exit_code=124)" and not r.touches_grader
+    r, _ = rolled_out(tmp_path / "b", tokenizers["qwen"], hermes("cd /\n/tests/x"), "end")
+    assert r.touches_grader
 
 
 def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
     """Else a task that its own solution cannot solve goes unnoticed: where the agent would work, files beside it, no model."""
     test = "[ ! -e /app/done ] || { grep yes /app/done && echo 1 || echo 0.5; } | tail -n 1 >/logs/verifier/reward.txt"
     right = "cp /solution/data done"
-    tasks = {"right": right, "wrong": "echo no >done", "slow": f"{right}; sleep 60", "none": None}
-    for name, solution in tasks.items():
+    for name, solution in {"right": right, "wrong": "echo no >done", "slow": f"{right}; sleep 60", "none": None}.items():
         files = {"solution/solve.sh": solution, "solution/data": "yes"} if solution else {}
         make_task(tmp_path / "tasks" / name, test, toml=f"[agent]\ntimeout_sec = {4 if name == 'slow' else 60}", files=files)
-    make_task(tmp_path / "tasks/skipped-1")
-    flags = "--oracle --sandbox bwrap --model /nowhere --name o --exclude skipped-* --tasks tasks"
-    ran = subprocess.run([sys.executable, tmax.__file__, *flags.split()], cwd=tmp_path, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    wanted = {"right": (1.0, "submitted"), "wrong": (0.5, "submitted"), "slow": (1.0, "timeout"), "none": (0.0, "no_solution")}
+    flags = "--oracle --sandbox bwrap --model /nowhere --name o --tasks tasks"
+    assert start([sys.executable, tmax.__file__, *flags.split()], cwd=tmp_path).wait(100) == 0
     scores = json.loads((tmp_path / "runs/o/eval.json").read_text())
-    assert {t["task"]: (t["rewards"][0], t["finish"][0]) for t in scores["tasks"]} == wanted and scores["mean"] == 0.625
-    assert "\n4 tasks / 62.5 % over 1 run" in ran.stdout and "4 of 5 tasks taken" in ran.stdout
-    for name, (reward, finish) in wanted.items():
-        assert re.search(rf"^{name} +{reward // 1:.2f}  {finish}$", ran.stdout, re.M), ran.stdout
-    assert sorted(p.name for p in (tmp_path / "runs/o").iterdir()) == ["config.json", "eval.json", "rollouts.jsonl"]
+    assert scores["mean"] == 0.625 and {t["task"]: (*t["rewards"], *t["finish"]) for t in scores["tasks"]} == {
+        "right": (1.0, "submitted"), "wrong": (0.5, "submitted"), "slow": (1.0, "timeout"), "none": (0.0, "no_solution")}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Batch
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 def outcome(reward, finish="submitted", versions=(10,)):
     """A rollout with a token for each version; -1 is a token that nobody sampled."""
     zeros = [0] * len(versions)
-    return tmax.Rollout("t", zeros, [int(v >= 0) for v in versions], zeros, versions, 1, reward=reward, finish=finish)
+    return tmax.Rollout("t", zeros, [int(v >= 0) for v in versions], zeros, versions, reward=reward, finish=finish)
 
 
-OUTCOMES = st.builds(
-    outcome, st.sampled_from([0.0, 0.3, 0.1 + 0.2, 0.30001, 1.0]),
-    st.sampled_from(["submitted", "submitted", "no_call", "max_tokens", "void:died"]),
-    st.lists(st.sampled_from([-1, 4, 5, 6, 7, 8, 9, 10]), min_size=1, max_size=4))
+def test_groups_of_rollouts_are_selected():
+    """Else groups that are too old or have no gradient are trained on, or good ones lost. At version 10, async_steps 4."""
+    good, bad, void = outcome(1.0), outcome(0.0), outcome(0.0, "void:died")
+    old, too_old = outcome(0.0, versions=(-1, 6, 10)), outcome(0.0, versions=(-1, 10, 5))
+    table = [
+        ([good, bad], "kept"), ([good, void, bad], "kept"), ([good, outcome(0.0, "no_call")], "kept"), ([good, old], "kept"),
+        ([outcome(0.3), outcome(0.30001)], "kept"), ([outcome(0.3), outcome(0.1 + 0.2)], "zero_spread"),   # only rounded
+        ([bad, bad], "zero_spread"), ([good, void, good], "zero_spread"), ([good, too_old], "stale"), ([bad, too_old], "stale"),
+        ([good, void], "void"), ([too_old, void], "void"), ([void, void], "void"), ([good], "void")]
+    kept, counts = tmax.select_groups([group for group, _ in table], 10, tmax.Config(async_steps=4))
+    reasons = [reason for _, reason in table]
+    assert counts.pop("rollouts_void") == 6
+    assert counts == {f"groups_{reason}": reasons.count(reason) for reason in ("kept", "void", "stale", "zero_spread")}
+    assert kept == [[r for r in group if r is not void] for group, reason in table if reason == "kept"]
 
 
-@PROPERTY
-@example([[outcome(0.3), outcome(0.1 + 0.2)], [outcome(0.3), outcome(0.30001)]], 4)     # a rounding error; a difference
-@given(st.lists(st.lists(OUTCOMES, min_size=1, max_size=5), max_size=8), st.integers(0, 6))
-def test_select_groups(groups, async_steps):
-    """Else groups that are too old or have no gradient are trained on, or good ones lost. At version 10."""
-    kept, counts = tmax.select_groups(groups, 10, tmax.Config(async_steps=async_steps))
-    expected = dict(groups_kept=0, groups_void=0, groups_stale=0, groups_zero_spread=0, rollouts_void=0)
-    wanted = []
-    for group in groups:
-        graded = [r for r in group if r.finish != "void:died"]
-        rewards = [r.reward for r in graded]
-        expected["rollouts_void"] += len(group) - len(graded)
-        if len(graded) < 2:
-            expected["groups_void"] += 1
-        elif any(v != -1 and 10 - v > async_steps for r in graded for v in r.versions):
-            expected["groups_stale"] += 1
-        elif max(rewards) - min(rewards) <= 1e-6:
-            expected["groups_zero_spread"] += 1
-        else:
-            expected["groups_kept"] += 1
-            wanted.append(graded)
-    assert counts == expected
-    assert [[id(r) for r in group] for group in kept] == [[id(r) for r in group] for group in wanted]
-
-
-@PROPERTY
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=32))
-def test_advantages(rewards):
+@pytest.mark.parametrize("kind, wanted", [
+    ("centered", [-0.5, 0.5, 0.25, -0.25]), ("leave_one_out", [-2 / 3, 2 / 3, 1 / 3, -1 / 3]),
+    ("normalized", [a / (math.sqrt(0.625 / 3) + 1e-6) for a in (-0.5, 0.5, 0.25, -0.25)])])
+def test_advantages_of_rollouts(kind, wanted):
     """Else a wrong sign, baseline or deviation (n for n - 1) passes: a run learns all the same, only worse."""
-    total, n = math.fsum(rewards), len(rewards)
-    centered = [r - total / n for r in rewards]
-    wanted = dict(centered=centered)
-    if n > 1:
-        wanted["normalized"] = [a / (statistics.stdev(rewards) + 1e-6) for a in centered]
-        wanted["leave_one_out"] = [r - (total - r) / (n - 1) for r in rewards]      # against the mean of the others
-    for kind, values in wanted.items():
-        advantages = tmax.advantages(rewards, kind)
-        assert isinstance(advantages, np.ndarray) and advantages.dtype == np.float64
-        assert advantages.tolist() == pytest.approx(values, rel=1e-9, abs=1e-9 if kind == "normalized" else 1e-12)
+    advantages = tmax.advantages([0.0, 1.0, 0.75, 0.25], kind)
+    assert advantages.dtype == np.float64 and advantages.tolist() == pytest.approx(wanted, rel=1e-12)
+    assert abs(tmax.advantages([0.3] * 3, kind)).max() < 1e-9        # 0.3 is no sum of powers of two
 
 
 def numbered_rollouts(lengths):
     """Rollouts whose tokens are all different; whole arrays, so that long ones are cheap."""
-    draw = np.random.default_rng(0)
-    rollouts = []
+    draw, rollouts = np.random.default_rng(0), []
     for i, n in enumerate(lengths):
         mask = draw.integers(0, 2, n) * (np.arange(n) > 0)      # a prompt has a token at least
-        rollouts.append(tmax.Rollout(f"task-{i}", 100_000 * i + np.arange(n), mask, -draw.random(n), np.where(mask, i, -1), 1,
-                                     advantage=draw.random() - 0.5))
+        columns = 100_000 * i + np.arange(n), mask, -draw.random(n), np.where(mask, i, -1)
+        rollouts.append(tmax.Rollout(f"task-{i}", *columns, advantage=draw.random() - 0.5))
     return rollouts
 
 
@@ -1048,28 +814,16 @@ def segments(pack):
         yield pack.tokens[start:end].tolist(), [x[inside].tolist() for x in columns]
 
 
-def first_fit_decreasing(lengths, capacity):
-    """How many packs first-fit decreasing needs."""
-    loads = []
-    for n in sorted(lengths, reverse=True):
-        fits = [i for i, load in enumerate(loads) if load + n <= capacity]
-        if fits:
-            loads[fits[0]] += n
-        else:
-            loads.append(n)
-    return len(loads)
-
-
 @PROPERTY
 @given(st.lists(st.integers(2, 300), max_size=40), st.integers(1, 8), st.integers(0, 200))
 def test_pack_keeps_every_rollout(lengths, num_ranks, spare):
-    """Else a token is lost, doubled or gets another's figures, or a rank lacks a pack and all wait for it."""
+    """Else a token is lost, doubled or gets another's figures, a rank lacks a pack, or packs are nearly empty."""
     rollouts, pack_length = numbered_rollouts(lengths), max(lengths, default=1) + spare
     ranks = tmax.pack(rollouts, pack_length, num_ranks)
     packs = sum(ranks, [])
     assert len(ranks) == num_ranks and len({len(packs) for packs in ranks}) == 1
     assert all(len(p.tokens) <= pack_length and p.cu_seqlens[-1] == len(p.tokens) for p in packs)
-    assert len(packs) == max(1, math.ceil(first_fit_decreasing(lengths, pack_length) / num_ranks)) * num_ranks
+    assert (len(packs) - num_ranks) * pack_length <= 2 * sum(lengths)       # with fewer, a rollout of half a pack finds room
     wanted = []
     for r in rollouts:
         at = np.flatnonzero(r.mask)
@@ -1088,32 +842,31 @@ def test_pack_names_a_too_long_rollout():
 
 def test_empty_pack_adds_exactly_nothing():
     """Else a rank without work hangs the collectives, which want every parameter's gradient, or adds to the step."""
-    empty = [p for packs in tmax.pack(numbered_rollouts([9]), 100, 3) for p in packs if len(p.targets) == 0]
-    policy = small_policy()
-    seen = tmax.backward_packs(policy, empty, 1000, CFG, scale=3)
-    assert len(empty) == 2 and all(len(x) == 0 for x in seen.values())
+    policy, empty = small_policy(), tmax.build_pack([])
+    seen = tmax.backward_packs(policy, [empty], 1000, CFG, scale=3)
+    assert len(empty.targets) == 0 and all(len(x) == 0 for x in seen.values())
     assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
 
 
 def test_packs_are_balanced():
     """Else all ranks wait for one that has more than its part of the work: 256 real lengths; one long among many short."""
     flops = lambda n: 2 * 8e9 * n + 2 * 36 * 4096 * n * n       # of Qwen3-8B: matrix products, attention
-    batches = [(4, random.Random(seed).choices(REAL_LENGTHS, k=256)) for seed in range(5)] + [(2, [20_000] + [500] * 60)]
+    batches = [(4, random.Random(seed).choices(REAL_LENGTHS, k=256)) for seed in range(3)] + [(2, [20_000] + [500] * 60)]
     for num_ranks, lengths in batches:
         ranks = tmax.pack(numbered_rollouts(lengths), 34_816, num_ranks)
-        assert len(ranks[0]) == math.ceil(first_fit_decreasing(lengths, 34_816) / num_ranks)
+        assert (len(ranks[0]) - 1) * num_ranks * 34_816 < 1.05 * sum(lengths)
         work = [sum(flops(np.diff(p.cu_seqlens).astype(float)).sum() for p in packs) for packs in ranks]
         assert max(work) < 1.03 * np.mean(work)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Loss
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 LOSSES = ["dppo_tv", "dppo_kl", "grpo", "pg"]
 
 
-def equation(loss, logp, logmu, advantage, threshold=0.1, low=0.8, high=1.272):
+def equation(loss, logp, logmu, advantage, threshold=0.15, low=0.8, high=1.272):
     """One token by DPPO's equations 11 to 14, PPO's clip, or neither: (what is compared, M, loss, d loss / d log pi)."""
     pi, mu, r = math.exp(logp), math.exp(logmu), math.exp(logp - logmu)
     compared = r
@@ -1155,15 +908,15 @@ def random_tokens(n, dtype):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_equals_equations(loss, dtype, tolerance):
     """Else mask, value or gradient of a --loss is not its paper's. In float32 without tokens within 1e-6 of a bound."""
-    logp, logmu, advantage = random_tokens(100_000, dtype)
+    logp, logmu, advantage = random_tokens(30_000, dtype)
     logp.requires_grad_()
-    value, kept = tmax.policy_loss(tmax.Config(loss=loss), logp, logmu, advantage)
+    value, kept = tmax.policy_loss(tmax.Config(loss=loss, dppo_threshold=0.15), logp, logmu, advantage)
     gradient, = torch.autograd.grad(value.sum(), logp)
     tokens = [equation(loss, *t) for t in zip(logp.tolist(), logmu.tolist(), advantage.tolist())]
     compared, mask, values, gradients = torch.tensor(tokens, dtype=torch.float64).T
     clear = torch.ones_like(kept)
     if dtype == torch.float32:
-        for bound in [0.1] if loss.startswith("dppo") else [0.8, 1.272]:
+        for bound in [0.15] if loss.startswith("dppo") else [0.8, 1.272]:
             clear &= (compared - bound).abs() > 1e-6
     assert clear.double().mean() > 0.999
     assert (kept.double() == mask)[clear].all()
@@ -1171,23 +924,6 @@ def test_loss_equals_equations(loss, dtype, tolerance):
         assert ((got.double() - want).abs() <= tolerance * want.abs())[clear].all()
     for sign in (-1, 1) if loss != "pg" else ():     # the masks of both signs are at work
         assert 0.05 < mask[advantage.sign() == sign].mean() < 0.95
-
-
-def test_loss_threshold_is_strict():
-    """Else >= does for >: a token at exactly the threshold is kept, one a hair beyond it is not."""
-    mu, pi, one = torch.tensor([0.5]).double().log(), torch.tensor([0.75]).double().log(), torch.ones(1).double()
-    tv, kl = abs(float(mu.exp() - pi.exp())), float(-pi)        # kl: where mu = 1
-    for divergence, logs, d, away in [("tv", (pi, mu), tv, one), ("tv", (mu, pi), tv, -one), ("kl", (pi, 0 * pi), kl, -one)]:
-        assert tmax.dppo_loss(*logs, away, divergence, d)[1]
-        assert not tmax.dppo_loss(*logs, away, divergence, math.nextafter(d, 0))[1]
-        assert tmax.dppo_loss(*logs, -away, divergence, 0.0)[1]     # towards the anchor it may always move
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_loss_refuses_an_impossible_rollout_logprob(loss):
-    """Else an engine's mistake, mu = 0 at a sampled token, makes the whole step infinite."""
-    with pytest.raises(ValueError, match="-inf"):
-        tmax.policy_loss(tmax.Config(loss=loss), torch.full((2,), -1.0), torch.tensor([-1.0, -math.inf]), torch.ones(2))
 
 
 @pytest.mark.parametrize("loss, advantage, wanted", [(loss, 0.0, 0.0) for loss in LOSSES]
@@ -1200,9 +936,9 @@ def test_loss_of_overflowing_ratio_leaves_no_nan(loss, advantage, wanted):
     assert value.item() == pytest.approx(wanted) and logp.grad == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Learner
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 def allocations(function):
     """Bytes of the largest allocation during function(), and the most that its allocations held at once."""
@@ -1213,48 +949,27 @@ def allocations(function):
     return max(sizes), max(itertools.accumulate(sizes))
 
 
-def packed_logprobs(policy, rollouts):
-    """Packed logprobs and entropies, one tensor of each per rollout."""
-    with torch.no_grad():
-        return [x.split([sum(r.mask) for r in rollouts]) for x in policy(tmax.build_pack(rollouts))]
+@pytest.mark.parametrize("name, value", [
+    ("cu_seqlens", None), ("softcap", 50.0), ("s_aux", torch.zeros(2)), ("sliding_window", 7), ("dropout", 0.1)])
+def test_packed_attention_of_another_kind_is_an_error(name, value):
+    """Else rollouts see each other where borders are missing, or a window, soft cap, sink or dropout is left out in silence."""
+    q = torch.zeros(1, 2, 8, 4)
+    given = dict(sliding_window=8, dropout=0.0, position_ids=torch.zeros(1, 8), cu_seqlens=torch.tensor([0, 8]), scaling=None)
+    tmax.packed_attention(None, q, q, q, None, **given)
+    with pytest.raises(ValueError, match=name):
+        tmax.packed_attention(None, q, q, q, None, **given | {name: value})
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_packed_logprobs_equal_unpacked(temperature, policy, rollouts):
-    """Else packing changes logprobs or entropy, or a policy that samples at 0.7 is trained at 1."""
-    packed, lm = tmax.Policy(policy.lm, tmax.Config(temperature=temperature)), ordinary(policy.lm)
-    for r, logprobs, entropy in zip(rollouts, *packed_logprobs(packed, rollouts)):
-        logp = unpacked_distributions(lm, r, temperature)
-        assert (logprobs - logp[range(len(logp)), sampled(r, "tokens")]).abs().max() < 1e-5
-        assert (entropy + (logp.exp() * logp).sum(-1)).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("changed", [0, 11, 23])
-def test_rollouts_do_not_see_each_other(changed, policy, rollouts):
-    """Else attention leaks between segments: not a bit of another rollout's logprobs may change."""
-    before, _ = packed_logprobs(policy, rollouts)
-    rollouts[changed].tokens = [(t + 7) % VOCAB for t in rollouts[changed].tokens]
-    after, _ = packed_logprobs(policy, rollouts)
-    assert [torch.equal(a, b) for a, b in zip(before, after)] == [i != changed for i in range(24)]
-
-
-def test_attention_without_borders_is_an_error(policy):
-    """Else a forward pass that forgets cu_seqlens lets rollouts see each other."""
-    with pytest.raises(ValueError, match="cu_seqlens"):
-        policy.lm(input_ids=torch.tensor([[2, 3, 4]]))
-
-
-def test_positions_restart(policy, rollouts):
+def test_positions_restart_in_packs(policy, rollouts):
     """Else positions run on from rollout to rollout, which rotary embeddings alone would hardly show."""
     seen = []
-    record = lambda _, args, given: seen.append(given["position_ids"])
-    hook = policy.lm.base_model.register_forward_pre_hook(record, with_kwargs=True)
-    packed_logprobs(policy, rollouts)
+    hook = policy.lm.base_model.rotary_emb.register_forward_pre_hook(lambda _, args: seen.append(args[1].tolist()))
+    policy(tmax.build_pack(rollouts))
     hook.remove()
-    assert seen[0].tolist() == [[i for r in rollouts for i in range(len(r.tokens))]]
+    assert seen == [[[i for r in rollouts for i in range(len(r.tokens))]]]
 
 
-def test_no_square_mask(policy):
+def test_packs_need_no_square_mask(policy):
     """Else a mask or scores of [N, N] exist, forward or backward: of a full pack, 4.8 GB for each head."""
     draw = random.Random(3)
     pack = tmax.build_pack([random_rollout(draw) for _ in range(40)])
@@ -1292,17 +1007,18 @@ def test_token_logprobs_equal_dense(n, chunk, temperature):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
-def test_head_is_fp32_over_bf16_weights():
-    """Else bf16 inputs are multiplied or summed in bf16; or fp32=False does not round as a bf16 engine does."""
-    hidden, weight, targets = head_inputs(64, torch.bfloat16, width=256, vocab=500)
-    wanted, wanted_entropy = dense_logprobs(hidden, weight, targets)
-    logprobs, entropy = tmax.token_logprobs(hidden, weight, targets, 24)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device, tolerance", [("cpu", 1e-5), pytest.param("cuda", 1e-4, marks=[pytest.mark.gpu, needs_gpu])])
+def test_head_is_fp32_over_bf16_weights(device, tolerance):
+    """Else bf16 inputs are multiplied or summed in bf16, and logprobs are not the engine's."""
+    hidden, weight, targets = (x.detach().to(device) for x in head_inputs(64, torch.bfloat16, width=256, vocab=500))
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    (logprobs, entropy), wanted = tmax.token_logprobs(*inputs, targets, 24), dense_logprobs(*inputs, targets)
     assert logprobs.dtype == entropy.dtype == torch.float32
-    assert (logprobs - wanted).abs().max() < 1e-5 and (entropy - wanted_entropy).abs().max() < 1e-5
-    rounded, _ = tmax.token_logprobs(hidden, weight, targets, 24, fp32=False)
-    by_hand = torch.log_softmax((hidden @ weight.T).double(), -1).gather(1, targets[:, None])[:, 0]
-    assert (rounded - by_hand).abs().max() < 1e-5 and (rounded - wanted).abs().max() > 1e-2
-    for got, want in zip(*(torch.autograd.grad(x.sum(), (hidden, weight)) for x in (logprobs, wanted))):
+    assert (logprobs - wanted[0]).abs().max() < tolerance and (entropy - wanted[1]).abs().max() < tolerance
+    for got, want in zip(*(torch.autograd.grad(x.sum(), inputs) for x in (logprobs, wanted[0]))):
         assert got.dtype == torch.bfloat16 and (got - want).norm() < 0.01 * want.norm()
 
 
@@ -1316,124 +1032,63 @@ def test_full_logits_never_exist():
     assert largest <= chunk
 
 
-LAYOUTS = {
-    "one per pack": lambda rs: [[tmax.build_pack([r]) for r in rs]],
-    "all in one pack": lambda rs: [[tmax.build_pack(rs)]],
-    "1 rank": lambda rs: tmax.pack(rs, 70, 1),
-    "2 ranks": lambda rs: tmax.pack(rs, 70, 2),
-    "3 ranks": lambda rs: tmax.pack(rs[::-1], 120, 3),
-    "ranks without work": lambda rs: tmax.pack(rs, 1000, 5),
-}
-
-
-@pytest.mark.parametrize("layout, checkpointing", [*((layout, False) for layout in LAYOUTS), ("2 ranks", True)])
-def test_step_is_invariant(layout, checkpointing, policy, rollouts, reference):
-    """Else packs, ranks or checkpointing change the gradient or the loss: in any they must be those of the equations."""
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("layout", [
+    lambda rollouts: [[tmax.build_pack([r]) for r in rollouts]], lambda rollouts: tmax.pack(rollouts, 70, 2),
+    lambda rollouts: tmax.pack(rollouts[::-1], 120, 3), lambda rollouts: tmax.pack(rollouts, 1000, 5)],
+    ids=["one per pack", "2 ranks", "3 ranks, other order", "ranks without work"])
+def test_step_of_packs_is_the_equations(layout, checkpointing, policy, rollouts, reference):
+    """Else packs, ranks or checkpointing change the gradient or the loss, or a rollout sees another, or a policy that samples
+    at 0.9 is trained at 1: in any layout they must be those of the equations for each rollout alone."""
     if checkpointing:
         policy = small_policy().train()
         policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
-    assert len(rollouts) == 24 and agree(take_step(policy, LAYOUTS[layout](rollouts)), reference)
+    policy.zero_grad()
+    ranks, loss = layout(rollouts), 0.0
+    num_tokens = sum(len(p.targets) for packs in ranks for p in packs)
+    for packs in ranks:
+        seen = tmax.backward_packs(policy, packs, num_tokens, WARM, scale=len(ranks))
+        loss += float(seen["loss"].double().sum()) / num_tokens
+    gradient, (wanted, wanted_loss) = gradient_of(policy) / len(ranks), reference     # FSDP takes the mean
+    assert len(rollouts) == 24 and (gradient - wanted).norm() <= 1e-5 * wanted.norm() and abs(loss - wanted_loss) <= 1e-6
 
 
-def test_defect_local_denominators(policy, rollouts, reference):
-    """Put back: each pack divides by its own tokens, and packs and ranks are averaged."""
-    steps = [take_step(policy, [[p]]) for packs in tmax.pack(rollouts, 200, 2) for p in packs]
-    assert not agree([sum(x) / len(steps) for x in zip(*steps)], reference)
-
-
-def test_defect_dropped_packs(policy, rollouts, reference):
-    """Put back: packs that do not divide by the ranks are dropped."""
-    packs, = tmax.pack(rollouts, 200, 1)
-    ranks = 2 if len(packs) % 2 else 3
-    even = packs[:len(packs) // ranks * ranks]
-    assert len(even) < len(packs) and agree(take_step(policy, [packs]), reference)
-    assert not agree(take_step(policy, [even[i::ranks] for i in range(ranks)]), reference)
-
-
-def test_defect_deleted_pad_tokens(policy, rollouts, reference):
-    """Put back: sampled tokens equal to the pad token leave the training rows."""
-    assert sum(sampled(r, "tokens").count(PAD) for r in rollouts) > 100
-    for r in rollouts:
-        stays = [not (m and t == PAD) for t, m in zip(r.tokens, r.mask)]
-        for name in ("tokens", "mask", "logprobs", "versions"):
-            setattr(r, name, list(itertools.compress(getattr(r, name), stays)))
-    assert not agree(take_step(policy, tmax.pack(rollouts, 200, 2)), reference)
-
-
-@pytest.mark.parametrize("trained_too", [False, True])
-def test_defect_void_rewards_in_the_mean(trained_too, policy, groups, reference):
-    """Put back: an infrastructure failure enters its group as reward 0, in the mean alone or in the batch too."""
-    rollouts = [r for r in with_advantages(groups) if trained_too or not r.void]
-    assert not agree(take_step(policy, tmax.pack(rollouts, 200, 2)), reference)
-
-
-@pytest.mark.parametrize("new", [4, 5], ids=["old tokens within the bound", "a token beyond the bound"])
-def test_defect_one_version_per_group(new, process_group):
-    """Put back: a group is stamped once, when it comes back, though weights change within a rollout: a stale one is trained
-    on, and the old weights' logprobs count as a mismatch of the newest."""
-    draw, policy = random.Random(2), small_policy(seed=new)
-    group = [random_rollout(draw, reward=float(i % 2), versions=(0, new)) for i in range(4)]
-    for r in group:
-        sample_under(r, {v: small_policy(v, "sdpa").lm for v in (0, new)})
-
-    def figures():
-        kept, _ = tmax.select_groups([group], new, CFG)
-        metrics = tmax.step_metrics(tmax.backward_packs(policy, [tmax.build_pack(group)], 1, CFG), new)
-        return bool(kept), metrics["staleness_max"], metrics["mismatch_max"], metrics["drift_max"]
-    kept, lag, mismatch, drift = figures()
-    assert kept == (new <= CFG.async_steps) and lag == new and mismatch < 1e-4 < drift
-    for r in group:
-        r.versions = [new if v >= 0 else v for v in r.versions]
-    kept, lag, mismatch, _ = figures()
-    assert kept and lag == 0 and mismatch > 0.1
-
-
-def metrics_by_hand(seen, version):
-    """step_metrics of all tokens at once, in NumPy."""
-    loss, logprobs, logmu, advantages, entropy, kept, versions = (seen[name].double().numpy() for name in (
-        "loss", "logprobs", "rollout_logprobs", "advantages", "entropy", "kept", "versions"))
-    gap, divergence, lag = abs(logprobs - logmu), abs(np.exp(logprobs) - np.exp(logmu)), version - versions
-    return dict(tokens=len(gap), loss=loss.mean(), entropy=entropy.mean(), kept_fraction=kept.mean(),
-                kept_fraction_positive=kept[advantages > 0].mean(), kept_fraction_negative=kept[advantages < 0].mean(),
-                mismatch_max=gap[lag == 0].max(), drift_max=gap.max(), divergence_mean=divergence.mean(),
-                divergence_max=divergence.max(), ratio_max=np.exp(logprobs - logmu).max(), staleness_mean=lag.mean(),
-                staleness_max=lag.max())
-
-
-@pytest.fixture
-def two_packs(rollouts):
-    """Rollouts with the versions 3 to 5 in every one."""
-    for i, r in enumerate(rollouts):
-        r.versions = [3 + (i + j + 1) % 3 if m else -1 for j, m in enumerate(r.mask)]
-    return [tmax.build_pack(rollouts[:10]), tmax.build_pack(rollouts[10:])]
-
-
-def test_metrics_are_of_the_whole_step(policy, rollouts, two_packs, process_group):
-    """Else a figure is of the last pack alone, or not what its name says."""
-    seen, first, second = (tmax.backward_packs(policy, packs, 100, CFG) for packs in (two_packs, two_packs[:1], two_packs[1:]))
-    assert all(torch.equal(seen[name], torch.cat([first[name], second[name]])) for name in seen)
-    own = lambda name: pytest.approx([x for r in rollouts for x in sampled(r, name)])
-    assert seen["rollout_logprobs"].tolist() == own("logprobs") and seen["versions"].tolist() == own("versions")
-    metrics = tmax.step_metrics(seen, 5)
-    assert metrics == pytest.approx(metrics_by_hand(seen, 5), rel=1e-6)
-    assert metrics["mismatch_max"] != metrics["drift_max"] and 0 < metrics["kept_fraction_negative"] < 1
-    assert metrics["kept_fraction_positive"] != metrics["kept_fraction_negative"] != metrics["kept_fraction"]
-
-
-def test_metrics_without_a_number_are_null(policy, two_packs, process_group):
-    """Else metrics.jsonl is no JSON where a step is skipped, or 0 stands for a figure of no tokens."""
-    seen = tmax.backward_packs(policy, two_packs, 100, CFG)
-    for name in ("loss", "logprobs", "entropy"):
-        seen[name][3] = math.nan
-    metrics = tmax.step_metrics(seen, 5)
-    assert json.dumps(metrics, allow_nan=False) and metrics["loss"] is metrics["drift_max"] is None
-    for p in two_packs:
-        p.advantages[:] = -1.0      # none above 0; and none of version 9 below
-    metrics = tmax.step_metrics(tmax.backward_packs(policy, two_packs, 100, CFG), 9)
-    assert metrics["mismatch_max"] is metrics["kept_fraction_positive"] is None
-    assert metrics["kept_fraction"] > 0 and metrics["drift_max"] > 0 and metrics["staleness_max"] == 6
+def test_metrics_of_a_step_by_hand(policy, rollouts, process_group):
+    """Else a figure is of the last pack alone, or not what its name says; or metrics.jsonl is no JSON where a step is skipped,
+    or 0 stands for a figure of no tokens."""
+    packs = [tmax.build_pack(rollouts[:10]), tmax.build_pack(rollouts[10:])]
+    of_packs = tmax.backward_packs(policy, packs, 100, CFG)
+    assert of_packs["rollout_logprobs"].tolist() == pytest.approx([x for r in rollouts for x in sampled(r, "logprobs")])
+    half, quarter = math.log(0.5), math.log(0.25)
+    seen = {name: torch.tensor(values).float() for name, values in dict(
+        loss=[1, 2, 3, 6], logprobs=[half, half, quarter, quarter], rollout_logprobs=[half, quarter, half, 0],
+        entropy=[1, 1, 1, 5], advantages=[1, 1, -1, 0], kept=[1, 0, 1, 1], versions=[5, 5, 3, 4]).items()}
+    assert set(of_packs) == set(seen)
+    wanted = dict(tokens=4, loss=3, entropy=2, kept_fraction=0.75, kept_fraction_positive=0.5, kept_fraction_negative=1,
+                  mismatch_max=-half, drift_max=-quarter, divergence_mean=1.25 / 4, divergence_max=0.75, ratio_max=2,
+                  staleness_mean=0.75, staleness_max=2)
+    assert tmax.step_metrics(seen, 5) == pytest.approx(wanted)
+    later = tmax.step_metrics(seen | dict(advantages=torch.zeros(4)), 9)
+    assert later["mismatch_max"] is later["kept_fraction_positive"] is later["kept_fraction_negative"] is None
+    seen["loss"][3] = seen["logprobs"][3] = math.nan
+    broken = tmax.step_metrics(seen, 5)
+    assert json.dumps(broken, allow_nan=False) and broken["loss"] is broken["drift_max"] is None
     nothing = tmax.backward_packs(policy, [tmax.build_pack([])], 100, CFG)
     assert set(tmax.step_metrics(nothing, 9).values()) == {0, None}
+
+
+def test_update_warms_up_and_skips_what_is_not_finite(tmp_path, policy, rollouts, process_group):
+    """Else the learning rate is not the step's, or one bad token turns all weights into NaN. At first AdamW moves weights by
+    the learning rate."""
+    policy.lm.save_pretrained(tmp_path)
+    learner = tmax.Learner(replace(RECORDED, warmup_steps=3), tmp_path, ALONE)
+    weight, pack = learner.policy.lm.lm_head.weight, tmax.build_pack(rollouts)
+    for advantage, moves in [(math.nan, 0), (0.5, 2 / 4 * RECORDED.learning_rate)]:
+        pack.advantages[7] = advantage
+        before = weight.full_tensor().detach().clone()
+        metrics = learner.update([pack])
+        assert (metrics["steps_skipped"], metrics["grad_norm"] is None) == (int(not moves), not moves)
+        assert (weight.full_tensor().detach() - before).abs().max().item() == pytest.approx(moves, rel=1e-3)
 
 
 RECORDED = tmax.Config(dtype="float32", learning_rate=1e-3, pack_length=200)
@@ -1451,7 +1106,7 @@ def updates_of_a_rank(folder, cell):
         packs, counts = [[]] * cell.ranks, {}
         if cell.rank == 0:
             packs, counts = tmax.pack(with_advantages(groups), 200, cell.ranks), tmax.tally(groups)
-        packs, counts, _ = tmax.share(cell, packs, counts, None)
+        packs, counts = tmax.share(cell, packs, counts, None)
         metrics.append(counts | learner.update(packs))
         learner.save_weights(folder / f"{layout}-{cell.node}")
     if dist.get_rank() == 0:
@@ -1478,10 +1133,9 @@ def two_nodes(*args, **kw):
 
 
 def test_updates_do_not_depend_on_ranks_and_nodes(tmp_path, policy, groups, process_group):
-    """Else a run on two ranks, of one node or two, is another than on one: in weights, or in metrics (grad_norm, as Adam hides
-    scale)."""
+    """Else a run on two ranks, of one node or two, is another than on one: in weights, or metrics (Adam hides scale)."""
     policy.lm.save_pretrained(tmp_path / "model")
-    for version in (1, 2):      # the newest weights' tokens are on one node alone: in step 2 on the first, in 3 on the other
+    for version in (1, 2):      # the newest tokens are on one node alone: in step 2 on the first, in step 3 on the other
         for r in groups[3 + version]:
             r.versions = [version if m else -1 for m in r.mask]
     torch.save([[r for r in group if not r.void] for group in groups], tmp_path / "groups.pt")
@@ -1503,26 +1157,22 @@ def test_updates_do_not_depend_on_ranks_and_nodes(tmp_path, policy, groups, proc
 @pytest.mark.slow
 def test_two_nodes_train(tmp_path):
     """Else two nodes run the same tasks, report one's reward, or their engines do not follow the weights."""
-    flags = "--tiny --name nodes --training_steps 3 --prompts_per_step 4 --save_every 1".split()
+    flags = "--tiny --name nodes --training_steps 3 --prompts_per_step 4".split()
     agents = two_nodes(tmax.__file__, *flags, cwd=tmp_path, stdout=(tmp_path / "log-nodes").open("w"))
     assert [a.wait(900) for a in agents] == [0, 0], last_line(tmp_path, "nodes")
-    run = tmp_path / "runs/nodes"
-    metrics, first, second = ([json.loads(line) for line in (run / name).open()]
+    metrics, first, second = (json_lines(tmp_path / "runs/nodes" / name)
                               for name in ("metrics.jsonl", "rollouts.jsonl", "rollouts-1.jsonl"))
     assert len(metrics) == 3 and {m["groups_kept"] for m in metrics} == {4}
     assert not {t["task"] for t in first} & {t["task"] for t in second}
     for m in metrics:
         rewards = [t["reward"] for t in first + second if t["step"] == m["step"] and not t["finish"].startswith("void")]
         assert m["reward"] == pytest.approx(np.mean(rewards)) and (m["mismatch_max"] or 0) <= 1e-4
-    AutoModelForCausalLM.from_pretrained(run / "checkpoint-3")
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "runs/nodes/checkpoint-3")
 
 
 @pytest.mark.gpu
 @needs_gpu
-def test_gpu_attention_equals_cpu():
+def test_attention_on_gpu_equals_cpu():
     """Else bf16's variable-length attention is wrong, or its gradients are: against exact attention, heads of Qwen3-8B."""
     lengths = [1, 17, 300, 64, 2, 513]
     borders, g = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), torch.Generator().manual_seed(0)
@@ -1532,50 +1182,18 @@ def test_gpu_attention_equals_cpu():
     def run(device, dtype):
         qkv = [x.to(device, dtype).requires_grad_() for x in inputs]
         out, _ = tmax.packed_attention(None, *qkv, None, scaling=128 ** -0.5, cu_seqlens=borders.to(device))
-        return [x.float().cpu() for x in (out.detach(), *torch.autograd.grad(out, qkv, upstream.to(device, dtype)))]
+        gradients = torch.autograd.grad(out, qkv, upstream.to(device, dtype))
+        return [out, *(x.transpose(1, 2) for x in gradients)]
     for got, want in zip(run("cuda", torch.bfloat16), run("cpu", torch.float32)):
-        assert got.shape == want.shape and (got - want).norm() < 0.01 * want.norm()
-        for a, b in zip(*(x.split(lengths, 1 if x.shape[2] == 32 else 2) for x in (got, want))):
+        for a, b in zip(got.float().cpu().split(lengths, 1), want.split(lengths, 1)):
             assert (a - b).norm() < 0.02 * b.norm() + 1e-3
 
 
-@pytest.mark.gpu
-@needs_gpu
-def test_gpu_logprobs_memory():
-    """Else a full pack of Qwen3-8B needs more than 2.5 GiB beyond inputs, weight and gradients, or has wrong values."""
-    n, vocab, width = 34_816, 151_936, 4096
-    matrix = lambda rows, scale: torch.randn(rows, width, device="cuda", dtype=torch.bfloat16).mul_(scale).requires_grad_()
-    hidden, weight, targets = matrix(n, 1.0), matrix(vocab, 0.02), torch.randint(0, vocab, (n,), device="cuda")
-    tmax.token_logprobs(hidden[:8], weight, targets[:8])[0].sum().backward()      # workspaces of the libraries
-    hidden.grad = weight.grad = None
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    logprobs, _ = tmax.token_logprobs(hidden, weight, targets)
-    logprobs.mean().backward()
-    assert torch.cuda.max_memory_allocated() - before - 2 * width * (n + vocab) <= 2.5 * 2**30
-    rows = torch.arange(0, n, n // 7, device="cuda")
-    wanted, _ = dense_logprobs(hidden[rows].detach().cpu(), weight.detach().cpu(), targets[rows].cpu())
-    assert (logprobs[rows].detach().cpu() - wanted).abs().max() < 1e-3
-
-
-
-
-@pytest.mark.parametrize("name, value", [("softcap", 50.0), ("s_aux", torch.zeros(2)), ("sliding_window", 7), ("dropout", 0.1)])
-def test_attention_of_another_kind_is_an_error(name, value):
-    """Else a window, soft cap, sink or dropout that a model asks for would be left out in silence."""
-    q = torch.zeros(1, 2, 8, 4)
-    given = dict(sliding_window=8, dropout=0.0, position_ids=torch.zeros(1, 8), cu_seqlens=torch.tensor([0, 8]), scaling=None)
-    tmax.packed_attention(None, q, q, q, None, **given)
-    with pytest.raises(ValueError, match=name):
-        tmax.packed_attention(None, q, q, q, None, **given | {name: value})
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Engine: a real one in this process; then whole runs whose rollouts are given
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("visible, devices", [("", "4,5,6,7"), ("7,6,5,4,3,2,1,0", "3,2,1,0"), ("0,1,2,3,9", "9"), ("5", "5")])
+@pytest.mark.parametrize("visible, devices", [("", "4,5,6,7"), ("7,6,5,4,3,2,1,0", "3,2,1,0"), ("5", "5")])
 def test_engines_get_the_other_gpus(monkeypatch, visible, devices):
     """Else engines take the learners' GPUs; the only one must be shared."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
@@ -1595,27 +1213,16 @@ PROMPT = list(range(300, 340))
 
 def learner_logprobs(folder, turn, prompt):
     """Logprobs of a turn by the learner's own path."""
-    r = tmax.Rollout("t", [], [], [], [], len(prompt))
+    r = tmax.Rollout("t", [], [], [], [])
     r.append(prompt, 0)
     r.append(turn.tokens, 1, turn.logprobs, turn.versions)
     with torch.no_grad():
         return tmax.load_policy(folder, HOT, sharded=False)(tmax.build_pack([r]))[0]
 
 
-def test_logprobs_match_before_and_after_a_reload(live, tiny_run):
-    """Else engine and learner compute different policies: the first weights, new ones, the first again. Noise is fresh."""
-    turns = []
-    for version, folder in enumerate([tiny_run / "model", tiny_run / "checkpoint-6", tiny_run / "model"]):
-        if version:
-            live.call(live.engine.reload(folder, version))
-        turns.append(turn := live.call(live.engine.generate(PROMPT, 64, [])))
-        assert set(turn.versions) == {version} and len(turn.versions) == len(turn.tokens) == len(turn.logprobs) <= 64
-        assert (learner_logprobs(folder, turn, PROMPT) - torch.tensor(turn.logprobs)).abs().max() <= 1e-4
-    assert turns[0].tokens != turns[2].tokens       # the same request to the same weights: a seed was sent
-
-
-def test_rollout_in_flight_goes_on_under_new_weights(live, tiny_run):
-    """Else a reload ends turns, or their tokens are marked with other weights than those that gave them their logprobs."""
+def test_requests_in_flight_go_on_under_new_weights(live, tiny_run):
+    """Else a reload ends turns, or their tokens are marked with other weights than those that gave them their logprobs; or a
+    seed is sent, which would repeat its noise."""
     async def turns(delay):
         requests = [asyncio.create_task(live.engine.generate(PROMPT, 256, [])) for _ in range(48)]
         await asyncio.sleep(delay)
@@ -1623,9 +1230,10 @@ def test_rollout_in_flight_goes_on_under_new_weights(live, tiny_run):
         return await asyncio.gather(*requests)
     for delay in (0.1, 0.3, 1, 3):      # until some were in the middle
         live.call(live.engine.reload(tiny_run / "model", 6))
-        if spanning := [turn for turn in live.call(turns(delay)) if len(set(turn.versions)) == 2]:
+        done = live.call(turns(delay))
+        if spanning := [turn for turn in done if len(set(turn.versions)) == 2]:
             break
-    assert spanning
+    assert spanning and len({tuple(turn.tokens) for turn in done}) > 40
     for turn in spanning:
         assert turn.versions == sorted(turn.versions) and set(turn.versions) == {6, 7}
         for version, folder in [(6, tiny_run / "model"), (7, tiny_run / "checkpoint-6")]:
@@ -1633,38 +1241,12 @@ def test_rollout_in_flight_goes_on_under_new_weights(live, tiny_run):
             assert gap[torch.tensor(turn.versions) == version].abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("fp32", [True, False])
-def test_fp32_head_is_on_both_sides_or_neither(tiny_run, fp32, monkeypatch):
-    """Else --fp32_lm_head changes one side alone, and logprobs of bf16 models never agree."""
+def test_engines_compute_as_the_learner(tiny_model, monkeypatch):
+    """Else logprobs of bf16 models never agree: the LM head is FP32 in vLLM too, and its logprobs are the sampler's own."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")     # vLLM writes it too; so it is gone with this test
-    cfg, seen = dataclasses.replace(HOT, dtype="bfloat16", fp32_lm_head=fp32), []
-    config = tmax.engine_args(tiny_run / "model", cfg).create_engine_config().model_config
-    assert config.dtype == torch.bfloat16 and config.head_dtype == (torch.float32 if fp32 else torch.bfloat16)
-    monkeypatch.setattr(tmax, "token_logprobs", lambda *_, **options: seen.append(options))
-    tmax.load_policy(tiny_run / "model", cfg, sharded=False)(tmax.build_pack([]))
-    assert seen == [dict(fp32=fp32, temperature=2.0)]
-
-
-class FaultyEngine(tmax.Engine):
-    """vLLM; the fault of TMAX_REPLAY comes at the start or with the third version."""
-
-    def __init__(self, model, cfg):
-        self.fault = json.loads(os.environ["TMAX_REPLAY"])["fault"]
-        if self.fault == "absent":
-            raise LookupError("no engine today\nnor tomorrow")
-        super().__init__(model, cfg)
-
-    async def reload(self, folder, version):
-        match self.fault if version == 3 else None:
-            case "refuses":
-                save_file({"no.such.weight": torch.zeros(1)}, folder / "model.safetensors")
-            case "dies":
-                os.kill(next(p for p, command in descendants(os.getpid()).items() if "EngineCore" in command), signal.SIGKILL)
-            case "hangs":
-                timeout = asyncio.timeout
-                asyncio.timeout = lambda seconds: timeout(2 if seconds == 600 else seconds)
-                self.llm.collective_rpc = lambda *_, **__: asyncio.sleep(1e6)
-        return await super().reload(folder, version)
+    args = tmax.engine_args(tiny_model[0], replace(HOT, dtype="bfloat16"))
+    model = args.create_engine_config().model_config
+    assert (model.dtype, model.head_dtype, model.logprobs_mode) == (torch.bfloat16, torch.float32, "processed_logprobs")
 
 
 started = itertools.count()
@@ -1672,9 +1254,9 @@ started = itertools.count()
 
 async def timed_rollout(engine, task, tokenizer, cfg, engine_rank=0):
     """Turns, sampled tokens and seconds of bash are given, in order. Engine, sandbox, `sleep` and tests are real."""
-    times = json.loads(os.environ["TMAX_REPLAY"])["times"]
+    times = json.loads(os.environ["TMAX_REPLAY"])
     turns, tokens, bash = times[next(started) % len(times)]
-    r = tmax.Rollout(task.name, [], [], [], [], 0, finish="submitted")
+    r = tmax.Rollout(task.name, [], [], [], [], finish="submitted")
     r.append(PROMPT, 0)
     async with tmax.Sandbox(task, cfg) as box:
         for _ in range(turns):
@@ -1688,7 +1270,7 @@ async def timed_rollout(engine, task, tokenizer, cfg, engine_rank=0):
 
 
 def replay_main(*args):
-    tmax.Engine, tmax.rollout = FaultyEngine, timed_rollout
+    tmax.rollout = timed_rollout
     tmax.generator_main(*args)
 
 
@@ -1699,23 +1281,19 @@ def replay(tmp_path, tiny_model, process_group, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)      # make_memory sets it
     make_task(tmp_path / "t", test="echo $((RANDOM % 2)) >/logs/verifier/reward.txt", instruction="Do it. " * 30_000)
 
-    def run(times, seconds_update=0.0, fault=None, **changes):
+    def run(times, seconds_update=0.0, **changes):
         update = tmax.Learner.update
         monkeypatch.setattr(tmax.Learner, "update", lambda *args: (time.sleep(seconds_update), update(*args))[1])
-        monkeypatch.setenv("TMAX_REPLAY", json.dumps(dict(times=times, fault=fault)))
-        cell = ALONE._replace(memory=tmax.make_memory())
+        monkeypatch.setenv("TMAX_REPLAY", json.dumps(times))
         small = dict(max_total_tokens=1024, prompts_per_step=2, samples_per_prompt=4, max_concurrent_rollouts=1000)
-        cfg = dataclasses.replace(TINY, **small | changes)
-        try:
-            tmax.train(cfg, cell, tmp_path, tiny_model[0], [tmax.load_task(tmp_path / "t")], [])
-        finally:
-            assert not cell.memory.exists()
+        cfg, cell = replace(TINY, **small | changes), ALONE._replace(memory=tmax.make_memory())
+        tmax.train(cfg, cell, tmp_path, tiny_model[0], [tmax.load_task(tmp_path / "t")], [])
         return json_lines(tmp_path / "metrics.jsonl")
     return run
 
 
-@pytest.mark.parametrize("async_steps, seconds_update, bash", [(0, 0.0, 1.0), (2, 0.6, 0.0), pytest.param(2, 0.0, 1.0, marks=pytest.mark.slow)],
-                         ids=["synchronous", "slow learner", "slow commands"])
+@pytest.mark.parametrize("async_steps, seconds_update, bash", [(0, 0.0, 1.0), (2, 0.6, 0.0)],
+                         ids=["synchronous", "slow learner"])
 def test_staleness_never_exceeds_the_bound(replay, tmp_path, async_steps, seconds_update, bash):
     """Else tokens are trained on that lag more than async_steps versions. Behind a slow learner some lag as much, and no group
     is sampled to be thrown away. The metrics say who waits."""
@@ -1730,22 +1308,119 @@ def test_staleness_never_exceeds_the_bound(replay, tmp_path, async_steps, second
     assert waited < 0.5 if seconds_update else any(m["waiting_bash"] for m in metrics)
 
 
-@pytest.mark.parametrize("fault, said", [
-    ("refuses", "no module or parameter"), ("dies", "EngineDeadError"), pytest.param("hangs", "did not reload the weights within 600 s", marks=pytest.mark.slow),
-    ("absent", "LookupError: no engine today")])
-def test_failed_engine_ends_the_run_and_leaves_a_checkpoint(replay, tmp_path, fault, said):
-    """Else an engine that cannot start, load or go on leaves the run waiting, or its reason is lost, or what was learnt. Tasks
-    are longer than the pipe's buffer: to send one to no engine must not block."""
-    with pytest.raises(tmax.RunFailed, match=rf"^generator: [^\n]*{said}[^\n]*generator.log\)$"):
-        replay([[1, 10, 0.0]], fault=fault, training_steps=20)
-    if fault != "absent":
-        last = json_lines(tmp_path / "metrics.jsonl")[-1]["step"]
-        AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{last}")
+def test_failed_engine_ends_the_run(replay):
+    """Else an engine that cannot start leaves the run waiting, or its reason is lost. Tasks are longer than the pipe's
+    buffer: to send one to no engine must not block."""
+    with pytest.raises(tmax.RunFailed, match=r"^generator: [^\n]*ModelConfig[^\n]*generator.log\)$"):
+        replay([[1, 10, 0.0]], max_total_tokens=9999)       # more than the model has positions
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sandbox: the shell. Tables are at the end of the section; the rows of one run side by side.
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
+# Formats
+# -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("form", [hermes, xml])
+def test_calls_are_found_outside_thinking(form):
+    """Else a call that was only thought of runs, or one that was made does not. A and B stand for calls."""
+    for text, wanted in [
+            ("no call at all", ""), ("first A then\n\nB end", "ab"), ("<think>A", ""), ("A<think>B", "a"), ("B</think>A", "a"),
+            ("<think>B</think>A<think>B</think>A", "aa"), ("<think><tool_call>{</think>A", "a"),
+            ("<tool_call>{ or <tool_call> B </think>A", "a")]:
+        assert commands(text.replace("A", form("a")).replace("B", form("b"))) == list(wanted), text
+
+
+TAGS = """<tool_call> </tool_call> <think> </think> <function=bash> </function> <parameter=command> </parameter>
+          " \\ { }""".split()
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@example("\n\n  ls\n\n")
+@example('echo "a\\n\'b\'" \\\r\n\0\ud800🌲')
+@given(st.lists(st.text(st.characters()) | st.sampled_from([*TAGS, "\n", " "])).map("".join))
+def test_any_command_comes_back(command):
+    """Else quotes, newlines or tags in a command change it. XML has no escapes: what closes its own parameter is left out."""
+    assert commands("Well. " + hermes(command) + "\n" + xml("pwd")) == [command, "pwd"]
+    assert commands(hermes("C").replace('"C"', json.dumps(command, ensure_ascii=False))) == [command]
+    if not re.search(r"</parameter>\s*(</function>|<parameter=)", command):
+        assert commands(xml(command) + hermes("pwd")) == [command, "pwd"]
+
+
+@pytest.mark.parametrize("text", [
+    *(form("ls")[:end] for form in (hermes, xml) for end in (-12, 30, 50)), "<tool_call>", hermes("ls") + "<tool_call>",
+    hermes("ls", "python"), xml("ls", "python"), hermes(["ls"]), hermes(None), hermes("ls", timeout=5), xml("ls", timeout=5),
+    "<tool_call>oops</tool_call>" + xml("ls"), hermes("x</think>")[:-20],
+    *(f"<tool_call>{call}</tool_call>" for call in [
+        "\n", '["bash", "ls"]', '{"name": "bash"}', '{"arguments": {"command": "ls"}}', '{"name": "bash", "arguments": {}}',
+        '{"name": "bash", "arguments": "ls"}', '{"name": ["bash"], "arguments": {"command": "ls"}}', "[" * 100_000,
+        "9" * 10_000, "<function=bash></function>", "<function=bash>ls<parameter=command>ls</parameter></function>",
+        "<function=bash>" + 2 * "<parameter=command>ls</parameter>" + "</function>"]),
+], ids=lambda text: text[:60])
+def test_malformed_calls_raise(text):
+    """Else a call that cannot be read, or whose tool or argument does not exist, runs as something else."""
+    with pytest.raises(tmax.FormatError) as error:
+        tmax.parse_tool_calls(text)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("unit", [
+    *TAGS, " ", '{"a":', "1,", "<tool_call>" + " " * 50, "<tool_call></think>", '<tool_call>{"a":', '<tool_call>["</think>',
+    "<tool_call><function=a", "<tool_call><function=bash><parameter=command></think>", "<think></think>",
+    "</parameter></function>", hermes("ls"), xml("ls") + "</think>"], ids=repr)
+def test_hostile_texts_are_read_in_linear_time(unit):
+    """Else one turn of a model that repeats itself holds up all other rollouts for minutes: 1 MB of anything."""
+    for before in ("", "<think>", '<tool_call>{"name": "', "<tool_call><function=bash><parameter=command>" * 60):
+        for after in ("", "</think>"):
+            with contextlib.suppress(tmax.FormatError):
+                tmax.parse_tool_calls(before + unit * (1_000_000 // len(unit)) + after)
+
+
+@FAMILIES
+def test_observations_forge_nothing(tokenizers, family):
+    """Else a file that holds `<|im_end|>` ends the tool's turn: no added token comes out of text, and it decodes back."""
+    tokenizer = tokenizers[family]
+    chat, added = tmax.ChatFormat(tokenizer), tokenizer.added_tokens_decoder
+    text = "".join(f"{token.content} {token.content}\n" for token in added.values())
+    assert len(added) >= 5 and set(tokenizer.encode(text)) & set(added)
+    empty, ids = chat.tool_turn([""]), chat.tool_turn([text])
+    start = len(os.path.commonprefix([empty, ids]))
+    inside = ids[start:start + len(ids) - len(empty)]
+    assert not set(inside) & set(added) and tokenizer.decode(inside, skip_special_tokens=False) == text
+    assert ids[:start] + ids[start + len(inside):] == empty
+
+
+@pytest.mark.parametrize("template", [
+    "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}{% endif %}{% endfor %}", None, QWEN],
+    ids=["no tools", "no template", "control tokens"])
+def test_a_tokenizer_that_cannot_serve_is_refused(template):
+    """Else tool outputs are lost, or plain text merges into a control token: refused at the start, by name."""
+    tokenizer = small_tokenizer(template, QWEN_TOKENS, "<|im_end|>")
+    if template == QWEN:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer = tokenizer.train_new_from_iterator(["<|im_end|>"] * 9, 300)
+    with pytest.raises(tmax.UserError, match="--model: folder: .*(tool|template|<.im_end.>)"), tmax.reading("folder"):
+        tmax.ChatFormat(tokenizer)
+
+
+def test_turns_end_with_any_end_token(tmp_path):
+    """Else a model runs on behind its own end (eos, those of generation_config, the template's), or a turn is closed otherwise
+    than its template does: the template's token follows one that was sampled."""
+    small_tokenizer(LLAMA, LLAMA_TOKENS, "<|end_of_text|>").save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    python, eos, turn = (tokenizer.convert_tokens_to_ids(t) for t in ("<|python_tag|>", "<|end_of_text|>", "<|eot_id|>"))
+    chat = tmax.ChatFormat(tokenizer)
+    assert chat.stop_ids == sorted([eos, turn])
+    for listed, stop_ids in [(None, [eos, turn]), (python, [eos, turn, python]), ([eos, python], [eos, turn, python])]:
+        GenerationConfig(eos_token_id=listed).save_pretrained(tmp_path)
+        assert tmax.ChatFormat(tokenizer).stop_ids == sorted(stop_ids)
+    plain = chat.tool_turn(["output"])
+    assert plain[0] != turn and chat.tool_turn(["output"], stop=turn) == plain
+    assert chat.tool_turn(["output"], stop=eos) == [turn] + plain
+
+
+# -----------------------------------------------------------------------------
+# Sandbox: the shell, isolation, its end, grading. Tables are at the end; the rows of one run side by side.
+# -----------------------------------------------------------------------------
 
 def side_by_side(rows, work, at_once=6):
     """await work(name, row) for each; {name: what was raised}. A failed row does not end the others."""
@@ -1760,7 +1435,7 @@ def side_by_side(rows, work, at_once=6):
 
 
 def test_shell(cfg):
-    """Else state is lost, or text, an exit code or a message is not what bash gives; whatever a command does, the next one works."""
+    """Else state or output is lost, or an exit code or a message is not bash's, or sandboxes side by side share files."""
     async def work(name, steps):
         async with tmax.Sandbox(NO_TASK, cfg) as box:
             for command, text, code, *timeout in steps:
@@ -1772,101 +1447,61 @@ def test_shell(cfg):
     assert side_by_side(rows, work) == {}
 
 
-@given(st.lists(st.integers(0, 30), max_size=40))
-@PROPERTY
-def test_head_and_tail(sizes):
-    """Else a short output has a hole, or a long one loses its beginning or end, or fills the memory."""
-    text = bytes(i % 251 for i in range(sum(sizes)))
-    ends = np.cumsum([0, *sizes])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tmax, "OUTPUT_KEPT", 20)
-        kept = tmax.head_and_tail(text[a:b] for a, b in zip(ends, ends[1:]))
-    assert kept == text if len(text) <= 80 else kept.startswith(text[:20]) and kept.endswith(text[-20:]) and len(kept) <= 80
-
-
 def test_a_gigabyte_is_capped(cfg):
     """Else this process or the sandbox keeps a flood, or its beginning or end is lost."""
     Path("/proc/self/clear_refs").write_text("5")       # starts the high-water mark anew
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    output, = shell("echo BEGIN; head -c 1000000000 /dev/zero | tr '\\0' x; echo END", timeout=400, cfg=cfg)
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 50_000  # KiB
+    flood = "echo BEGIN; head -c 1000000000 /dev/zero | tr '\\0' x; echo END"
+    output, = shell(flood, timeout=400, cfg=cfg)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000     # KiB
     assert output.exit_code == 0 and len(output.text) < 5 * tmax.OUTPUT_KEPT
     seen = tmax.render_observation(output.text, 0)
     assert "BEGIN\n" + "x" * 4994 + "\n" in seen and "x" * 4996 + "END\n\n\n(exit_code=0)" in seen and len(seen) < 10_500
 
 
-def test_output_is_complete_on_a_busy_machine(cfg):
-    """Else an answer does not wait for its reader where that gets its turn late, or many small writes lose one."""
-    async def work(name, _):
-        async with tmax.Sandbox(NO_TASK, cfg) as box:
-            for _ in range(5):
-                text = (await box.run("for i in {1..2000}; do echo $i; done; seq 2001 9000; (sleep .1; echo late); echo end >&2")).text
-                assert text.split() == [*map(str, range(1, 9001)), "late", "end"]
-    assert side_by_side(dict.fromkeys(range(24 if cfg.sandbox == "bwrap" else 8)), work, 24) == {}
+# Sandbox: isolation.
+
+REFUSED = """mount -t tmpfs none /tmp\nmount --bind /tmp /usr\nmount -o remount,rw /usr\numount /proc\nunshare -Ur true
+unshare -m true\nmknod /tmp/d b 7 0\nhostname x\necho 1 >/proc/sys/kernel/panic\necho b >/proc/sysrq-trigger
+[ -e /var/run/docker.sock ]\nexec 3<>/dev/tcp/1.1.1.1/80""".splitlines()
+REFUSED_BY_BUBBLEWRAP = [f"echo x >{path}/x || mkdir {path}/y || rm -f /usr/bin/env" for path in """/usr /usr/bin /bin /lib
+    /dev /proc /etc /etc/alternatives""".split()] + ["chroot / true", "ulimit -u 100000", "grep ' /usr [^ ]* rw' /proc/mounts"]
+SEEN_IN_BUBBLEWRAP = "alternatives|app|bin|dev|etc|home|lib|lib64|opt|proc|root|sbin|workspace|tmp|usr|var"
 
 
-def test_seeds_and_where_it_starts(tmp_path, cfg):
-    """Else the agent lacks files of its task, or starts elsewhere."""
-    task = tmax.load_task(make_task(tmp_path / "t", seeds={"a b.txt": "ünï", "ü": ""}))
-    assert shell("pwd; cat '/workspace/a b.txt'; ls /workspace | wc -l", task=task, cfg=cfg)[0].text == "/app\nünï2\n"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sandbox: isolation
-# ---------------------------------------------------------------------------------------------------------------------
-
-REFUSED = """mount -t tmpfs none /tmp|mount --bind /tmp /usr|umount /proc|unshare -Ur true|unshare -m true|mknod /tmp/d b 7 0|hostname x
-    echo 1 >/proc/sys/kernel/panic|echo b >/proc/sysrq-trigger|[ -e /var/run/docker.sock ]|exec 3<>/dev/tcp/1.1.1.1/80""".replace("\n", "|").split("|")
-
-
-def test_what_is_not_seen_and_not_done(cfg, tmp_path, monkeypatch):
+def test_what_is_not_seen_and_not_done(cfg, monkeypatch):
     """Else the agent sees files, processes, networks, variables or descriptors of the host, or gains rights."""
+    bwrap = cfg.sandbox == "bwrap"
+    commands = REFUSED + REFUSED_BY_BUBBLEWRAP * bwrap
     monkeypatch.setenv("HF_TOKEN", "secret-token")
-    (tmp_path / "secret").write_text("s")
-    hidden = [tmp_path / "secret", tmax.__file__, Path.cwd(), Path.home() / ".bashrc", "/run/docker.sock", f"/proc/{os.getpid()}"]
     with open(__file__) as file, socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as unix:
         os.set_inheritable(file.fileno(), True)
         unix.bind(f"\0tmax-{uuid.uuid4()}")
         port = server.getsockname()[1]
-        seen, reached, devices, processes, leaked, env, status, *refused = shell(
-            "; ".join(f"[ -e '{path}' ] && echo '{path}'" for path in hidden if str(path).startswith("/proc") or cfg.sandbox == "bwrap"),
-            f"for host in 127.0.0.1 localhost; do (exec 3<>/dev/tcp/$host/{port}) 2>/dev/null && echo reached; done",
+        nothing, names, devices, processes, env, status, *refused = shell(
+            f"""for host in 127.0.0.1 localhost; do (exec 3<>/dev/tcp/$host/{port}) 2>/dev/null && echo reached; done
+                cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep secret
+                readlink /proc/[0-9]*/fd/* | grep -E 'test_|socket'""",
+            f"""uname -n; ls -A / /etc | grep -vxE '/:|/etc:||{SEEN_IN_BUBBLEWRAP}'
+                cd /; find root home opt var app workspace tmp dev/shm -mindepth 1 ! -name '.shell*'""",
             "tail -n +3 /proc/net/dev | cut -d: -f1; grep -c @ /proc/net/unix", "ls -d /proc/[0-9]* | wc -l",
-            "cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep secret; readlink /proc/[0-9]*/fd/* | grep -E 'test_|socket'",
-            "env", "grep -E '^(CapEff|CapBnd|NoNewPrivs):' /proc/self/status", *REFUSED, cfg=cfg)
-    assert (seen.text, reached.text, devices.text.split(), leaked.text) == ("", "", ["lo", "0"], "") and int(processes.text) < 12
+            "env", "grep -E '^(CapEff|CapBnd|NoNewPrivs):' /proc/self/status", *commands, cfg=cfg)
+    assert (nothing.text, devices.text.split()) == ("", ["lo", "0"]) and int(processes.text) < 12
+    assert not bwrap or names.text == "sandbox\n"
     assert {line.split("=")[0] for line in env.text.split()} <= {*"PATH HOME LANG PWD SHLVL _ OLDPWD HOSTNAME".split()}
-    rights = "0000000000000000" if cfg.sandbox == "bwrap" else "00000000a00405fb"     # docker's own, less NET_RAW and MKNOD
-    assert status.text.split()[1::2] == [rights if cfg.sandbox == "bwrap" else status.text.split()[1], rights, "1"]
-    assert [command for command, output in zip(REFUSED, refused) if output.exit_code == 0] == []
-
-
-def test_bubblewrap_shows_system_folders_alone():
-    """Else names of the host's files are seen, or its programs are changed by an agent that is started by root."""
-    paths = "/usr /usr/bin /bin /lib /dev /proc /etc /etc/alternatives".split()
-    names, inside, *written = shell("ls -A /root /home /opt /var /app /workspace /tmp /dev/shm | grep -v ':$' | grep -v '^[.]shell' | tr -d '\\n'",
-                                    "uname -n; ls -A / /etc", *(f"echo x >{path}/x || mkdir {path}/y || rm -f /usr/bin/env" for path in paths),
-                                    "mount -o remount,rw /usr", "chroot / true", "ulimit -u 100000", "grep ' /usr [^ ]* rw' /proc/mounts")
-    assert names.text == "" and all(output.exit_code for output in written) and Path("/usr/bin/env").exists()
-    assert set(inside.text.split()) <= set("sandbox /: /etc: alternatives app bin dev etc home lib lib64 opt proc root sbin workspace tmp usr var".split())
-
-
-def test_sandboxes_do_not_see_each_other(cfg):
-    """Else one rollout finds another's files or processes."""
-    async def other(box):
-        await box.run("for d in /tmp /app /dev/shm; do echo x >$d/mine; done; exec -a me7777 sleep 20", 2)
-        first = asyncio.create_task(box.run("exec -a me7777 sleep 9", 9))
-        async with tmax.Sandbox(box.task, box.cfg) as second:
-            text = (await second.run("ls -A /tmp /app /dev/shm | grep mine; grep -l 'me[7]777' /proc/[0-9]*/cmdline; echo end")).text
-        return text, first.cancel()
-    assert in_sandbox(other, cfg=cfg) == ("end\n", True)
+    effective, bounding, no_new = status.text.split()[1::2]
+    rights = "0000000000000000" if bwrap else "00000000a00405fb"    # docker's own, less NET_RAW and MKNOD
+    assert no_new == "1" and bounding == rights and (bwrap or effective == rights)
+    assert [command for command, output in zip(commands, refused) if output.exit_code == 0] == []
+    assert Path("/usr/bin/env").exists()
 
 
 def test_bubblewrap_limits_memory():
-    """Else one process, one file or many of them fill the machine's memory; mode 000 is no reason to end a rollout."""
-    task = dataclasses.replace(NO_TASK, memory_mb=64)
-    file, process, after = shell("head -c 100000000 /dev/zero >/tmp/f || ! rm /tmp/f", "x=$(head -c 200000000 /dev/zero | tr '\\0' x)",
-                                 "rm -f /tmp/f; mkdir -m 000 /tmp/closed; echo ok", task=task)
+    """Else one process, one file or many fill the machine's memory; mode 000 is no reason to end a rollout."""
+    task = replace(NO_TASK, memory_mb=64)
+    file, process, after = shell(
+        "head -c 100000000 /dev/zero >/tmp/f || ! rm /tmp/f", "x=$(head -c 200000000 /dev/zero | tr '\\0' x)",
+        "rm -f /tmp/f; mkdir -m 000 /tmp/closed; echo ok", task=task)
     assert file.exit_code and process.exit_code and after.text == "ok\n"
     with pytest.raises(tmax.KilledItself, match="memory"):
         shell("for i in {1..9}; do head -c 9M /dev/zero >/app/$i; done", task=task)
@@ -1874,194 +1509,150 @@ def test_bubblewrap_limits_memory():
 
 def test_containers_do_not_reach_each_other(docker_cfg):
     """Else rollouts on the public network's bridge read each other's services."""
-    public = dataclasses.replace(docker_cfg, network="public")
+    client, public = tmax.docker_client(), replace(docker_cfg, network="public")
+    if not client.info()["BridgeNfIptables"] or not client.networks.list(names=["^bridge$"]):
+        pytest.skip("this engine has no bridge network")
 
     async def neighbour(box):
-        await box.run("python3 -m http.server 8000 >/dev/null 2>&1 & until (: <>/dev/tcp/127.0.0.1/8000) 2>/dev/null; do sleep .1; done")
+        await box.run(SERVER)
         box.backend.container.reload()
         address = box.backend.container.attrs["NetworkSettings"]["Networks"]["tmax"]["IPAddress"]
         async with tmax.Sandbox(NO_TASK, public) as other:
-            return (await other.run(f"timeout 3 bash -c 'exec 3<>/dev/tcp/{address}/8000'; echo $?; tail -n +3 /proc/net/dev | wc -l")).text
-    if not tmax.docker_client().info()["BridgeNfIptables"] or not tmax.docker_client().networks.list(names=["^bridge$"]):
-        pytest.skip("this engine has no bridge network")
+            reach = f"timeout 3 bash -c 'exec 3<>/dev/tcp/{address}/8000'; echo $?; tail -n +3 /proc/net/dev | wc -l"
+            return (await other.run(reach)).text
     assert in_sandbox(neighbour, cfg=public) == "124\n2\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sandbox: its end
-# ---------------------------------------------------------------------------------------------------------------------
+# Sandbox: its end.
 
 @pytest.fixture
-def memory(monkeypatch):
-    """A folder of this test's own, as a run makes it; in the end nothing of its sandboxes is left, and then it is removed."""
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    folder = tmax.make_memory()
-    yield folder
+def memory(monkeypatch, tmp_path):
+    """A folder in memory for this test's sandboxes; in the end nothing of them is left."""
+    (tmp_path / "tmp").mkdir()
+    folder = tempfile.mkdtemp(prefix="tmax-", dir="/dev/shm")
+    os.chmod(folder, 0o711)
+    monkeypatch.setattr(tempfile, "tempdir", folder)
+    yield
+    left = lambda: os.listdir(folder) + [trace for trace in left_of(tmp_path, {folder}) if trace != folder]
     with contextlib.suppress(AssertionError):
-        wait_for(lambda: left_behind(folder) == [], 20)
-    left = left_behind(folder)
-    tmax.remove_leftovers(folder)
-    assert left == []
+        wait_for(lambda: not left(), 20)
+    found = left()
+    shutil.rmtree(folder)
+    assert found == []
 
 
-def left_behind(folder):
-    """Files, containers and processes of sandboxes that were started with this folder in memory."""
-    containers = tmax.docker_client().containers.list(all=True, filters={"label": f"tmax.owner={folder}"}) if tmax.engine_answers() else []
-    processes = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            processes += [line for line in [path.read_bytes()] if str(folder).encode() in line]
-    return [name for name in os.listdir(folder) if name != "lock"] + containers + processes
+DEEP = """mkdir -m 000 /app/closed; ln -s KEPT /app/link; rm -rf /opt; ln -s KEPT /opt; mkdir /app/x; cd /app/x
+p=$(printf 'd/%.0s' {1..1000}); for i in {1..10}; do mkdir -p $p && cd $p || exit; done; echo made"""
 
 
 @pytest.mark.parametrize("how", [None, KeyError, asyncio.CancelledError])
-def test_nothing_is_left(memory, how, cfg):
-    """Else what an agent started lives on, however its rollout ends, in the middle of a command too."""
+def test_nothing_is_left(memory, how, cfg, tmp_path):
+    """Else what an agent started or wrote lives on, however its rollout ends, or the host follows its links."""
+    (tmp_path / "kept").touch()
+
     async def main():
         async with tmax.Sandbox(NO_TASK, cfg) as box:
-            await box.run(f"(trap '' TERM HUP; setsid bash -c 'exec -a {memory} sleep 7777') >/dev/null 2>&1 &")
-            assert cfg.sandbox == "bwrap" or any(b"7777" in line for line in left_behind(memory)[1:])
+            await box.run("(trap '' TERM HUP; setsid sleep 7777) >/dev/null 2>&1 &")
+            assert (await box.run(DEEP.replace("KEPT", str(tmp_path)))).text == "made\n"
             if how is KeyError:
                 raise KeyError
             if how:
                 asyncio.get_running_loop().call_later(1, asyncio.current_task().cancel)
-                await box.run(f"trap '' TERM; exec -a {memory} sleep 7777", 999)
+                await box.run("trap '' TERM; sleep 7777", 999)
     with pytest.raises(how) if how else contextlib.nullcontext():
         asyncio.run(main())
+    assert (tmp_path / "kept").exists()
 
 
 def test_a_cancelled_start_leaves_nothing(memory, cfg):
     """Else a run that ends while sandboxes start leaves them behind."""
+    async def hold():
+        async with tmax.Sandbox(NO_TASK, cfg) as box:
+            await box.run("sleep 7777", 999)
+
     async def main():
-        async def hold():
-            async with tmax.Sandbox(NO_TASK, cfg) as box:
-                await box.run("sleep 7777", 999)
         for delay in (0, 0.003, 0.01, 0.03, 0.1, 0.4):
-            tasks = [asyncio.create_task(hold()) for _ in range(2)]
+            task = asyncio.create_task(hold())
             await asyncio.sleep(delay)
-            for task in tasks:
-                task.cancel()
-            assert all(isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*tasks, return_exceptions=True))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
     asyncio.run(main())
 
 
-def test_deep_and_closed_folders_are_removed(memory):
-    """Else 10,000 levels, mode 000 or a link keep a sandbox's files, or the host follows the link."""
-    (kept := memory / "kept").mkdir()
-    (kept / "file").touch()
-    shell("mkdir -p /app/x && cd /app/x && p=$(printf 'd/%.0s' {1..1000}) && for i in {1..10}; do mkdir -p $p && cd $p || exit; done; cd /; mkdir /app/y; touch /app/y/f; chmod 000 /app/y",
-          f"ln -s {kept} /app/link; rm -rf /opt; ln -s {kept} /opt; echo")
-    assert (kept / "file").exists()
-    shutil.rmtree(kept)
-
-
-@pytest.mark.parametrize("how, commands, error, reason", [
-    ("", ["echo", "kill -9 -1", "echo", "echo"], tmax.KilledItself, "ended"),
-    ("", ["kill -9 -1; sleep 9", "echo", "echo"], tmax.KilledItself, "ended"),
-    ("", ["kill -STOP $PPID; sleep 9"], tmax.KilledItself, "not answer"),
+@pytest.mark.parametrize("case, commands, error, reason", [
+    ("kill all", ["kill -9 -1; sleep 9", "echo", "echo"], tmax.KilledItself, "ended"),
+    ("silent", ["kill -STOP $PPID; sleep 9"], tmax.KilledItself, "not answer"),
     ("outside", ["echo", None, "echo"], tmax.KilledItself, "ended"),
     ("before", [None, "echo"], tmax.SandboxLost, "died"),
     ("ENTRYPOINT", ["echo"] * 50, tmax.SandboxLost, "died|start"),
     ("unknown image", [], tmax.SandboxLost, "image"),
-], ids=["kill all", "first command", "silent", "outside", "before", "ENTRYPOINT", "image"])
-def test_who_ended_a_container(docker_cfg, built, memory, monkeypatch, how, commands, error, reason):
+])
+def test_who_ended_a_container(docker_cfg, built, memory, monkeypatch, case, commands, error, reason):
     """Else an agent gets out of its group by killing its sandbox, or is blamed for what it did not do."""
     monkeypatch.setattr(tmax, "GRACE", 3)
-    image = built('ENTRYPOINT ["true"]') if how == "ENTRYPOINT" else "127.0.0.1:1/none" if how == "unknown image" else docker_cfg.image
+    image = "127.0.0.1:1/none" if case == "unknown image" else docker_cfg.image
+    image = built('ENTRYPOINT ["true"]') if case == "ENTRYPOINT" else image
 
     async def work(box):
         for command in commands:
-            if command is None:
+            if command is None:     # not the agent
                 await asyncio.to_thread(box.backend.container.kill)
             else:
-                await box.run(command, 2 if "STOP" in command else 100)
+                await box.run(command, 2 if case == "silent" else 100)
     with pytest.raises(error, match=reason):
-        in_sandbox(work, cfg=dataclasses.replace(docker_cfg, image=image))
+        in_sandbox(work, cfg=replace(docker_cfg, image=image))
 
 
 def test_who_ended_bubblewrap(memory, monkeypatch):
-    """As above: what is silent is the agent's doing, what cannot start is not; an end of all processes ends one command only."""
+    """As above: what is silent is the agent's doing, what cannot start is not; to kill all ends one command only."""
     monkeypatch.setattr(tmax, "GRACE", 2)
     assert [o.text for o in shell("A=1", "kill -9 -1; sleep 9", "echo $A")] == ["", "", "1\n"]
     with pytest.raises(tmax.KilledItself, match="not answer"):
         shell("kill -STOP $PPID; sleep 9", timeout=1)
     monkeypatch.setattr(tmax, "bwrap_path", lambda: "/nonexistent/bwrap")
-    if os.getuid():
-        with pytest.raises(tmax.SandboxLost, match="died"):
-            shell("echo")
     with pytest.raises(tmax.UserError, match="--sandbox bwrap .*/nonexistent/bwrap"):
         tmax.check_sandbox(CFG)
 
 
-def test_an_engine_that_was_killed_is_waited_for(tmp_path, monkeypatch, capfd):
-    """Else rollouts on a killed engine are blamed for it, or all that start before it is back are void."""
+def test_an_engine_that_is_killed(tmp_path, monkeypatch):
+    """Else rollouts are blamed for the death of their engine, or one that starts without an engine hangs."""
     engine = ["bash", Path(tmax.__file__).parent / ".ci/run", "engine", tmp_path]
     monkeypatch.setenv("PATH", f"/usr/sbin:{os.environ['PATH']}")
     if os.getuid() or not shutil.which("dockerd") or subprocess.run(engine, capture_output=True).returncode:
         pytest.skip("no engine can be started here: needs root and dockerd")
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
-    tmax.docker_client.cache_clear()
-    tmax.engine_breaks.cache_clear()
-    pid = lambda: int((tmp_path / "docker.pid").read_text())
+    for name in ("docker_client", "docker_breaks"):     # without what they know of another engine
+        monkeypatch.setattr(tmax, name, functools.cache(getattr(tmax, name).__wrapped__))
 
-    async def works(cfg):
-        async with tmax.Sandbox(NO_TASK, cfg) as box:
-            return (await box.run("echo $((6 * 7))")).text
+    def kill(sent=signal.SIGKILL):
+        os.kill(int((tmp_path / "docker.pid").read_text()), sent)
 
-    async def main():
-        cfg = dataclasses.replace(CFG, sandbox="docker", image=host_image(tmax.docker_client()), network="none")
-        with pytest.raises(tmax.SandboxLost, match="engine"):
-            async with tmax.Sandbox(NO_TASK, cfg) as box:
-                await box.run("echo")
-                asyncio.get_running_loop().call_later(0.5, os.kill, pid(), signal.SIGKILL)
-                await box.run("sleep 7777")
-        waiting = [asyncio.create_task(works(cfg)) for _ in range(2)]
-        await asyncio.sleep(1)
-        assert not any(task.done() for task in waiting)
+    async def killed_within_a_command(box):
+        asyncio.get_running_loop().call_later(0.5, kill)
+        await box.run("sleep 7777")
+
+    async def started_anew_between_commands(box):
+        await box.run("echo")
+        kill()
         await asyncio.to_thread(subprocess.run, engine, check=True, capture_output=True)
-        assert await asyncio.gather(*waiting) == ["42\n"] * 2
-        with pytest.raises(tmax.SandboxLost, match="engine"):      # an engine that was started anew between two commands
-            async with tmax.Sandbox(NO_TASK, cfg) as box:
-                await box.run("echo")
-                os.kill(pid(), signal.SIGKILL)
-                await asyncio.to_thread(subprocess.run, engine, check=True, capture_output=True)
-                await box.run("echo")
+        await box.run("echo")
     try:
-        asyncio.run(main())
-        assert "does not answer" in capfd.readouterr().err
+        cfg = replace(CFG, sandbox="docker", image=host_image(tmax.docker_client()), network="none")
+        with pytest.raises(tmax.SandboxLost, match="engine"):
+            in_sandbox(killed_within_a_command, cfg=cfg)
+        with pytest.raises(tmax.SandboxLost):
+            shell(cfg=cfg)
+        subprocess.run(engine, check=True, capture_output=True)
+        with pytest.raises(tmax.SandboxLost, match="engine"):
+            in_sandbox(started_anew_between_commands, cfg=cfg)
     finally:
-        tmax.docker_client.cache_clear()
-        tmax.engine_breaks.cache_clear()
-        os.kill(pid(), signal.SIGTERM)
+        kill(signal.SIGTERM)
         wait_for(lambda: not (tmp_path / "docker.pid").exists(), 30)
         subprocess.run(["umount", "-R", tmp_path / "data"], check=True)
 
 
-def test_a_killed_owner_leaves_nothing(image):
-    """Else containers and memory of a killed run stay, or those of a living one are removed."""
-    code = (f"import tmax, time; memory = tmax.make_memory(); (memory / 'weights').touch()\ntmax.docker_client().containers.run({image!r}, "
-            "['sleep', '7777'], detach=True, network='none', labels={'tmax.owner': str(memory), 'tmax.host': tmax.socket.gethostname()}); print(memory, flush=True); time.sleep(7777)")
-    owners = [start([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(tmax.__file__).parent) for _ in range(2)]
-    dead, alive = [Path(owner.stdout.readline().strip()) for owner in owners]
-    assert len(left_behind(dead)) == len(left_behind(alive)) == 2
-    owners[0].kill()
-    owners[0].wait()
-    before = tempfile.tempdir
-    try:
-        new = tmax.make_memory()
-        tmax.remove_orphans()
-        tmax.remove_leftovers(new)
-        assert not dead.exists() and len(left_behind(alive)) == 2
-        assert not tmax.docker_client().containers.list(all=True, filters={"label": f"tmax.owner={dead}"})
-    finally:
-        tempfile.tempdir = before
-        owners[1].kill()
-        tmax.remove_leftovers(alive)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sandbox: grading
-# ---------------------------------------------------------------------------------------------------------------------
+# Sandbox: grading.
 
 @pytest.fixture(scope="session")
 def built(image):
@@ -2078,165 +1669,37 @@ def built(image):
 def test_grading(cfg, request, tmp_path):
     """Else a task is graded otherwise than Harbor grades it, or than the row says where that is ours."""
     async def work(name, row):
-        place, test, wanted, agent, toml, lines = [*row, *PROBE_DEFAULTS[len(row):]]
-        assert re.search(r"ours|\.(py|yaml):\d", place)
-        task = tmax.load_task(make_task(tmp_path / str(list(rows).index(name)), test=test, toml=toml))
-        image = await asyncio.to_thread(request.getfixturevalue("built"), lines) if lines else cfg.image
-        async with tmax.Sandbox(task, dataclasses.replace(cfg, image=image)) as box:
+        _, test, wanted, agent, toml, lines = [*row, *PROBE_DEFAULTS[len(row):]]
+        seeds = {"a b.txt": "ünï", "ü": ""}
+        task = tmax.load_task(make_task(tmp_path / str(list(rows).index(name)), test=test, toml=toml, seeds=seeds))
+        image = await asyncio.to_thread(built, lines) if lines and built else cfg.image
+        async with tmax.Sandbox(task, replace(cfg, image=image)) as box:
             for command in agent:
                 await box.run(command)
             grade = await box.grade()
         assert (grade.reward, grade.problem) == {False: (0, "no_reward"), True: (1, "")}.get(wanted, wanted), grade
     rows = {name: row for name, row in PROBES.items() if cfg.sandbox == "docker" or name not in CONTAINER_PROBES}
-    if cfg.sandbox == "docker":
-        request.getfixturevalue("built")
+    built = cfg.sandbox == "docker" and request.getfixturevalue("built")
     assert side_by_side(rows, work) == {}
 
 
-def test_tests_that_cannot_be_packed_or_unpacked(tmp_path, cfg):
-    """Ours that cannot be read void the rollout, with the name; where the agent's sandbox cannot take them, reward 0 counts."""
+def test_tests_that_cannot_be_uploaded(tmp_path, cfg):
+    """Ours that cannot be read void the rollout, with the name; if the agent's sandbox cannot take them, reward 0 counts."""
     task = tmax.load_task(make_task(tmp_path / "t"))
 
     async def grade(box):
-        await box.run("echo")
+        await box.run("rm -f $(type -p tar)")
         await box.grade()
     with pytest.raises(tmax.SandboxLost, match=f"upload.*{tmp_path}/gone/tests"):
-        in_sandbox(grade, dataclasses.replace(task, path=tmp_path / "gone"), cfg)
+        in_sandbox(grade, replace(task, path=tmp_path / "gone"), cfg)
     with pytest.raises(tmax.SandboxLost, match="upload"):
         in_sandbox(lambda box: box.upload(task.path, "/proc/x"), cfg=cfg)
     if cfg.sandbox == "docker":
         with pytest.raises(tmax.KilledItself, match="upload"):
-            in_sandbox(lambda box: asyncio.wait_for(grade_without_tar(box), 99), task, cfg)
+            in_sandbox(grade, task, cfg)
 
 
-async def grade_without_tar(box):
-    await box.run("rm -f $(type -p tar)")
-    await box.grade()
-
-
-# Rows of (command, pattern of its whole text, exit code or None, seconds if its time is to run out).
-SHELL = {
-    "variables": [("cd /tmp; export A=1; B='x  y'", "", 0), ('echo "$PWD $A $B"', "/tmp 1 x  y\n", 0)],
-    "arrays, functions, umask": [("a=(1 '2 3'); declare -A m=([k]=v); f() { echo \"${a[1]} ${m[k]}\"; }; umask 027; export -f f", "", 0),
-                                 ("f; umask; bash -c 'f | wc -w'", "2 3 v\n0027\n0\n", 0)],
-    "newline and quotes": [("export V=$'a\\nb \"q\" $x `y`'", "", 0), ('printf %s "$V"', 'a\nb "q" \\$x `y`', 0)],
-    "cd -": [("cd /tmp; cd /usr", "", 0), ("cd -", "/tmp\n", 0), ("pwd; cd -", "/tmp\n/usr\n", 0)],
-    "readonly": [("readonly R=1; export R", "", 0), ("echo $R", "1\n", 0), ("R=2; echo no", ".*readonly.*", None)],
-    "heredoc": [("cat <<'X' >/tmp/h\nline $A 'q' \"\nX\ncat /tmp/h", "line \\$A 'q' \"\n", 0)],
-    "exit": [("cd /usr; A=1; exit 3", "", 3), ("echo $PWD $A", "/usr 1\n", 0)],
-    "set -e, -u, -x": [("A=1; set -e; false; echo no", "", 1), ("set -u; echo $nothing; echo no", ".*unbound.*", None), ("set -x; echo a", r"\++ echo a\na\n", 0),
-                       ("set -x; exit 3", r"\++ exit 3\n", 3), ("false; echo $A [$nothing]", r"1 \[\]\n", 0)],
-    "set -n, posix": [("set -n", "", 0), ("export POSIXLY_CORRECT=1; V=2", "", 0), ("f() { echo f; }", "", 0), ("f; echo $V", "f\n2\n", 0)],
-    "exec": [("export A=1", "", 0), ("cd /tmp; exec echo replaced", "replaced\n", 0), ("exec >/dev/null; echo hidden", "", 0),
-             ("exec 0<&- 1>&- 2>&-; cd /usr; K=9", "", 0), ('echo "$A $K $PWD"', "1 9 /usr\n", 0)],
-    "quotes": [("A=1", "", 0), ('echo "abc', ".*line 1: unexpected EOF.*", None), ("echo a )", ".*line 1: syntax error.*", None),
-               ("echo hi # c", "hi\n", 0), ("echo ho \\", "ho.*", 0), ("echo $A", "1\n", 0)],
-    "messages": [("foo", "bash: line 1: foo: command not found\n", 127), ("echo a\n\nfoo", "a\nbash: line 3: foo: command not found\n", 127)],
-    "EXIT trap": [("trap 'echo bye' EXIT; cd /opt", "bye\n", 0), ("pwd", "/opt\n", 0), ("trap 'echo bye' EXIT; exit 4", "bye\n", 4), ("pwd", "/opt\n", 0)],
-    "kill": [("A=1", "", 0), ("echo before; kill -9 $$", "before\n", 137), ("kill 0; sleep 1", "", 143), ("kill -9 $PPID; sleep .3", None, None), ("echo $A", "1\n", 0)],
-    "process 1": [("for s in {1..64}; do kill -$s 1; done 2>/dev/null; echo sent", "sent\n", 0),
-                  *((f"kill -{s} 1; sleep .05; echo sent", "sent\n", 0) for s in (1, 2, 3, 9, 15, 19, 34)), ("echo ok", "ok\n", 0)],
-    "pkill": [("pkill -f 'no-such-server.py'; echo alive", "alive\n", 0)],
-    "stdin": [("cat; read x; readlink /proc/self/fd/0", "/dev/null\n", 0), ("read -t 5 x </dev/tty; echo $?", ".*1\n", 0)],
-    "PATH": [("export PATH=/nonexistent", "", 0), ("echo hi", "hi\n", 0), ("ls", ".*not found\n|.*No such file.*", 127), ("unset PATH; A=3", "", 0), ("echo $A", "3\n", 0),
-             ("export PATH=/usr/bin:/bin; ls /usr >/dev/null && echo fixed", "fixed\n", 0)],
-    "bytes": [(r"printf '\xff\x00z\xe2\x82\xac'", "\ufffd\0z€", 0), ("echo 'a\ud800b'; echo 'c\0d'", "a\\?b\ncd\n", 0)],
-    "stderr": [("echo a; echo b >&2; echo c; echo err >/dev/stderr; echo out >/dev/stdout", "a\nb\nc\nerr\nout\n", 0)],
-    "deleted directory": [("mkdir -p /tmp/gone; cd /tmp/gone; rmdir /tmp/gone", "", 0), ("echo ok 2>/dev/null", "(shell-init.*)?ok\n", 0), ("cd /; pwd", "/\n", 0)],
-    "huge variable": [("export BIG=$(head -c 3000000 /dev/zero | tr '\\0' x)", "", 0), ("echo ${#BIG}; ls /", "3000000\n.*too long\n", 126),
-                      ("unset BIG", "", 0), ("ls / >/dev/null && echo ok", "ok\n", 0)],
-    "background": [("sleep 300 & echo one", "one\n", 0), ("(while :; do echo spam; sleep .1; done) & sleep .3", "(spam\n)+", 0), ("yes & sleep .1", "(y\n)+.*", 0),
-                   ("sleep .5; echo clean", "clean\n", 0), ("kill %1 2>/dev/null; echo here", "here\n", 0)],
-    "own 124 and 137": [("exit 124", "", 124), ("exit 137", "", 137), ("timeout .1 sleep 5", "", 124)],
-    "time": [("A=1; cd /tmp", "", 0), ("export B=2; cd /var; echo started; sleep 100", "started\n", 124, 2), ("echo $B $PWD", "2 /var\n", 0),
-             ("echo started; trap '' TERM; sleep 100; sleep 100", "started\n", 124, 2), ("echo started; sleep 100 & wait", "started\n", 124, 1),
-             ("echo started; while :; do :; done", "started\n", 124, 1), ("echo $A $B $PWD", "1 2 /var\n", 0)],
-    "fork bomb": [("A=1", "", 0), ("f() { f | f & }; f; sleep 20", None, None, 2), ("echo $A", "1\n", 0)],
-    "long commands": [("cat >/tmp/b <<'X'\n" + "y" * 150_000 + "\nX\nwc -c </tmp/b", "150001\n", 0), ("A='" + "z" * 2_000_000 + "'; echo ${#A}", "2000000\n", 0), ("echo ${#A}", "2000000\n", 0)],
-    "state deleted": [("A=1", "", 0), ("rm -rf /tmp/.* /tmp/* 2>/dev/null; B=2", "", None), ("echo ok; C=3", "ok\n", 0), ("echo $C", "3\n", 0), ("rm -rf /tmp", None, None), ("echo ok", ".*ok\n", 0)],
-    "full /dev/shm": [("A=1; head -c 9G /dev/zero >/dev/shm/f 2>/dev/null; echo", "\n", 0), ("echo $A; rm -f /dev/shm/f", "1\n", 0)],
-    "names of builtins": [("eval() { echo no; }; trap() { echo no; }; set() { echo no; }; exit() { echo no; }; printf() { echo no; }", "", 0), ("echo ok; A=1", "ok\n", 0),
-                          ("echo $A", "1\n", 0), ("for f in $(declare -F | cut -d' ' -f3); do unset -f $f; done; T=5", "", 0), ('printf "T=$T"', "T=5", 0)],
-    "noclobber, IFS": [("set -C; IFS=0123456789; A=7", "", 0), ("B=x; (exit 130)", "", 130), ('echo "$A$B"', "7x\n", 0)],
-    "zombies": [("for i in {1..150}; do (setsid bash -c 'sleep .01 & exit' &); done; sleep 1", "", 0), ("grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null | wc -l", "[0-9]\n", 0)],
-}
-SERVER = "sleep 7777 >/dev/null 2>&1 & echo $! >/tmp/pid"
-ALIVE = "kill -0 $(cat /tmp/pid) && echo alive", "alive\n", 0
-BACKGROUND = {  # in bubblewrap what is left running ends with its command
-    "lives on": [(SERVER, "", 0), ALIVE, (SERVER + "; timeout .2 sleep 9", "", 124), ALIVE, ("sleep 100", "", 124, 2), ALIVE],
-    "logs on": [("(while sleep .05; do echo log; echo x >>/tmp/n; done) & echo up; sleep .2", "up\n(log\n)*", 0),
-                ("sleep 1; a=$(wc -l </tmp/n); sleep .5; (( $(wc -l </tmp/n) > a )) && echo goes on", "goes on\n", 0)],
-}
-
-# name: (place in Harbor 0.26.0 that decides it, or ours; test.sh; True: reward 1, False: no reward, or (reward, problem); the agent's
-# commands; task.toml; lines of a Dockerfile). docker is environments/docker/docker.py, base environments/base.py.
-TXT, JSON = "/logs/verifier/reward.txt", "/logs/verifier/reward.json"
-OK = f"echo 1 >{TXT}"
-PROBE_DEFAULTS = "", "", True, [], None, ""
-
-
-def stands_in(folder, place="docker.py:1410", **kw):
-    """Agent and tests start there."""
-    return place, f"[ $PWD = {folder} ] && [ $(cat /tmp/pwd) = {folder} ] && {OK}", True, ["pwd >/tmp/pwd; cd /"], kw.get("toml"), kw.get("lines", "")
-
-
-def worker(place, toml, lines="", agent="worker", verifier="worker"):
-    return place, f"[ $(whoami) = {verifier} ] && [ $(cat /tmp/who) = {agent} ] && touch /logs/agent/x && {OK}", True, ["whoami >/tmp/who"], toml, lines
-
-
-CONTAINER_PROBES = {
-    "WORKDIR": stands_in("/srv", lines="WORKDIR /srv"),
-    "workdir over WORKDIR": stands_in("/opt", toml='environment.workdir = "/opt"', lines="WORKDIR /srv"),
-    "WORKDIR /": stands_in("/app", "ours", lines="WORKDIR /"),
-    "no WORKDIR, no /app": stands_in("/", lines="RUN rm -rf /app"),
-    "USER": worker("base.py:625", None, "USER worker"),
-    "agent's user": worker("trial/trial.py:656", 'agent.user = "worker"', verifier="root"),
-    "verifier's user": worker("trial/trial.py:1008", 'verifier.user = "1000"', agent="root"),
-    "ENTRYPOINT prints": ("docker-compose-prebuilt.yaml:1", OK, True, ["true"], None, 'ENTRYPOINT ["bash", "-c", "echo hi; echo ho >&2; exec \\"$@\\"", "-"]'),
-    "ENTRYPOINT execs": ("docker-compose-prebuilt.yaml:1", f"[ -z \"$E\" ] && {OK}", True, [], None, 'ENTRYPOINT ["env", "E=1"]'),
-    "daemon": ("trial/trial.py:1008", f"(exec 3<>/dev/tcp/127.0.0.1/8000) && {OK}", True, ["python3 -m http.server 8000 & until (: <>/dev/tcp/127.0.0.1/8000) 2>/dev/null; do sleep .1; done"]),
-    "unset users": ("verifier.py:183", OK, True, ["rm /etc/passwd"]),
-}
-PROBES = CONTAINER_PROBES | {
-    "no workdir": stands_in("/app", "ours"),
-    "workdir": stands_in("/opt", toml='environment.workdir = "/opt"'),
-    "folder made anew": ("docker.py:1410", f"[ -e done ] && {OK}", True, ["cd / && rm -rf /app/* && touch /app/done"]),
-    "json over txt": ("verifier.py:299", f"echo 0 >{TXT}; echo '{{\"reward\": 0.75, \"other\": 1}}' >{JSON}", (0.75, "")),
-    "json true": ("verifier.py:69", f"echo '{{\"reward\": true}}' >{JSON}", True),
-    **{f"json {content}": (place, f"echo 1 >{TXT}; echo -n '{content}' >{JSON}", wanted) for content, place, wanted in [
-        ('{"reward": "x"}', "ours", True), ('{"score": 0}', "ours", True), ("{}", "ours", True), ('{"reward": ', "verifier.py:299", False),
-        ("", "verifier.py:299", False), ("[1]", "verifier.py:299", False), ("1", "verifier.py:299", False), ('{"reward": NaN}', "verifier.py:299", False),
-        ('{"reward": 1e999}', "verifier.py:299", False)]},
-    "json deep": ("verifier.py:299", f"echo 1 >{TXT}; head -c 90000 /dev/zero | tr '\\0' '[' >{JSON}", False),
-    "json of 900 kB": ("verifier.py:299", f"echo \"{{\\\"log\\\": \\\"$(head -c 900000 /dev/zero | tr '\\0' x)\\\", \\\"reward\\\": 1}}\" >{JSON}", True),
-    **{f"txt {content}": (place, f"printf -- '{content}' >{TXT}", wanted) for content, place, wanted in [
-        ("0.25", "verifier.py:83", (0.25, "")), ("\\n 0.5 \\r\\n", "verifier.py:83", (0.5, "")), (".5", "verifier.py:83", (0.5, "")), ("0", "verifier.py:83", (0, "")),
-        ("2.0", "ours", (1, "clipped")), ("-1", "ours", (0, "clipped")), ("nan", "verifier.py:83", False), ("inf", "verifier.py:83", False), ("yes", "verifier.py:83", False),
-        ("1\\n0", "verifier.py:83", False), ("\\xff", "verifier.py:83", False), ("1\\0", "verifier.py:83", False), ("", "verifier.py:70", False)]},
-    "none": ("verifier.py:303", "echo 1", False),
-    "link": ("ours", f"echo 1 >/tmp/r; ln -s /tmp/r {TXT}", False),
-    "shebang": ("utils/scripts.py:151", f"#!/usr/bin/python3\nopen('{TXT}', 'w').write('1')", True),
-    "no shebang": ("utils/scripts.py:151", f"[ -n \"$BASH\" ] && [ $0 = /tests/test.sh ] && {OK}", True),
-    "CRLF": ("docker_unix.py:183", f"#!/bin/bash\r\n{OK}\r\n", False),
-    "exit code": ("verifier.py:269", f"{OK}; exit 3", True),
-    "killed": ("verifier.py:269", f"{OK}; kill -9 $$", True),
-    "no input": ("docker.py:776", f"cat && {OK}", True),
-    "verifier's env": ("verifier.py:229", f"[ \"$KEY\" = \"a  'b' \\$HOME \\\"q\\\"\" ] && [ -e /tmp/unseen ] && {OK}", True, ["[ -z \"$KEY\" ] && touch /tmp/unseen"],
-                       '[verifier.env]\nKEY = "a  \'b\' $HOME \\"q\\""'),
-    "agent's time": ("trial/trial.py:780", f"[ -e /app/done ] && {OK}", True, ["touch /app/done; sleep 100"], "agent.timeout_sec = 1"),
-    "verifier's time": ("trial/trial.py:986", f"{OK}; sleep 300", False, [], "verifier.timeout_sec = 2"),
-    "folders": ("base.py:799", f"touch /logs/artifacts/x /logs/agent/x && [ $(stat -c %a /logs/verifier) = 777 ] && {OK}", True),
-    "daemon of the tests": ("verifier.py:269", f"sleep 300 & head -c 90000 /dev/zero; {OK}", True),
-    "stale files": ("ours", f"[ \"$(ls -A /tests)\" = test.sh ] && [ -z \"$(ls -A /logs/verifier)\" ] && {OK}", True,
-                    ["[ ! -e /tests ] || exit; mkdir -p /tests /logs/verifier; touch /tests/extra /tests/test.sh; echo 0 >/logs/verifier/reward.json"]),
-    "links": ("ours", f"[ ! -L /tests ] && [ ! -e {TXT} ] && [ ! -e /tmp/t/test.sh ]", False,
-              [f"mkdir -p /tmp/t /tmp/l /logs; echo 1 >/tmp/l/reward.txt; ln -s /tmp/t /tests; ln -s /tmp/l /logs/verifier; echo '{OK}' >/tmp/t/test.sh"]),
-    "/logs a file": ("ours", "true", False, [": >/logs; echo 1 >/reward.txt; echo 1 >reward.txt"]),
-    "the agent's shell": ("base.py:649", f"[ -z \"$FOO$BASH_ENV\" ] && [ \"$(type cat | tr -d '\\n')\" = 'cat is /usr/bin/cat' ] && {OK}", True,
-                          ["export FOO=1 BASH_ENV=/tmp/e PATH=/tmp/bin; echo exit >/tmp/e; cat() { echo 1; }; bash() { echo 1; }; export -f cat bash; set -e; trap 'echo 1' EXIT DEBUG"]),
-}
-
-
+SERVER = "python3 -m http.server 8000 & until (: <>/dev/tcp/127.0.0.1/8000) 2>/dev/null; do sleep .1; done"
 @pytest.mark.slow
 def test_podman_serves_as_the_engine(tmp_path, monkeypatch):
     """Else what the README says of Podman's Docker-compatible socket is not true."""
@@ -2244,12 +1707,13 @@ def test_podman_serves_as_the_engine(tmp_path, monkeypatch):
         pytest.skip("podman is not installed")
     start(["podman", "system", "service", "--time", "0", f"unix://{tmp_path}/podman.sock"])
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/podman.sock")
-    for cached in (tmax.docker_client, tmax.engine_breaks):
+    for cached in (tmax.docker_client, tmax.docker_breaks):
         cached.cache_clear()
     try:
-        wait_for(tmax.engine_answers, 60)
-        cfg = dataclasses.replace(CFG, sandbox="docker", image=host_image(tmax.docker_client()), network="none")
-        assert [o.text for o in shell("cd /tmp; export A=1", "echo $PWD $A", "sleep 9 & echo one", cfg=cfg)] == ["", "/tmp 1\n", "one\n"]
+        wait_for(tmax.docker_answers, 60)
+        cfg = replace(CFG, sandbox="docker", image=host_image(tmax.docker_client()), network="none")
+        said = [o.text for o in shell("cd /tmp; export A=1", "echo $PWD $A", "sleep 9 & echo one", cfg=cfg)]
+        assert said == ["", "/tmp 1\n", "one\n"]
         task = tmax.load_task(make_task(tmp_path / "t", test="[ -e /tmp/done ] && echo 1 >/logs/verifier/reward.txt"))
 
         async def work(box):
@@ -2257,89 +1721,228 @@ def test_podman_serves_as_the_engine(tmp_path, monkeypatch):
             return await box.grade()
         assert in_sandbox(work, task=task, cfg=cfg).reward == 1
     finally:
-        for cached in (tmax.docker_client, tmax.engine_breaks):
+        for cached in (tmax.docker_client, tmax.docker_breaks):
             cached.cache_clear()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks
-# ---------------------------------------------------------------------------------------------------------------------
+# Rows of (command, pattern of its whole text, exit code or None, seconds if its time is to run out).
+COMPLETE = ("for i in {1..2000}; do echo $i; done; seq 2001 9000; (sleep .1; echo late); echo end >&2",
+            "".join(f"{i}\n" for i in range(1, 9001)) + "late\nend\n", 0)
+SHELL = {
+    **{f"complete on a busy machine, {i}": [COMPLETE] * 5 for i in range(8)},
+    "variables, functions, umask": [
+        ("cd /tmp; export A=1 V=$'a\\nb \"q\" $x `y`'; a=(1 '2  3'); declare -A m=([k]=v)", "", 0),
+        ('printf %s "$PWD $A ${a[1]} ${m[k]} $V"', '/tmp 1 2  3 v a\nb "q" \\$x `y`', 0),
+        ("f() { echo $A ${m[k]}; }; umask 027; export -f f", "", 0), ("f; umask; bash -c f", "1 v\n0027\n1\n", 0)],
+    "cd -": [("cd /tmp; cd /usr", "", 0), ("cd -", "/tmp\n", 0)],
+    "readonly": [("readonly R=1; export R", "", 0), ("echo $R", "1\n", 0), ("R=2; echo no", ".*readonly.*", None)],
+    "set -e, -u, -x": [
+        ("A=1; set -e; false; echo no", "", 1), ("set -u; echo $nothing; echo no", ".*unbound.*", None),
+        ("set -x; exit 3", r"\++ exit 3\n", 3), ("false; echo $A [$nothing]", r"1 \[\]\n", 0)],
+    "set -n, posix": [("set -n", "", 0), ("export POSIXLY_CORRECT=1; f() { echo f; }", "", 0), ("f", "f\n", 0)],
+    "exec": [("export A=1; exec >/dev/null; echo hidden", "", 0), ("cd /tmp; exec echo replaced", "replaced\n", 0),
+             ("exec 0<&- 1>&- 2>&-; cd /usr; K=9", "", 0), ('echo "$A $K $PWD"', "1 9 /usr\n", 0)],
+    "messages": [("A=1", "", 0), ('echo "abc', ".*line 1: unexpected EOF.*", None),
+                 ("echo a )", ".*line 1: syntax error.*", None), ("echo ho \\", "ho.*", 0), ("echo hi # c", "hi\n", 0),
+                 ("echo $A\n\nfoo", "1\nbash: line 3: foo: command not found\n", 127)],
+    "EXIT trap": [("trap 'echo bye' EXIT; cd /opt", "bye\n", 0), ("trap 'echo bye' EXIT; exit 4", "bye\n", 4),
+                  ("pwd", "/opt\n", 0)],
+    "kill": [("A=1", "", 0), ("echo before; kill -9 $$", "before\n", 137), ("kill 0; sleep 1", "", 143),
+             ("kill -9 $PPID; sleep .3", None, None), ("echo $A", "1\n", 0)],
+    "process 1": [("for s in {1..64}; do kill -$s 1; sleep .01; done 2>/dev/null; echo sent", "sent\n", 0),
+                  ("echo ok", "ok\n", 0)],
+    "pkill": [("pkill -f 'no-such-server.py'; echo alive", "alive\n", 0)],
+    "stdin": [("cat; read x; readlink /proc/self/fd/0", "/dev/null\n", 0), ("read -t 5 x </dev/tty; echo $?", ".*1\n", 0)],
+    "PATH": [("export PATH=/nonexistent", "", 0), ("ls", ".*not found\n|.*No such file.*", 127), ("unset PATH", "", 0),
+             ("export PATH=/usr/bin:/bin; ls /usr >/dev/null && echo fixed", "fixed\n", 0)],
+    "bytes": [(r"printf '\xff\x00z\xe2\x82\xac'", "\ufffd\0z€", 0), ("echo 'a\ud800b'; echo 'c\0d'", "a\\?b\ncd\n", 0)],
+    "stderr": [("echo a; echo b >&2; echo err >/dev/stderr; echo out >/dev/stdout", "a\nb\nerr\nout\n", 0)],
+    "deleted directory": [("mkdir -p /tmp/gone; cd /tmp/gone; rmdir /tmp/gone", "", 0),
+                          ("echo ok 2>/dev/null", "(shell-init.*)?ok\n", 0), ("cd /; pwd", "/\n", 0)],
+    "huge variable": [("export BIG=$(head -c 3000000 /dev/zero | tr '\\0' x)", "", 0),
+                      ("echo ${#BIG}; ls /", "3000000\n.*too long\n", 126), ("unset BIG; ls / >/dev/null", "", 0)],
+    "background": [("sleep 300 & echo one", "one\n", 0), ("yes & sleep .1", "(y\n)+.*", 0), ("sleep .3; echo a", "a\n", 0)],
+    "own 124 and 137": [("exit 124", "", 124), ("exit 137", "", 137)],
+    "time": [("A=1", "", 0), ("export B=2; cd /var; echo started; sleep 100", "started\n", 124, 2),
+             ("echo $B $PWD", "2 /var\n", 0), ("trap '' TERM; echo started; sleep 100; sleep 100", "started\n", 124, 2),
+             ("echo started; while :; do :; done", "started\n", 124, 1), ("echo $A $B $PWD", "1 2 /var\n", 0)],
+    "fork bomb": [("A=1", "", 0), ("f() { f | f & }; f; sleep 20", None, None, 2), ("echo $A", "1\n", 0)],
+    "long commands": [("cat >/tmp/b <<'X'\n" + "y" * 150_000 + " $A\nX\nwc -c </tmp/b", "150004\n", 0),
+                      ("A='" + "z" * 2_000_000 + "'", "", 0), ("echo ${#A}", "2000000\n", 0)],
+    "state deleted": [("rm -rf /tmp/.* /tmp/* 2>/dev/null; C=3", "", None), ("echo $C", "3\n", 0),
+                      ("rm -rf /tmp", None, None), ("echo ok", ".*ok\n", 0)],
+    "names of builtins": [
+        ("eval() { echo no; }; trap() { eval; }; set() { eval; }; exit() { eval; }; printf() { eval; }", "", 0),
+        ("A=1", "", 0), ("for f in $(declare -F | cut -d' ' -f3); do unset -f $f; done", "", 0), ('printf "A=$A"', "A=1", 0)],
+    "noclobber, IFS": [("set -C; IFS=0123456789; A=7", "", 0), ("B=x; (exit 130)", "", 130), ('echo "$A$B"', "7x\n", 0)],
+    "zombies": [("for i in {1..150}; do (setsid bash -c 'sleep .01 & exit' &); done; sleep 1", "", 0),
+                ("grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null | wc -l", "[0-9]\n", 0)],
+}
+SLEEPER = "sleep 7777 >/dev/null 2>&1 & echo $! >/tmp/pid"
+ALIVE = "kill -0 $(cat /tmp/pid) && echo alive", "alive\n", 0
+BACKGROUND = {  # in bubblewrap what is left running ends with its command
+    "lives on": [(SLEEPER + "; timeout .2 sleep 9", "", 124), ALIVE, ("sleep 100", "", 124, 2), ALIVE],
+    "logs on": [("(while sleep .05; do echo log; echo x >>/tmp/n; done) & echo up; sleep .2", "up\n(log\n)*", 0),
+                ("sleep 1; a=$(wc -l </tmp/n); sleep .5; (( $(wc -l </tmp/n) > a )) && echo goes on", "goes on\n", 0)],
+}
 
-DOCKER = dataclasses.replace(CFG, sandbox="docker", image="any", network="none")
+# name: (place in Harbor 0.26.0 that decides it, or ours; test.sh; True: reward 1, False: no reward, or (reward, problem);
+# the agent's commands; task.toml; lines of a Dockerfile). docker is environments/docker/docker.py, base environments/base.py.
+TXT, JSON = "/logs/verifier/reward.txt", "/logs/verifier/reward.json"
+OK = f"echo 1 >{TXT}"
+PROBE_DEFAULTS = "", "", True, [], None, ""
+
+
+def stands_in(folder, place="docker.py:1410", toml=None, lines=""):
+    """Agent and tests start there."""
+    test = f"[ $PWD = {folder} ] && [ $(cat /tmp/pwd) = {folder} ] && {OK}"
+    return place, test, True, ["pwd >/tmp/pwd; cd /"], toml, lines
+
+
+def worker(place, toml, lines="", agent="worker", verifier="worker"):
+    """The agent's and the tests' user."""
+    test = f"[ $(whoami) = {verifier} ] && [ $(cat /tmp/who) = {agent} ] && touch /logs/agent/x && {OK}"
+    return place, test, True, ["whoami >/tmp/who"], toml, lines
+
+
+def writes_json(content, place="verifier.py:299", wanted=False):
+    """Beside a reward.txt with 1."""
+    return place, f"{OK}; echo -n '{content}' >{JSON}", wanted
+
+
+def writes_text(content, wanted=False, place="verifier.py:83"):
+    return place, f"printf -- '{content}' >{TXT}", wanted
+
+
+CONTAINER_PROBES = {
+    "WORKDIR": stands_in("/srv", lines="WORKDIR /srv"),
+    "no WORKDIR, no /app": stands_in("/", lines="RUN rm -rf /app"),
+    "USER": worker("base.py:625", None, "USER worker"),
+    "agent's user": worker("trial/trial.py:656", 'agent.user = "worker"', verifier="root"),
+    "verifier's user": worker("trial/trial.py:1008", 'verifier.user = "1000"', agent="root"),
+    "ENTRYPOINT": ("docker-compose-prebuilt.yaml:1", f"[ -z \"$E\" ] && {OK}", True, ["true"], None,
+                   'ENTRYPOINT ["bash", "-c", "echo hi; echo ho >&2; E=1 exec \\"$@\\"", "-"]'),
+    "daemon": ("trial/trial.py:1008", f"(exec 3<>/dev/tcp/127.0.0.1/8000) && {OK}", True, [SERVER]),
+}
+PROBES = CONTAINER_PROBES | {
+    "no workdir": stands_in("/app", "ours"),
+    "workdir": stands_in("/opt", toml='environment.workdir = "/opt"', lines="WORKDIR /srv"),
+    "folder made anew": ("docker.py:1410", f"[ -e done ] && {OK}", True, ["cd / && rm -rf /app/* && touch /app/done"]),
+    "seeds": ("ours", f"cd /workspace; [ \"$(cat 'a b.txt')\" = ünï ] && [ -e ü ] && {OK}", True),
+    "json over txt": writes_json('{"reward": 0.75, "other": 1}', wanted=(0.75, "")),
+    "json text": writes_json('{"reward": "x"}', "ours", True),
+    "json broken": writes_json('{"reward": '),
+    "json empty": writes_json(""),
+    "json list": writes_json("[1]"),
+    "json of 400 digits": writes_json('{"reward": %s}' % ("1" * 400)),
+    "json deep": ("verifier.py:299", f"{OK}; head -c 90000 /dev/zero | tr '\\0' '[' >{JSON}", False),
+    "txt with spaces": writes_text("\\n 0.5 \\r\\n", (0.5, "")),
+    "txt 0": writes_text("0", (0, "")),
+    "txt 2": writes_text("2.0", (1, "clipped"), "ours"),
+    "txt negative": writes_text("-1", (0, "clipped"), "ours"),
+    "txt nan": writes_text("nan"),
+    "txt yes": writes_text("yes"),
+    "txt with a zero byte": writes_text("1\\0"),
+    "none": ("verifier.py:303", "echo 1", False),
+    "link": ("ours", f"echo 1 >/tmp/r; ln -s /tmp/r {TXT}", False),
+    "shebang": ("utils/scripts.py:151", f"#!/usr/bin/python3\nopen('{TXT}', 'w').write('1')", True),
+    "no shebang": ("utils/scripts.py:151", f"[ -n \"$BASH\" ] && [ $0 = /tests/test.sh ] && {OK}", True),
+    "exit code": ("verifier.py:269", f"{OK}; exit 3", True),
+    "no input": ("docker.py:776", f"cat && {OK}", True),
+    "verifier's env": ("verifier.py:229", f"[ \"$KEY\" = \"a  'b' \\$HOME \\\"q\\\"\" ] && [ -e /tmp/unseen ] && {OK}", True,
+                       ["[ -z \"$KEY\" ] && touch /tmp/unseen"], '[verifier.env]\nKEY = "a  \'b\' $HOME \\"q\\""'),
+    "agent's time": ("trial/trial.py:780", f"[ -e /app/done ] && {OK}", True, ["touch /app/done; sleep 100"],
+                     "agent.timeout_sec = 1"),
+    "verifier's time": ("trial/trial.py:986", f"{OK}; sleep 300", False, [], "verifier.timeout_sec = 2"),
+    "folders": ("base.py:799", f"touch /logs/artifacts/x /logs/agent/x && [ $(stat -c %a /logs/verifier) = 777 ] && {OK}"),
+    "daemon of the tests": ("verifier.py:269", f"sleep 300 & head -c 90000 /dev/zero; {OK}"),
+    "stale files": ("ours", f"[ \"$(ls -A /tests)\" = test.sh ] && [ -z \"$(ls -A /logs/verifier)\" ] && {OK}", True,
+                    [f"mkdir -p /tests /logs/verifier; touch /tests/extra /tests/test.sh; echo 0 >{JSON}"]),
+    "links": ("ours", f"[ ! -L /tests ] && [ ! -e {TXT} ] && [ ! -e /tmp/t/test.sh ]", False,
+              ["mkdir -p /tmp/t /tmp/l /logs; echo 1 >/tmp/l/reward.txt; ln -s /tmp/l /logs/verifier",
+               f"ln -s /tmp/t /tests; echo '{OK}' >/tmp/t/test.sh"]),
+    "/logs a file": ("ours", "true", False, [": >/logs; echo 1 >/reward.txt; echo 1 >reward.txt"]),
+    "the agent's shell": (
+        "base.py:649", f"[ -z \"$FOO$BASH_ENV\" ] && [ \"$(type cat | tr -d '\\n')\" = 'cat is /usr/bin/cat' ] && {OK}", True,
+        ["export FOO=1 BASH_ENV=/tmp/e PATH=/tmp/bin; echo exit >/tmp/e; cat() { echo 1; }; bash() { echo 1; }",
+         "export -f cat bash; set -e; trap 'echo 1' EXIT DEBUG"]),
+}
+
+
+# -----------------------------------------------------------------------------
+# Tasks
+# -----------------------------------------------------------------------------
+
+DOCKER = replace(CFG, sandbox="docker", image="any", network="none")
 FULL = """schema_version = "1.4"\n[metadata]\nos = "any"\n[agent]\ntimeout_sec = 7\nuser = 1000
 [verifier]\ntimeout_sec = 8.5\nuser = "root"\nenvironment_mode = "shared"\nenv.KEY = "a b"\nenv.N = 3\n[solution.env]\nA = "b"
 [environment]\nbuild_timeout_sec = 9\ndocker_image = "image:1"\nos = "linux"\ncpus = 0.5\nmemory_mb = 99\nworkdir = "/srv"
 gpus = 0\nnetwork_mode = "no-network"\nmcp_servers = []\nunknown = 1\n[environment.env]\n"""
 TAKEN = [   # what a task folder holds -> the fields that differ from a Task's defaults
-    (dict(), {}), (dict(seeds={"a": "x"}, toml='version = "1.0"'), {}), (dict(instruction="\n Grüße \n", toml=FULL), dict(
-        instruction="Grüße", image="image:1", agent_timeout=7.0, verifier_timeout=8.5, verifier_env=(("KEY", "a b"), ("N", 3)),
-        cpus=0.5, memory_mb=99, network="no-network", workdir="/srv", user="1000", verifier_user="root", build_timeout=9.0)),
+    (dict(seeds={"a": "x"}, toml='version = "1.0"'), {}),
+    (dict(instruction="\n Grüße \n", toml=FULL), dict(
+        instruction="Grüße", image="image:1", agent_timeout=7.0, verifier_timeout=8.5, cpus=0.5, memory_mb=99,
+        verifier_env=(("KEY", "a b"), ("N", 3)), network="no-network", workdir="/srv", user="1000", verifier_user="root",
+        build_timeout=9.0)),
     (dict(toml='environment.memory = "3G"'), dict(memory_mb=3072)),
     (dict(toml="environment.allow_internet = false"), dict(network="no-network")),
     (dict(toml='environment.allow_internet = false\nenvironment.network_mode = "public"'), {}),
     (dict(files={"image.txt": "image:2\n"}), dict(image="image:2")),
     (dict(files={"image.txt": "image:2"}, toml='environment.docker_image = "image:3"'), dict(image="image:3"))]
-NOT_SUPPORTED = """version = "2.0"\nschema_version = "2.0"\nsteps = [{name = "a"}]\nenvironment.gpus = 1
-environment.tpu = {type = "v"}\nenvironment.os = "windows"\nenvironment.env = {A = "1"}\nenvironment.network_mode = "allowlist"
+NOT_SUPPORTED = """schema_version = "2.0"\nsteps = [{name = "a"}]\nenvironment.gpus = 1\nenvironment.tpu = {type = "v"}
+environment.os = "windows"\nenvironment.env = {A = "1"}\nenvironment.network_mode = "allowlist"
 environment.allowed_hosts = ["a.b"]\nenvironment.mcp_servers = [{name = "m"}]\nenvironment.healthcheck = {command = "a"}
-agent.network_mode = "no-network"\nagent.allowed_hosts = ["a.b"]\nverifier.network_mode = "public"
-verifier.allowed_hosts = ["a.b"]\nverifier.environment = {cpus = 1}\nverifier.environment_mode = "separate"
-verifier.env = {A = "x${A}"}\nsolution.env = {A = "${A:-x}"}""".splitlines()
-IMPOSSIBLE = """agent.timeout_sec = "soon"\nagent.timeout_sec = 0\nverifier.timeout_sec = nan\nenvironment.memory_mb = inf
-environment.cpus = -1\nenvironment.build_timeout_sec = true\nenvironment.workdir = []""".splitlines()
-NO_TOML = b"\xff", "[agent\n", f"a = {'[' * 9000}", 'agent = "x"', "verifier.env = 3", 'environment.memory = "5X"'
+agent.network_mode = "no-network"\nverifier.environment = {cpus = 1}\nverifier.environment_mode = "separate"
+verifier.env = {A = "x${A}"}""".splitlines()
+IMPOSSIBLE = """agent.timeout_sec = "soon"\nagent.timeout_sec = 0\nverifier.timeout_sec = nan\nenvironment.cpus = true
+environment.workdir = []""".splitlines()
+NO_TOML = b"\xff", "[agent\n", f"a = {'[' * 9000}", 'agent = "x"', 'environment.memory = "5X"'
 LEFT_OUT = [    # what a task folder holds -> a part of the reason against it
     *((dict(toml=line), f"task.toml: not supported: {line.split()[0]}=") for line in NOT_SUPPORTED),
     *((dict(toml=line), f"task.toml: {line.split()[0]}=") for line in IMPOSSIBLE),
     *((dict(toml=text), "task.toml: ") for text in NO_TOML),
-    *((dict(files={f"environment/docker-compose.{end}": ""}), "compose") for end in ("yml", "yaml")),
+    (dict(files={"environment/docker-compose.yaml": ""}), "compose"),
     (dict(test=None), "no tests/test.sh"), *((dict(instruction=text), "instruction.md") for text in (None, " \n", b"\xe9"))]
 
 
 def test_zoo_of_task_folders(tmp_path, capsys):
-    """Every feature and every fault in one folder: else a task runs otherwise than it says, or a broken one stops a run. One by
-    one they come out the same, and a fault is then a UserError in one line."""
+    """Else a task runs otherwise than it says, or a broken one stops a run; a fault of a task that was named is one line."""
     for i, (holds, _) in enumerate(TAKEN + LEFT_OUT):
         make_task(tmp_path / f"{i:02}", **holds)
-    plain = lambda name: tmax.Task(name, tmp_path / name, "Do it.")
-    wanted = [dataclasses.replace(plain(f"{i:02}"), **fields) for i, (_, fields) in enumerate(TAKEN)]
+    wanted = [replace(tmax.Task(f"{i:02}", tmp_path / f"{i:02}", "Do it."), **fields)
+              for i, (_, fields) in enumerate(TAKEN)]
     assert tmax.load_tasks(str(tmp_path), DOCKER) == tmax.all_tasks([str(task.path) for task in wanted], DOCKER) == wanted
-    first, *others = capsys.readouterr().out.split("\n/")[0].splitlines()
-    assert f"{len(TAKEN)} of {len(TAKEN + LEFT_OUT)} tasks taken" in first
-    assert sum(int(line.split()[0]) for line in others) == len(LEFT_OUT)
+    assert f"{len(TAKEN)} of {len(TAKEN + LEFT_OUT)} tasks taken\n" in capsys.readouterr().out
     for i, (_, reason) in enumerate(LEFT_OUT, len(TAKEN)):
         with pytest.raises(tmax.UserError, match=f"^--tasks: {tmp_path}/{i:02}: .*{re.escape(reason)}.*$"):
             tmax.all_tasks([f"{tmp_path}/{i:02}"], DOCKER)
 
 
-def test_a_sandbox_takes_what_it_can_hold(tmp_path, capsys):
-    """Else bubblewrap would run a task that needs an image, or a user of its own, as root among the host's programs."""
-    make_task(tmp_path / "plain", toml='verifier.user = "root"', seeds={"a": "x"})
-    make_task(tmp_path / "toml", toml='environment.docker_image = "i"')
-    make_task(tmp_path / "txt", files={"image.txt": "i"})
-    make_task(tmp_path / "file", files={"environment/Dockerfile": "FROM i"})
-    make_task(tmp_path / "user", toml='agent.user = "worker"')
-    assert [t.name for t in tmax.load_tasks(str(tmp_path), dataclasses.replace(DOCKER, image=""))] == ["file", "toml", "txt"]
-    assert [t.name for t in tmax.load_tasks(str(tmp_path), CFG)] == ["plain"]
-    assert re.search(r"2 left out: .*--image (.*\n)+.*4 left out: .*--sandbox docker", capsys.readouterr().out)
+OFFERED = dict(
+    plain=dict(toml='verifier.user = "root"', seeds={"a": "x"}), toml=dict(toml='environment.docker_image = "i"'),
+    txt=dict(files={"image.txt": "i"}), file=dict(files={"environment/Dockerfile": "FROM i"}),
+    user=dict(toml='agent.user = "worker"'), broken=dict(test=None))
 
 
-@pytest.mark.parametrize("flags, left", [
-    ({}, ["a1", "a2", "b1", "b2"]), (dict(include=["a*", "b2"]), ["a1", "a2", "b2"]), (dict(exclude=["*2"]), ["a1", "b1"]),
-    (dict(include=["a*"], exclude=["?1"]), ["a2"]), (dict(include=["c"]), []), (dict(exclude=["*"]), [])], ids=str)
-def test_names_choose_tasks(tmp_path, monkeypatch, flags, left):
-    """What --include and --exclude leave out may be broken; to leave none is an error. Other files do not matter."""
-    for name in ("b2", "b1", "a1", "a2"):
-        make_task(tmp_path / name, test="exit" if name in left else None)
+@pytest.mark.parametrize("changes, left, said", [
+    (dict(), ["plain"], "4 left out: .*--sandbox docker"),
+    (dict(sandbox="docker"), ["file", "toml", "txt"], "2 left out: .*--image"),
+    (dict(sandbox="docker", image="i", include=["t*", "user", "broken"], exclude=["*xt", "b*"]), ["toml", "user"], "2 of 6"),
+    (dict(exclude=["*"]), [], "0 of 6")])
+def test_which_tasks_are_taken(tmp_path, monkeypatch, capsys, changes, left, said):
+    """Else bubblewrap runs a task that needs an image as root among the host's programs, or flags choose other tasks."""
+    for name, holds in OFFERED.items():
+        make_task(tmp_path / name, **holds)
     (tmp_path / "README.md").write_text("tasks")
     (tmp_path / ".git").mkdir()
     monkeypatch.chdir(tmp_path)
     with contextlib.nullcontext() if left else pytest.raises(tmax.UserError, match="--tasks.*--include"):
-        assert [t.name for t in tmax.all_tasks([".", str(tmp_path)], dataclasses.replace(CFG, **flags))] == left * 2
+        assert [t.name for t in tmax.all_tasks([".", str(tmp_path)], replace(CFG, **changes))] == left * 2
+    assert len(re.findall(said, capsys.readouterr().out)) == 2
 
 
 def test_task_order():
-    """An epoch is a permutation, the next is another, a seed gives the same ones: else some tasks would be seen more often."""
+    """An epoch is a permutation, the next is another, a seed gives the same: else some tasks would be seen more often."""
     names = lambda first, seed: [tmax.task_at(range(20), first + i, seed) for i in range(20)]
     epochs = [names(20 * epoch, 1) for epoch in range(4)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and len(set(map(tuple, epochs))) == 4
@@ -2375,10 +1978,11 @@ def make_dataset(folder, *members, rows=("t1", "t2")):
 
 
 def test_datasets(hub, tmp_path, capsys):
-    """Rows with an archive, here or on the hub: a row's image goes before image.txt, and an id names a folder of the archive
-    and nothing else. Or loose folders, of any revision. What cannot be read is named in one line."""
+    """Else a row's image is lost, an id or a link leads to files of this machine, or a fault is not named in one line."""
     make_task(tmp_path / "outside")
-    local = make_dataset(tmp_path / "local", "t1", "t2", "rowless", rows=("t1", "t2", "gone", "../outside", "t1/../t1"))
+    odd = "link", ("link/a", tarfile.SYMTYPE, "tests"), "hard", ("hard/a", tarfile.LNKTYPE, "t2/image.txt")
+    local = make_dataset(tmp_path / "local", "t1", *odd, ("out", tarfile.SYMTYPE, "../../outside"), "t2", "rowless",
+                         rows=("t1", "link", "hard", "out", "t2", "gone", "../outside", "t1/../t1"))
     for revision in ("main", "old"):
         hub["o/tasks", revision] = make_task(tmp_path / revision / "t", instruction=revision).parent
     hub["o/archive", None] = local
@@ -2386,7 +1990,7 @@ def test_datasets(hub, tmp_path, capsys):
         tasks = tmax.load_tasks(source, DOCKER)
         assert [(t.name, t.image, (t.path / "environment/seeds/s").is_file()) for t in tasks] == [
             ("t1", "image:t1", True), ("t2", "own:t2", True)]
-        assert "3 left out: its row has no folder" in capsys.readouterr().out
+        assert "6 left out: its row has no folder" in capsys.readouterr().out
     assert [t.instruction for t in tmax.all_tasks(["o/tasks@main", "o/tasks@old"], CFG)] == ["main", "old"]
     (local / "data/train.parquet").write_text("no parquet")
     for source in ("o/nothing@here", "nowhere", str(local)):
@@ -2394,17 +1998,7 @@ def test_datasets(hub, tmp_path, capsys):
             tmax.all_tasks([source], DOCKER)
 
 
-@pytest.mark.parametrize("member", [
-    ("t1/a", tarfile.SYMTYPE, "/etc/passwd"), ("./t1/a", tarfile.SYMTYPE, "tests"), ("t1/a", tarfile.LNKTYPE, "t2/image.txt"),
-    ("t1/n", tarfile.CHRTYPE, ""), ("t1", tarfile.SYMTYPE, "../../../../outside")], ids=str)
-def test_odd_members_leave_out_their_task(hub, tmp_path, member):
-    """Links could lead tests or seeds to files of this machine; the other tasks are whole."""
-    (tmp_path / "outside").mkdir()
-    task, = tmax.load_tasks(str(make_dataset(tmp_path / "d", member, "t1", "t2")), DOCKER)
-    assert task.name == "t2" and os.listdir(task.path.parent) == ["t2"] and not os.listdir(tmp_path / "outside")
-
-
-@pytest.mark.parametrize("fault", [lambda data: b"", lambda data: b"<html>", lambda data: data[:-100], lambda data: data])
+@pytest.mark.parametrize("fault", [lambda data: b"<html>", lambda data: data[:-100], lambda data: data])
 def test_a_broken_archive_is_refused(hub, tmp_path, fault):
     """No archive, half a download, a path that leads out: named, and not taken for whole by the next start."""
     archive = make_dataset(tmp_path / "d", "t1", ("../out", tarfile.REGTYPE, ""), "t2") / "task-data.tar.gz"
@@ -2415,80 +2009,74 @@ def test_a_broken_archive_is_refused(hub, tmp_path, fault):
     assert not list(tmp_path.rglob("out"))
 
 
-def test_unpacking_is_shared_and_repaired(hub, tmp_path):
-    """One start is killed in the middle of unpacking; two more at once then make it whole, once; the next finds it there."""
-    ids = [f"t{i:02}" for i in range(20)]
-    data, makefile = make_dataset(tmp_path / "d", *ids, rows=ids), tarfile.TarFile.makefile
+def test_an_archive_is_extracted_once(hub, tmp_path, monkeypatch):
+    """A start that ends in the middle leaves a part; two at once then make it whole, once; the next finds it there."""
+    data, makefile, made = make_dataset(tmp_path / "d", "t1", "t2"), tarfile.TarFile.makefile, []
 
-    def load(limit, count=itertools.count()):
-        kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        tarfile.TarFile.makefile = lambda *args: (kill if next(count) == limit else makefile)(*args)
-        names = [t.name for t in tmax.load_tasks(str(data), DOCKER)]
-        (tmp_path / f"loaded-{os.getpid()}").write_text(json.dumps([names, next(count)]))
-
-    for limits in [50], [-1, -1], [-1]:
-        starts = [multiprocessing.get_context("fork").Process(target=load, args=(limit,)) for limit in limits]
-        [process.start() for process in starts]
-        [process.join() for process in starts]
-    loaded = [json.loads(file.read_text()) for file in tmp_path.glob("loaded-*")]
-    assert [names for names, _ in loaded] == [ids] * 3 and sorted(count for _, count in loaded) == [0, 0, 80]
+    def count(*args):
+        made.append(args)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        makefile(*args)
+    monkeypatch.setattr(tarfile.TarFile, "makefile", count)
+    load = lambda _: [task.name for task in tmax.load_tasks(str(data), DOCKER)]
+    with pytest.raises(KeyboardInterrupt):
+        load(0)
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(load, range(2)), load(2)] == [["t1", "t2"]] * 3 and len(made) == 3 + 2 * 4
 
 
 @pytest.fixture
-def images(image, tmp_path, monkeypatch):
-    """images(): what image_of asked the docker program for, as in a fresh process. To pull here:1, it tags the test's image."""
+def asked(image, monkeypatch):
+    """What image_of asks the docker program for, as in a fresh process. To pull here:1, it tags the test's image."""
+    asked, run = [], subprocess.run
+
+    def answer(command, **kw):
+        if command[0] == "docker":
+            asked.append(command[1])
+        return run(["docker", "tag", image, "here:1"] if command[-1] == "here:1" else command, **kw)
+    monkeypatch.setattr(subprocess, "run", answer)
     monkeypatch.setattr(tmax, "images_ready", set())
-    real, program = shutil.which("docker"), tmp_path / "bin/docker"
-    program.parent.mkdir()
-    program.write_text(f"""#!/bin/sh\necho "$1" >>{tmp_path}/asked
-        [ "$3" = here:1 ] && exec {real} tag {image} here:1\nexec {real} "$@"\n""")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    yield lambda: sorted((tmp_path / "asked").read_text().split())
+    yield asked
     for name in tmax.images_ready:
         tmax.docker_client().images.remove(name)
 
 
-def test_an_image_is_made_once(images, image, tmp_path):
+def test_an_image_is_made_once(asked, image, tmp_path):
     """Rollouts of three tasks, all at once, share two builds and a pull, and run in what was built. Later none is pulled."""
     recipe = {"environment/Dockerfile": f"FROM {image}\nCOPY f /f"}
     built = [tmax.load_task(make_task(tmp_path / f, files=recipe | {"environment/f": str(tmp_path / f)})) for f in "ab"]
     tasks = [*built, tmax.Task("t", tmp_path, "", "here:1")] * 4
     with ThreadPoolExecutor(12) as pool:
         names = list(pool.map(tmax.image_of, tasks, [DOCKER] * 12))
-    assert names == names[:3] * 4 and len(set(names)) == 3 and images() == ["build", "build", "pull"]
+    assert names == names[:3] * 4 and len(set(names)) == 3 and sorted(asked) == ["build", "build", "pull"]
     assert in_sandbox(lambda box: box.run("cat /f"), built[0], DOCKER).text == str(tmp_path / "a")
     tmax.images_ready.clear()
-    assert list(map(tmax.image_of, tasks, [DOCKER] * 12)) == names and images().count("pull") == 1
+    assert list(map(tmax.image_of, tasks, [DOCKER] * 12)) == names and asked.count("pull") == 1
 
 
-@pytest.mark.parametrize("lines, said", [
-    ("FROM scratch\nCOPY gone /f", "gone"), ("HELLO", "HELLO"), ("FROM {}\nRUN sleep 987", "timed out"), ("", "127.0.0.1:1")])
-def test_no_image_voids_the_rollout(images, image, tmp_path, lines, said):
-    """With the engine's last words; a build that takes too long has ended in the engine too."""
-    files = {"environment/Dockerfile": lines.format(image)} if lines else {"image.txt": "127.0.0.1:1/gone"}
-    make_task(tmp_path / "t", files=files)
-    with pytest.raises(tmax.SandboxLost, match=said) as lost:
-        tmax.image_of(dataclasses.replace(tmax.load_task(tmp_path / "t"), build_timeout=5.0), DOCKER)
-    assert lost.value.reason == "image" and not tmax.images_ready
-    commands = lambda: str([c.attrs["Config"]["Cmd"] for c in tmax.docker_client().containers.list(ignore_removed=True)])
-    wait_for(lambda: "sleep 987" not in commands(), 30)
+@pytest.mark.parametrize("lines, said", [("FROM scratch\nCOPY gone /f", "gone"), ("FROM {}\nRUN sleep 987", "timed out")])
+def test_no_image_is_void(asked, image, tmp_path, lines, said):
+    """Else a build that fails or hangs is blamed on the model, or nobody learns the engine's last words."""
+    make_task(tmp_path / "t", files={"environment/Dockerfile": lines.format(image)})
+    task = replace(tmax.load_task(tmp_path / "t"), build_timeout=5.0)
+    with pytest.raises(tmax.SandboxLost, match=f"image: .*{said}"):
+        tmax.image_of(task, DOCKER)
+    assert not tmax.images_ready
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Checkpoint
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
-FAMILY = {"qwen3": (QWEN, QWEN_TOKENS, "<|im_end|>"), "qwen2": (QWEN, QWEN_TOKENS, "<|im_end|>"),
-          "llama": (LLAMA, LLAMA_TOKENS, "<|eot_id|>")}
 SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
              head_dim=32, initializer_range=0.2, max_position_embeddings=2048, bos_token_id=None)
 
 
-@pytest.fixture(scope="session", params=FAMILY)
+@pytest.fixture(scope="session", params=tmax.TRAINABLE)
 def family_model(request, tmp_path_factory):
-    """A folder with a random model and a template of the family; Qwen2's embeddings are tied, as its small ones are."""
-    folder, tokenizer = tmp_path_factory.mktemp(request.param), small_tokenizer(*FAMILY[request.param])
+    """A folder with a random model; Qwen2's embeddings are tied, as its small ones are."""
+    folder, tokenizer = tmp_path_factory.mktemp(request.param), small_tokenizer(QWEN, QWEN_TOKENS, "<|im_end|>")
     torch.manual_seed(4)
     config = AutoConfig.for_model(request.param, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
                                   pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=request.param == "qwen2", **SHAPE)
@@ -2498,18 +2086,10 @@ def family_model(request, tmp_path_factory):
 
 
 def test_families_train(family_model):
-    """From a folder in shards to logprobs: packed, as the learner computes them, against each rollout alone."""
-    tmax.check_weights(family_model, tmax.check_shape(family_model, CFG))
-    policy = tmax.load_policy(family_model, CFG, sharded=False)
-    draw, chat = random.Random(5), tmax.ChatFormat(AutoTokenizer.from_pretrained(family_model))
-    rollouts = []
-    for name in ("a", "b", "c"):
-        r = tmax.Rollout(name, [], [], [], [], 0)
-        r.append(chat.prompt(f"Do {name}."), 0)
-        for _ in range(2):
-            r.append([draw.randrange(300) for _ in range(20)] + chat.stop_ids, 1)
-            r.append(chat.tool_turn(["output"]), 0)
-        rollouts.append(r)
+    """From a folder in shards to logprobs: in packs, as the learner computes them, against each rollout alone."""
+    tmax.check_weights(family_model, tmax.check_shape(family_model))
+    policy, draw = tmax.load_policy(family_model, CFG, sharded=False), random.Random(5)
+    rollouts = [random_rollout(draw) for _ in range(3)]
     with torch.no_grad():
         packed = policy(tmax.build_pack(rollouts))[0]
         alone = torch.cat([unpacked_logprobs(ordinary(policy.lm), r) for r in rollouts])
@@ -2538,57 +2118,40 @@ def test_families_sample(family_model):
         assert pool.submit(sampled_gap, family_model).result() <= 1e-4
 
 
-@pytest.mark.parametrize("family, changes, reason", [
-    ("qwen3", {}, ""), ("qwen2", {}, ""), ("mistral", dict(sliding_window=None), ""), ("phi3", dict(sliding_window=262144), ""),
-    ("llama", dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=2.0)), ""),
-    ("granite", dict(logits_scaling=1.0), ""),
-    *((f, {}, "full attention") for f in "qwen3_next qwen3_5_text mamba jamba mistral gemma2 gpt_oss llama4_text".split()),
-    ("lfm2", dict(layer_types=["conv", "full_attention"], num_hidden_layers=2), "full attention"),
-    ("qwen2", dict(use_sliding_window=True, max_window_layers=1), "full attention"),
-    ("phi3", dict(sliding_window=2048), "full attention"), ("rwkv", {}, "packed attention"), ("vit", {}, "packed attention"),
-    *((name, {}, "multimodal or an encoder-decoder") for name in ("qwen3_5", "qwen2_5_vl", "t5", "bart")),
-    ("granite", dict(logits_scaling=8.0), "scales"), ("cohere", {}, "scales"), ("phi", {}, "bias"), ("gpt2", {}, "of layers"),
-    ("mixtral", dict(sliding_window=None), "other names"), ("qwen3_moe", {}, "other names"),
-    ("llama", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "positions"),
-    ("llama", dict(rope_parameters=dict(rope_type="longrope", rope_theta=1e4, factor=2.0, long_factor=[1.0] * 64,
-                                        short_factor=[1.0] * 64)), "positions"),
-])
-def test_models_that_cannot_be_packed_are_refused(tmp_path, family, changes, reason):
-    """From config.json alone, in one line that says why: their logprobs in packs would be wrong without a word."""
+@pytest.mark.parametrize("family, changes", [
+    ("mixtral", {}), ("gemma2", {}), ("qwen3_5", {}), ("qwen3", dict(use_sliding_window=True, max_window_layers=1))])
+def test_models_that_cannot_be_trained_are_refused(tmp_path, family, changes):
+    """From config.json alone, in one line: their logprobs would be wrong without a word."""
     AutoConfig.for_model(family, **changes).save_pretrained(tmp_path)
-    refused = pytest.raises(tmax.UserError, match=f"^--model: {tmp_path}: .*{reason}.*$")
-    with refused if reason else contextlib.nullcontext(), tmax.reading(tmp_path):
-        assert tmax.check_shape(tmp_path, CFG).config.model_type == family
+    with pytest.raises(tmax.UserError, match=f"^--model: {tmp_path}: .*{family}.*full attention.*$"), tmax.reading(tmp_path):
+        tmax.check_shape(tmp_path)
 
 
-def with_a_tensor(change):
-    """Damage to a file of weights: change(weights, name) changes one of them."""
-    def damage(file):
-        weights = load_file(file)
-        change(weights, "model.layers.1.mlp.up_proj.weight")
-        save_file(weights, file)
-    return damage
+TENSOR = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize("name, damage, reason", [
-    ("model.safetensors", with_a_tensor(dict.pop), r"lack 1 tensors: \['model.layers.1.mlp.up_proj.weight'\]"),
-    ("model.safetensors", with_a_tensor(lambda weights, name: weights[name][3].fill_(math.nan)), "up_proj.weight is not"),
+    ("model.safetensors", lambda file: save_file({name: x for name, x in load_file(file).items() if name != TENSOR}, file),
+     f"lack 1 .*{TENSOR}"),
+    ("model.safetensors", lambda file: save_file(load_file(file) | {TENSOR: torch.tensor(math.nan)}, file),
+     f"{TENSOR} is not finite"),
     ("model.safetensors", lambda file: file.write_bytes(file.read_bytes()[:-100]), ""),
     ("model.safetensors", Path.unlink, "lack "),
-    ("config.json", Path.unlink, ""), ("config.json", lambda file: file.write_text('{"model_type": "new"}'), "new"),
-    ("tokenizer.json", lambda file: file.write_text("{"), ""),
+    ("config.json", lambda file: file.write_text('{"model_type": "new"}'), "new"), ("tokenizer.json", Path.unlink, ""),
 ], ids=str)
 def test_a_broken_model_folder_is_one_line(tiny_model, tmp_path, name, damage, reason):
     """Before anything is made or started: a tensor that is missing would be drawn at random, and NaN would train to NaN."""
     folder = shutil.copytree(tiny_model[0], tmp_path / "model")
     damage(folder / name)
     with pytest.raises(tmax.UserError, match=f"^--model: {folder}: .*{reason}.*$"):
-        tmax.preflight(dataclasses.replace(TINY, model=str(folder), tasks=[str(tiny_model[1])]))
+        tmax.preflight(replace(TINY, model=str(folder)))
+        with tmax.reading(folder):
+            tmax.check_weights(folder, tmax.check_shape(folder))
 
 
 def test_checkpoint_keeps_dtype_and_generation_config(tiny_model, tmp_path, process_group):
     """A bf16 run saves bf16 weights that are the masters rounded, and a generation config even if transformers finds it odd."""
-    learner = tmax.Learner(dataclasses.replace(TINY, dtype="bfloat16"), tiny_model[0], ALONE)
+    learner = tmax.Learner(replace(TINY, dtype="bfloat16"), tiny_model[0], ALONE)
     learner.policy.lm.generation_config.temperature = 0.6       # without do_sample
     folder = tmp_path / "checkpoint-1"
     tmax.save_checkpoint(learner, AutoTokenizer.from_pretrained(tiny_model[0]), folder)
@@ -2602,42 +2165,38 @@ def test_checkpoint_keeps_dtype_and_generation_config(tiny_model, tmp_path, proc
 
 def test_checkpoint_serves(tiny_run, tmp_path):
     """vLLM's OpenAI server on the trained checkpoint answers a chat request with a parsed call of bash."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    model = str(tiny_run / "checkpoint-6")
-    flags = ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--enable-auto-tool-choice",
-             "--tool-call-parser", "hermes", "--host", "127.0.0.1", "--port", str(port)]
+    flags = f"""--dtype float32 --enforce-eager --kv-cache-memory-bytes {64 << 20} --enable-auto-tool-choice
+                --tool-call-parser hermes --host 127.0.0.1 --port {port}""".split()
     environment = os.environ | {"TORCH_COMPILE_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TMAX_MARK": MARK, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", tiny_run / "checkpoint-6", *flags]
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags],
-                                  stdout=log, stderr=log, cwd=tmp_path, start_new_session=True, env=environment)
+        server = start(command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True, env=environment)
 
     def ask(path, data=None):
-        with contextlib.suppress(urllib.error.URLError):
-            url, kind = f"http://127.0.0.1:{port}{path}", {"Content-Type": "application/json"}
-            with urllib.request.urlopen(urllib.request.Request(url, data, kind), timeout=60) as answer:
-                return answer.read() or b"{}"
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+        with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read() or b"{}"
     try:
         wait_for(lambda: server.poll() is not None or ask("/health"), 240)
-        messages = [{"role": "user", "content": "Write the word amber to the file /workspace/fern"}]
-        messages.insert(0, {"role": "system", "content": tmax.SYSTEM_PROMPT})
-        request = dict(model=model, messages=messages, tools=tmax.tool_schemas(), temperature=0, max_tokens=64)
+        messages = [{"role": "system", "content": tmax.SYSTEM_PROMPT},
+                    {"role": "user", "content": "Write the word amber to the file /workspace/fern"}]
+        request = dict(messages=messages, tools=tmax.tool_schemas(), temperature=0, max_tokens=64)
         answer = ask("/v1/chat/completions", json.dumps(request).encode())
         assert answer, (tmp_path / "log").read_text()[-2000:]
-        choice = json.loads(answer)["choices"][0]
+        choice, = json.loads(answer)["choices"]
         call, = choice["message"]["tool_calls"]
         assert choice["finish_reason"] == "tool_calls" and call["function"]["name"] == "bash"
         assert json.loads(call["function"]["arguments"])["command"].startswith(("echo", "mv", "cat", "touch"))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Evaluate
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 def figures(lines, runs):
     """What tmax.score gives, from rollouts.jsonl, by hand; pass@k by trying all choices of k runs."""
@@ -2664,14 +2223,14 @@ def comparable(scores):
     return scores | dict(tasks=sorted(scores["tasks"], key=lambda row: row["task"]), void=sorted(scores["void"]))
 
 
-@pytest.mark.parametrize("runs", [1, 2, 3, 5])
+@pytest.mark.parametrize("runs", [1, 5])
 def test_scores(runs):
     """Else a table has wrong error bars or pass@k: random results with partial rewards and void rollouts."""
     draw = random.Random(runs)
-    results = [[tmax.Rollout(f"t{i}", [], [], [], [], 0, finish=draw.choice(["submitted", "max_steps"]),
+    results = [[tmax.Rollout(f"t{i}", [], [], [], [], finish=draw.choice(["submitted", "max_steps"]),
                              reward=draw.choice([0, 0.5, 1, 1]), problem=draw.choice(["", "no_reward", "clipped"]))
                 for _ in range(runs)] for i in range(12)]
-    results[3][0] = tmax.Rollout("t3", [], [], [], [], 0, finish="void:start")
+    results[3][0] = tmax.Rollout("t3", [], [], [], [], finish="void:start")
     lines = [vars(r) | dict(run=run) for of_task in results for run, r in enumerate(of_task)]
     assert comparable(tmax.score(results)) == comparable(figures(lines, runs))
 
@@ -2695,7 +2254,7 @@ def test_printed_table_equals_the_transcripts(evaluation):
 
 
 def test_evaluation_during_training(tiny_run, metrics, rollout_lines):
-    """Else the curve is of other weights than the checkpoints, or checkpoint-best is not the best."""
+    """Else the curve is of other weights than the checkpoints."""
     evaluated = [m for m in metrics if "eval_mean" in m]
     assert [m["step"] for m in evaluated] == [3, 6]
     for m in evaluated:
@@ -2703,29 +2262,27 @@ def test_evaluation_during_training(tiny_run, metrics, rollout_lines):
         wanted = figures(lines, 2)
         assert [m["eval_mean"], m["eval_stderr"]] == pytest.approx([wanted["mean"], wanted["stderr"]]) and m["eval_void"] == []
         assert all(line["versions"] == [m["version"]] for line in lines) and (tiny_run / f"checkpoint-{m['step']}").is_dir()
-    best = max(evaluated, key=lambda m: m["eval_mean"])
-    assert os.readlink(tiny_run / "checkpoint-best") == f"checkpoint-{best['step']}"
 
 
-def test_a_void_rollout_of_an_evaluation_is_tried_three_times(tmp_path, monkeypatch):
-    """Else one sandbox that does not start is a failure of the model, or one that never starts is tried for ever."""
-    works, starts = tmax.bwrap_path(), []
-    cfg = dataclasses.replace(TINY, eval=True, oracle=True, eval_runs=1)     # a rollout without a model
+@pytest.mark.parametrize("failures, void", [(2, False), (9, True)])
+def test_a_sandbox_that_does_not_start_is_tried_three_times(tmp_path, monkeypatch, failures, void):
+    """Else it is at once a failure of the model that is evaluated, or one that never starts is tried for ever."""
+    paths = ["/usr/bin/false"] * failures + [tmax.bwrap_path()]
+    monkeypatch.setattr(tmax, "bwrap_path", lambda: paths.pop(0))
+    cfg = replace(TINY, eval=True, oracle=True, eval_runs=1)     # no model is needed
     task = tmax.load_task(make_task(tmp_path / "a", seeds={"a": ""}, files={"solution/solve.sh": "true"}))
 
-    async def is_void(failures):
-        path = lambda: starts.append(failures) or "/usr/bin/false" if starts.count(failures) < failures else works
-        monkeypatch.setattr(tmax, "bwrap_path", path)
-        generator = tmax.Generator.__new__(tmax.Generator)
+    async def group():
+        generator = tmax.Generator(cfg, None)
         vars(generator).update(slots=asyncio.Semaphore(1), engine=None, tokenizer=None)
-        _, (r,), _ = await generator._group(0, task, cfg)
-        return r.void
-    assert not asyncio.run(is_void(2)) and asyncio.run(is_void(99)) and starts.count(99) == 3
+        return await generator._group(0, task, cfg)
+    _, (r,), _ = asyncio.run(group())
+    assert r.void == void and len(paths) == failures + 1 - 3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Tiny
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 def test_tiny_tasks_are_harbor_folders(tiny_model):
     """Else the tiny run takes another path than real tasks, or its warm start has seen what it is trained on."""
@@ -2735,13 +2292,12 @@ def test_tiny_tasks_are_harbor_folders(tiny_model):
     solution = lambda task: tmax.tiny_task(*task.name.split("-"))[-1]
     assert not any((task.instruction, solution(task)) in demonstrations for task in tasks)
 
-    async def rewards(task):
-        async with tmax.Sandbox(task, TINY) as box:
-            before = await box.grade()
-            for command, output in solution(task):
-                assert (await box.run(command)).text == output
-            return before.reward, (await box.grade()).reward
-    assert [asyncio.run(rewards(task)) for task in (tasks[0], tasks[50], tasks[-1])] == [(0.0, 1.0)] * 3
+    async def rewards(box):
+        before = await box.grade()
+        for command, output in solution(box.task):
+            assert (await box.run(command)).text == output
+        return before.reward, (await box.grade()).reward
+    assert [in_sandbox(rewards, tasks[i], TINY) for i in (0, 50, -1)] == [(0.0, 1.0)] * 3
 
 
 def test_a_demonstration_is_what_a_rollout_would_be(tiny_model, tokenizers):
@@ -2754,118 +2310,75 @@ def test_a_demonstration_is_what_a_rollout_would_be(tiny_model, tokenizers):
     assert tokenizer.decode([t for t, m in zip(r.tokens, r.mask) if m], skip_special_tokens=False) == turns
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Plan
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 QWEN3_8B = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
                 head_dim=128, vocab_size=151_936, tie_word_embeddings=False, architectures=["Qwen3ForCausalLM"])
 
 
-def planned(folder, *flags):
-    """(text, problems) of --plan for the config.json of Qwen3-8B without weights."""
-    Qwen3Config(**QWEN3_8B).save_pretrained(folder)
-    cfg = tmax.resolve(tmax.parse_config(["--plan", "--gpu_memory_gb", "80", "--model", str(folder), *flags]))
-    return tmax.plan(cfg, cfg.num_learners)
+@pytest.fixture
+def planned(tmp_path, monkeypatch):
+    """planned(flags): (text, problems) of --plan for the config.json of Qwen3-8B without weights, on 80 GB where no GPU is."""
+    Qwen3Config(**QWEN3_8B).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+    def plan(*flags):
+        cfg = tmax.resolve(tmax.parse_config(["--plan", "--model", str(tmp_path), *flags]))
+        return tmax.plan(cfg, cfg.num_learners)
+    return plan
 
 
-def test_plan_of_the_recipe_fits(tmp_path):
+def test_plan_of_the_recipe_fits(planned):
     """Else the recipe's own node is refused, or its figures are not the arithmetic's: 8 x 80 GB, 4 learn, 4 generate."""
-    text, problems = planned(tmp_path)
+    text, problems = planned()
     assert not problems and text.endswith("it fits")
     size = 8_190_735_360
     tokens = int((0.92 * 80 - 4 - 2 * size / 2**30) * 2**30 / (144 * 1024))     # the recipe's 144 KiB a token
     assert 10 <= tokens / 34816 <= 13 and f"{tokens:,} tokens, {tokens / 34816:.1f} rollouts" in text
     assert "8.19B parameters" in text and "4 learner(s) and 4 engine(s)" in text and "a reload: 15.3 through" in text
     assert re.search(rf"optimizer, FP32 +{8 * size / 4 / 2**30:.1f}\n", text)
-    assert "4 learner(s)" in planned(tmp_path, "--eval")[0]     # of training, nevertheless
+    assert "4 learner(s)" in planned("--eval")[0]     # of training, nevertheless
 
 
-def test_plan_names_what_does_not_fit(tmp_path):
-    """Else a run starts that ends in CUDA's out-of-memory: two GPUs of 24 GB hold neither learner nor rollout."""
-    flags = ["--num_learners", "1", "--num_engines", "1", "--gpu_memory_gb", "24"]
-    text, (learner, engine) = planned(tmp_path, *flags)
-    assert "a learner needs" in learner and "--num_learners" in learner and "--pack_length" in learner
-    assert "an engine has" in engine and "--max_total_tokens" in engine
-    assert all(f"does not fit: {p}" in text for p in (learner, engine)) and "it fits" not in text
+def test_plan_names_what_does_not_fit(planned, tmp_path):
+    """Else a run starts that ends in CUDA's out-of-memory: one GPU holds no learner, and none the cache of a long rollout."""
+    flags = "--num_learners 1 --num_engines 1 --max_total_tokens 500000 --pack_length 600000".split()
+    text, (learner, engine) = planned(*flags)
+    assert re.match("a learner needs .*--num_learners.*--pack_length", learner)
+    assert re.match("an engine has .*--max_total_tokens", engine)
+    assert text.endswith(f"does not fit: {learner}\ndoes not fit: {engine}")
     run = subprocess.run([sys.executable, tmax.__file__, "--plan", "--model", tmp_path, *flags], capture_output=True, text=True,
                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert (run.returncode, run.stdout) == (1, text + "\n")
 
 
-def learner_growth(folder):
-    """(GiB that --plan says, GiB that this process grows by) for a learner and two updates: the first makes Adam's state."""
-    shape = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
-                 head_dim=64, vocab_size=12_000, tie_word_embeddings=False)
-    AutoModelForCausalLM.from_config(Qwen3Config(**shape)).save_pretrained(folder)
-    torch.set_num_threads(1)
-    cfg = tmax.Config(model=str(folder), dtype="float32", pack_length=512)
-    _, parts = tmax.learner_memory(tmax.check_shape(folder, cfg), cfg, 1)
-    r = tmax.Rollout("t", [5] * 64, [0] * 16 + [1] * 48, [-9.0] * 64, [0] * 64, 16, advantage=0.5)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    Path("/proc/self/clear_refs").write_text("5")       # start the high-water mark anew
-    status = lambda name: int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
-    before = status("VmRSS")
-    learner = tmax.Learner(cfg, folder, None)
-    for count in (1, 8):
-        learner.update([tmax.build_pack([r] * count)])
-    return sum(parts.values()) / 2**30, status("VmHWM") - before
-
-
-def test_plan_of_a_learner_is_what_it_takes(tmp_path):
-    """Else --plan forgets a part: for 31M parameters it is within 20 % of the growth of a process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        estimate, grown = pool.submit(learner_growth, tmp_path).result()
-    assert 0.8 * grown <= estimate <= 1.2 * grown
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Main
-# ----------------------------------------------------------------------------------------------------------------------
-
-def test_run_folder_is_new(tmp_path, monkeypatch):
-    """Else two runs write into one folder, or one that cannot be made is a traceback."""
-    monkeypatch.chdir(tmp_path)
-    assert json.loads((tmax.make_run_dir(tmax.Config(name="a")) / "config.json").read_text())["name"] == "a"
-    (tmp_path / "runs/file").write_text("")
-    for name in ("a", "file"):
-        with pytest.raises(tmax.UserError, match=f"--name: runs/{name}"):
-            tmax.make_run_dir(tmax.Config(name=name))
-
+# -----------------------------------------------------------------------------
 
 def test_errors_are_one_line(tmp_path, tiny_model):
     """Else what the user can mend is a traceback, torchrun's lines hide it, or a run folder is left that bars its name."""
     make_task(tmp_path / "untested/a", test=None)
     make_task(tmp_path / "good/a")
     AutoConfig.for_model("qwen3_5").save_pretrained(tmp_path / "hybrid")
+    (taken := tmp_path / "runs/taken").mkdir(parents=True)
+    (taken / "config.json").touch()
     shutil.copytree(tiny_model[0], tmp_path / "cut")
     (tmp_path / "cut/model.safetensors").write_text("cut off")
-    table = [("--lerning_rate 1", ["--lerning_rate"]), ("--tiny --tasks untested", ["tests/test.sh", "untested"]),
-             ("--tiny --eval --model cut --tasks good", ["--model: cut: "]),
-             ("--tiny --num_learners 2 --model hybrid", ["--model: hybrid: "])]
+    table = {"--lerning_rate 1": "--lerning_rate", "--tiny --tasks untested": "--tasks: untested: .*tests/test.sh",
+             "--tiny --num_learners 2 --model hybrid": "--model: hybrid: ",
+             "--tiny --eval --model cut --tasks good": "--model: cut: ",
+             "--sandbox bwrap --oracle --tasks good --name taken": "--name: runs/taken"}
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     started = [start([sys.executable, tmax.__file__, *argv.split()], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=env)
-               for argv, _ in table]
-    for process, (_, wanted) in zip(started, table):
+               for argv in table]
+    for process, wanted in zip(started, table.values()):
         said = process.communicate()[1]
-        assert process.returncode == 1 and re.fullmatch(r"error: [^\n]+\n", said) and all(word in said for word in wanted), said
-    assert not (tmp_path / "runs").exists()
-
-
-def test_run_sh_says_what_is_missing(tmp_path):
-    """Else no Python or no room is found out by a half-made .venv."""
-    for name in ("run.sh", "requirements.txt"):
-        shutil.copy(Path(tmax.__file__).parent / name, tmp_path)
-    (programs := tmp_path / "bin").mkdir()
-    for name in "bash sh sed cat grep dirname awk rm flock tr".split():
-        (programs / name).symlink_to(shutil.which(name))
-    (programs / "df").write_text("#!/bin/sh\necho; echo a b c 1000\n")
-    (programs / "df").chmod(0o755)
-    for python, said in [({}, "error: no Python"), (dict(PYTHON="/no/python"), "error: no Python"),
-                         (dict(PYTHON=sys.executable), "error: not enough disk space")]:
-        ran = subprocess.run(["bash", tmp_path / "run.sh", "setup"], env={"PATH": str(programs), **python},
-                             stderr=subprocess.PIPE, text=True)
-        assert ran.returncode == 1 and re.fullmatch(f"{said}.*\n", ran.stderr) and not (tmp_path / ".venv").exists()
+        assert process.returncode == 1 and re.fullmatch(f"error: {wanted}[^\n]*\n", said), said
+    assert os.listdir(tmp_path / "runs") == ["taken"] and os.listdir(taken) == ["config.json"]
 
 
 def test_commands_of_the_readme_are_understood():
@@ -2886,15 +2399,13 @@ def test_commands_of_the_readme_are_understood():
     ("run", "SIGKILL", 2, 1, ""), ("rank", "SIGKILL", 2, 1, ""),
     ("generator", "SIGKILL", 1, 1, "error: generator: .*ended unexpectedly"),
     ("engine", "SIGKILL", 1, 2, "error: generator: .*Engine"),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
-        ("run", "SIGINT", 2, 1, ""), ("run", "SIGTERM", 2, 2, ""),
-        ("generator", "SIGKILL", 2, 2, "error: generator: .*ended unexpectedly")])])
+    pytest.param("run", "SIGTERM", 2, 2, "", marks=pytest.mark.slow),
+    pytest.param("generator", "SIGKILL", 2, 2, "error: generator: .*ended unexpectedly", marks=pytest.mark.slow)])
 def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim, sent, learners, engines, said, request):
-    """Else a rank waits for ever for one that is gone, or processes, memory or containers are left. Metrics so far can be
-    read; the reason is a line, which names the newest checkpoint. With two learners `run` is torchrun."""
+    """Else a rank waits for ever for one that is gone, or processes, memory or containers are left, or no line says why."""
     flags = f"""--model {tiny_run}/model --tasks {tiny_run}/tasks --prompts_per_step 2 --save_every 1
                 --num_learners {learners} --num_engines {engines}""".split()
-    if sent != "SIGTERM" and learners + engines == 2 and tmax.engine_answers():
+    if sent != "SIGTERM" and engines == 1 and tmax.docker_answers():
         flags += ["--sandbox", "docker", "--image", request.getfixturevalue("image")]
     run, folder = start_run(tmp_path, "--name", victim, *flags), tmp_path / "runs" / victim
     wait_for(lambda: run.poll() is not None or list(folder.glob("checkpoint-*[0-9]")), 240)
@@ -2911,12 +2422,13 @@ def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim, sent, learners, e
     assert re.search(f"^{said}{end}", log if learners > 1 else last_line(tmp_path, victim), re.M), log[-2000:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # README: its patches
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 README = (Path(tmax.__file__).parent / "README.md").read_text()
-PATCHES = re.findall(r"```diff\n(.*?)```", README, re.S)
+BLOCKS = re.findall(r"```diff\n(.*?)\n```", README, re.S)
+PATCHES = [patch for block in BLOCKS for patch in block.split("\n\n")]
 ONE_STEP = """
 import json, pickle, torch, tmax
 cfg = tmax.parse_config(["--tiny"])
@@ -2945,57 +2457,32 @@ def step_of(folder, source, *recorded):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_readme_patches_apply_and_train(tiny_model, tmp_path):
+def test_readme_patches_apply_and_train(tiny_model, groups, tmp_path):
     """Each patch of the README fits tmax.py as it is, one step with it goes well, and it changes what it says it changes."""
-    draw, groups = random.Random(1), []
-    for rewards in ([1.0, 0.0, 0.5, 0.0], [0.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]):
-        group = []
-        for reward in rewards:
-            r = tmax.Rollout("t", [], [], [], [], 5, reward=reward, finish="submitted")
-            r.append(draw.choices(range(500), k=5), 0)
-            r.append(draw.choices(range(500), k=draw.randint(9, 30)), 1)
-            r.logprobs = [draw.uniform(-9, -1) if m else 0.0 for m in r.mask]
-            r.versions = [0 if m else -1 for m in r.mask]
-            group.append(r)
-        groups.append(group)
-    source = Path(tmax.__file__).read_text()
-    unpatched = step_of(tmp_path / "unpatched", source, str(tiny_model[0]), groups)
+    for r in groups[-1]:
+        r.reward = 1.0
+    recorded, source = (str(tiny_model[0]), groups), Path(tmax.__file__).read_text()
+    unpatched = step_of(tmp_path / "unpatched", source, *recorded)
     assert len(PATCHES) >= 5
     for i, patch in enumerate(PATCHES):
         lines = patch.splitlines()
         before, after = ("\n".join(line[1:] for line in lines if line[:1] in (" ", sign)) for sign in "-+")
         assert source.count(before) == 1, patch
-        assert step_of(tmp_path / str(i), source.replace(before, after), str(tiny_model[0]), groups) != unpatched, patch
+        assert step_of(tmp_path / str(i), source.replace(before, after), *recorded) != unpatched, patch
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Data and benchmarks: -m bench -s; they print, and assert nothing about time
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
-# Hundreds of tokens of 444 real Terminal-Bench 2.0 rollouts of the 9B model, sorted; RL ends the longest 205 here.
+# Hundreds of tokens of every sixth of 444 real Terminal-Bench 2.0 rollouts of the 9B model, sorted; RL ends the longest here.
 REAL_LENGTHS = [100 * int(n) for n in """
-15 17 17 17 19 27 33 33 34 37 42 42 44 44 46 47 48 48 49 51 52 54 54 55 55 55 56 60 60 61 63 64 68 69 77 80 81 82 83 87 91
-92 92 93 93 93 95 95 96 96 98 101 102 102 103 106 109 110 113 113 114 118 122 125 126 126 129 133 137 139 139 141 141 144
-145 149 150 151 152 154 157 158 158 158 159 160 160 161 161 166 167 170 172 174 174 174 174 177 177 178 180 182 185 185 187
-188 188 189 190 190 190 191 196 197 198 198 203 205 205 206 206 206 207 209 210 211 211 211 212 214 215 218 219 222 222 222
-223 225 225 227 227 228 229 229 229 232 232 232 233 234 234 235 237 238 239 239 243 248 248 254 255 258 258 259 260 261 263
-265 265 266 269 270 270 270 271 272 273 275 275 276 276 277 279 279 280 281 285 287 289 290 292 292 294 299 300 300 301 302
-303 303 304 304 305 306 306 307 308 308 308 309 314 314 315 316 316 317 317 318 319 321 321 323 325 326 327 327 328 331 332
-333 333 334 336 339 340 342 343 346 347""".split()] + [34_816] * 205
+17 33 44 51 55 64 82 93 96 106 118 133 144 154 160 170 177 185 190 198 206 211 222 227 232 235 248 259 266 272 277 287
+299 303 307 314 318 326 333 342""".split()] + [34_816] * 34
 
-BENCH_VOCAB, BENCH_SHRINK, BENCH_ROWS = 151_936, 128, 8     # Qwen3's; lengths are divided by; full rollouts in a micro-batch
-
-
-def bench_rollouts(count=24):
-    """Real lengths scaled down; of the tokens after the prompt 71 % are sampled."""
-    draw = random.Random(0)
-    rollouts = []
-    for n in draw.choices(REAL_LENGTHS, k=count):
-        n //= BENCH_SHRINK
-        mask = [int(i > 7 and i % 100 < 73) for i in range(n)]
-        tokens = draw.choices(range(BENCH_VOCAB), k=n)
-        rollouts.append(tmax.Rollout("t", tokens, mask, [-12.0] * n, [0] * n, 8, advantage=draw.random() - 0.5))
-    return rollouts
+BENCH_VOCAB = 151_936       # Qwen3's
+BENCH_SHRINK = 128          # lengths are divided by it
+BENCH_ROWS = 8              # full rollouts in a micro-batch
 
 
 def packed_step(policy, rollouts, num_tokens):
@@ -3021,35 +2508,37 @@ def padded_step(policy, rollouts, num_tokens):
     return total
 
 
-def bench_step(step, implementation):
-    """What one step takes, in a line."""
-    policy = small_policy(implementation=implementation, vocab_size=BENCH_VOCAB, hidden_size=96, intermediate_size=256,
+@pytest.mark.bench
+@pytest.mark.parametrize("step, attention", [(padded_step, "sdpa"), (packed_step, "packed")])
+def test_benchmark_step(capsys, step, attention):
+    """What packs and chunks save beside a padded batch with full logits: real lengths, of which about 73 % are sampled."""
+    policy = small_policy(implementation=attention, vocab_size=BENCH_VOCAB, hidden_size=96, intermediate_size=256,
                           num_hidden_layers=4, initializer_range=0.02)
-    rollouts = bench_rollouts()
-    tokens, num_tokens = sum(len(r.tokens) for r in rollouts), sum(sum(r.mask) for r in rollouts)
+    policy.cfg = CFG        # of temperature 1
+    draw, rollouts = random.Random(0), []
+    for n in draw.choices(REAL_LENGTHS, k=24):
+        n //= BENCH_SHRINK
+        mask = [int(i > 7 and i % 100 < 73) for i in range(n)]
+        tokens = draw.choices(range(BENCH_VOCAB), k=n)
+        rollouts.append(tmax.Rollout("t", tokens, mask, [-12.0] * n, [0] * n, advantage=draw.random() - 0.5))
+    num_tokens = sum(sum(r.mask) for r in rollouts)
     _, most = allocations(lambda: step(policy, rollouts, num_tokens))
     policy.zero_grad()
     start = time.monotonic()
     loss = step(policy, rollouts, num_tokens)
-    return (f"{tokens / (time.monotonic() - start):6.0f} tokens/s, {most / 2**30:.2f} GiB at most, loss {loss:.6f}, "
-            f"gradient norm {gradient_of(policy).norm():.6f}")
-
-
-@pytest.mark.bench
-def test_benchmark(bench):
-    """Else nobody knows what packs and chunks save beside a padded batch with full logits."""
-    print(f"\n\none step, vocabulary {BENCH_VOCAB}, real lengths / {BENCH_SHRINK}, {torch.get_num_threads()} threads:")
-    print("  padded, full logits        ", bench_step(padded_step, "sdpa"))
-    print("  packed, chunked, mask only ", bench_step(packed_step, "packed"))
+    rate = sum(len(r.tokens) for r in rollouts) / (time.monotonic() - start)
+    with capsys.disabled():
+        print(f"\n{step.__name__}: {rate:.0f} tokens/s on {torch.get_num_threads()} threads, {most / 2**30:.2f} GiB at most, "
+              f"loss {loss:.6f}, gradient norm {gradient_of(policy).norm():.6f}")
 
 
 @pytest.mark.gpu
 @pytest.mark.bench
 @needs_gpu
 @pytest.mark.parametrize("count", [1, 4, 16])
-def test_gpu_benchmark_update(bench, request, monkeypatch, count, layers=8, peak=989e12):
-    """Else nobody knows how well a GPU is used: an update of Qwen3-8B with as many layers as 80 GB hold, on a full pack. MFU
-    counts matrix products (the head's at sampled tokens) and causal attention, nothing twice."""
+def test_benchmark_update_on_gpu(request, monkeypatch, capsys, count, layers=8, peak=989e12):
+    """How well a GPU is used: an update of Qwen3-8B with as many layers as 80 GB hold, on a full pack. MFU counts matrix
+    products (the head's at sampled tokens) and causal attention, nothing twice."""
     config = Qwen3Config(hidden_size=4096, intermediate_size=12288, num_hidden_layers=layers, num_attention_heads=32,
                          num_key_value_heads=8, head_dim=128, vocab_size=BENCH_VOCAB, tie_word_embeddings=False)
 
@@ -3059,26 +2548,25 @@ def test_gpu_benchmark_update(bench, request, monkeypatch, count, layers=8, peak
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", random_model)
     n = CFG.pack_length // count
     mask = [int(i > 900 and i % 100 < 73) for i in range(n)]
-    rollouts = [tmax.Rollout("t", [7] * n, mask, [-12.0] * n, [0] * n, 1, advantage=i - 0.5) for i in range(count)]
-    packs = [tmax.build_pack(rollouts)]
+    rollouts = [tmax.Rollout("t", [7] * n, mask, [-12.0] * n, [0] * n, advantage=i - 0.5) for i in range(count)]
     learner = tmax.Learner(CFG, "random", tmax.join_ranks())
     request.addfinalizer(dist.destroy_process_group)
-    for i in range(5):
-        if i == 2:      # the first are slower
-            torch.cuda.synchronize()
-            start = time.monotonic()
+    packs, ends = [tmax.build_pack(rollouts)], []
+    for _ in range(5):
         learner.update(packs)
-    torch.cuda.synchronize()
-    took = (time.monotonic() - start) / 3
+        torch.cuda.synchronize()
+        ends.append(time.monotonic())
+    took = (ends[4] - ends[1]) / 3      # the first are slower
     in_layers = sum(p.numel() for p in learner.policy.lm.base_model.layers.parameters())
     flops = 6 * count * n * in_layers + 6 * count * sum(mask) * BENCH_VOCAB * 4096 + 6 * layers * 4096 * count * n * n
-    print(f"\n{layers} layers, {count} rollouts of {n} tokens on {torch.cuda.get_device_name()}: {took:.2f} s an update, "
-          f"{count * n / took:.0f} tokens/s, MFU {flops / took / peak:.1%} of {peak / 1e12:g} TFLOP/s")
+    with capsys.disabled():
+        print(f"\n{layers} layers, {count} rollouts of {n} tokens on {torch.cuda.get_device_name()}: {took:.2f} s an update, "
+              f"{count * n / took:.0f} tokens/s, MFU {flops / took / peak:.1%} of {peak / 1e12:g} TFLOP/s")
 
 
 @pytest.mark.bench
 def test_benchmark_sandboxes(cfg, capsys):
-    """Sandboxes and commands per second, latency of a command, and what share of real rollouts' bash and whole time that is."""
+    """Sandboxes and commands per second, latency of a command, and what share of real rollouts' time that is."""
     async def timed(work, times):
         start = time.monotonic()
         await asyncio.gather(*[work(i) for i in range(times)])
@@ -3100,28 +2588,24 @@ def test_benchmark_sandboxes(cfg, capsys):
     started, latency, rate = asyncio.run(main())
     turns, model, bash = np.array(REAL_TIMES).sum(0)     # seconds of the model and of bash
     with capsys.disabled():
-        print(f"\n{cfg.sandbox}, {os.cpu_count()} cores: {started:.1f} sandboxes started and closed per second; {1000 * latency:.0f} ms a command, "
-              f"{rate:.1f} commands/s over 16 sandboxes;\n  of {len(REAL_TIMES)} real rollouts, with {turns / len(REAL_TIMES):.0f} commands each, "
-              f"that is {turns * latency / bash:.1%} of their time in bash and {turns * latency / (model + bash):.1%} of all their time")
+        print(f"\n{cfg.sandbox}, {os.cpu_count()} cores: {started:.1f} sandboxes started and closed per second; "
+              f"{1000 * latency:.0f} ms a command, {rate:.1f} commands/s over 16 sandboxes; of {len(REAL_TIMES)} real rollouts "
+              f"that is {turns * latency / bash:.1%} of their time in bash and {turns * latency / (model + bash):.1%} of all")
 
 
-# Turns, seconds of the model and seconds of bash of 120 real Terminal-Bench 2.0 rollouts of the 9B model, five per task.
+# Turns, seconds of the model and seconds of bash of 60 real Terminal-Bench 2.0 rollouts of the 9B model on 24 tasks.
 REAL_TIMES = [[float(x) for x in triple.split("/")] for triple in """
-51/180/389 64/151/754 60/200/667 63/256/939 62/281/539 24/370/49 19/483/20 22/391/57 20/470/14 11/563/25 64/172/399
-64/144/362 62/249/446 64/127/494 64/207/312 33/260/93 30/304/88 35/398/97 38/532/91 28/382/42 29/185/75 26/187/45 31/263/43
-26/184/61 27/242/50 30/185/114 20/104/49 24/98/52 29/99/24 36/234/183 49/138/58 31/71/34 35/76/42 52/192/76 35/66/44
-64/315/106 59/262/210 43/154/38 49/104/40 58/187/115 12/27/69 14/65/61 27/105/77 21/83/129 11/22/82 8/13/7 8/8/7 7/13/6 8/8/7
-8/12/6 58/455/240 11/19/128 62/381/435 20/81/300 27/247/177 25/130/51 15/94/20 10/73/14 25/112/38 21/102/49 43/248/104
-26/201/55 38/311/36 47/248/102 36/261/100 16/38/30 15/30/22 13/30/7 14/68/36 15/29/26 16/53/124 19/68/59 15/56/74 24/100/182
-18/79/104 42/122/110 16/43/34 16/45/22 24/58/25 19/66/34 16/58/122 28/344/430 27/129/301 15/67/85 19/68/402 27/367/29
-32/381/72 31/466/74 26/353/198 32/1055/85 14/12/16 52/443/148 24/35/66 8/6/5 11/13/6 24/64/69 23/91/81 22/111/112 20/57/57
-26/78/145 39/153/213 25/115/71 11/30/33 34/171/230 17/76/25 28/410/61 26/406/93 23/519/56 18/410/53 26/370/181 45/315/753
-36/286/689 64/285/372 31/150/162 57/266/285 35/519/41 28/401/28 20/356/33 25/375/60 29/334/20""".split()]
+64/151/754 63/256/939 24/370/49 22/391/57 11/563/25 64/144/362 64/127/494 33/260/93 35/398/97 28/382/42 26/187/45
+26/184/61 30/185/114 24/98/52 36/234/183 31/71/34 52/192/76 64/315/106 43/154/38 58/187/115 14/65/61 21/83/129 8/13/7
+7/13/6 8/12/6 11/19/128 20/81/300 25/130/51 10/73/14 21/102/49 26/201/55 47/248/102 16/38/30 13/30/7 15/29/26 19/68/59
+24/100/182 42/122/110 16/45/22 19/66/34 28/344/430 15/67/85 27/367/29 31/466/74 32/1055/85 52/443/148 8/6/5 24/64/69
+22/111/112 26/78/145 25/115/71 34/171/230 28/410/61 23/519/56 26/370/181 36/286/689 31/150/162 35/519/41 20/356/33
+29/334/20""".split()]
 
 
 @pytest.mark.bench
 @pytest.mark.parametrize("async_steps", [0, 1, 4])
-def test_benchmark_asynchrony(bench, replay, capsys, async_steps, scale=0.01, seconds_update=2.0):
+def test_benchmark_asynchrony(replay, capsys, async_steps, scale=0.01, seconds_update=2.0):
     """Real rollouts at a hundredth of their time, bash as real sleeps in real sandboxes, on two engines: a second of the model
     is a quarter of a token of the tiny one."""
     times = [[min(turns, 4), max(4, round(model / 4)), bash * scale] for turns, model, bash in REAL_TIMES]
@@ -3130,12 +2614,9 @@ def test_benchmark_asynchrony(bench, replay, capsys, async_steps, scale=0.01, se
     took = sum(m["seconds_generate"] + m["seconds_train"] + m["seconds_gather_write"] for m in metrics)
     mean = lambda key: np.mean([m[key] for m in metrics])
     with capsys.disabled():
-        print(f"\n--async_steps {async_steps}: {sum(5 * m['groups_tried'] for m in metrics) / took:.2f} rollouts/s; of them "
-              f"{mean('waiting_model'):.1f} wait for engines, {mean('waiting_bash'):.1f} for bash; "
-              f"the learner waited {mean('learners_waited'):.0%} of the time, "
-              f"oldest token {max(m['staleness_max'] for m in metrics):.0f} versions, "
-              f"{sum(m['groups_stale'] for m in metrics)} stale groups  "
-              f"({scale:g} of real time, {seconds_update:g} s an update)")
+        print(f"\n--async_steps {async_steps}: {sum(5 * m['groups_tried'] for m in metrics) / took:.2f} rollouts/s; "
+              f"{mean('waiting_model'):.1f} of them wait for engines, {mean('waiting_bash'):.1f} for bash; the learner waited "
+              f"{mean('learners_waited'):.0%} of the time ({scale:g} of real time, {seconds_update:g} s an update)")
 
 
 if __name__ == "__main__":      # a rank of test_updates_do_not_depend_on_ranks_and_nodes
