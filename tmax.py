@@ -34,7 +34,6 @@ SPDX-License-Identifier: Apache-2.0
 import asyncio
 import contextlib
 import ctypes
-import fcntl
 import fnmatch
 import functools
 import hashlib
@@ -1608,21 +1607,21 @@ def find_source(source):
 
 
 def unpacked(archive):
-    """The folder that an archive is unpacked into, once for each content; other starts wait meanwhile.
+    """The folder that an archive is unpacked into, once for each content, whole or not at all.
 
     Members that are no file and no folder leave out their task; tarfile refuses what leads outside."""
     key = hashlib.sha256(archive.read_bytes()).hexdigest()
     folder = huggingface_hub.cached_assets_path("tmax", "tasks", key)
-    with reading(archive, ""), open(folder / "lock", "w") as lock, tarfile.open(archive) as tar:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "whole").exists():
-            (folder / "tasks").mkdir(exist_ok=True)     # a start that was killed may have left a part
+    tasks = folder / "tasks"
+    with reading(archive, ""), tarfile.open(archive) as tar:
+        if not tasks.is_dir():
             tops = {member: Path(member.name).parts[:1] for member in tar}
             odd = {tops[member] for member in tar if not (member.isfile() or member.isdir())}
             members = [member for member in tar if tops[member] not in odd]
-            tar.extractall(folder / "tasks", members, filter="data")
-            (folder / "whole").touch()
-    return folder / "tasks"
+            with tempfile.TemporaryDirectory(dir=folder) as partial:
+                tar.extractall(f"{partial}/tasks", members, filter="data")
+                os.rename(f"{partial}/tasks", tasks)
+    return tasks
 
 
 def task_at(tasks, index, seed):
