@@ -135,9 +135,10 @@ class Config:
     eval_every: int = knob(0, "steps between evaluations on --eval_tasks while training; 0: none")
     eval_tasks: list[str] = knob([], "of the same kinds as --tasks")
     # where it runs
-    num_learners: int = knob(0, "training processes of a node; 0: half of the GPUs, or one")
-    num_engines: int = knob(0, "vLLM engines of a node; 0: the other half of the GPUs, or one")
+    num_learners: int = knob(0, "training processes of a node; 0: as --plan chooses, or one")
+    num_engines: int = knob(0, "vLLM engines of a node; 0: the other GPUs, or one")
     max_concurrent_rollouts: int = knob(0, "sandboxes of a node; 0: what the KV cache can keep busy")
+    vllm: str = knob("{}", """of vLLM, a JSON object, as in '{"kv_cache_dtype": "fp8"}'""")
     sandbox: Literal["auto", "bwrap", "docker"] = knob("auto", "docker if an engine answers, else bubblewrap")
     image: str = knob("", "container image of tasks that have none of their own")
     network: Literal["auto", "none", "public"] = knob("auto", "of containers; auto: as each task says")
@@ -205,7 +206,9 @@ def train(cfg, cell, run_dir, model, tasks, eval_tasks):
                     step=step, **counts, **update, **generator.waiting, updated=bool(packs),
                     version=learner.version, seconds_generate=generate, seconds_train=compute,
                     seconds_gather_write=write, seconds_reload=generator.reload_seconds,
-                    learners_waited=(generate + wait) / (clock[-1] - clock[0]))
+                    learners_waited=(generate + wait) / (clock[-1] - clock[0]),
+                    engine_tokens_per_second=counts["tokens_sampled"] / (clock[-1] - clock[0]),
+                    learner_tokens_per_second=(update["tokens"] or 0) / compute)
                 if evaluates:
                     metrics |= evaluate_step(generator, cfg, eval_tasks, step)
                 history.append(metrics)
@@ -639,13 +642,14 @@ class Policy(torch.nn.Module):
 
 def load_policy(model, cfg, sharded=True):
     """A trainable Policy with FP32 master weights, sharded by layers over all ranks; or whole, on the CPU."""
-    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="packed")
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype="auto", attn_implementation="packed")
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(lm, cfg).train()
-    if sharded:     # FSDP2 moves a layer to the device, where only this rank's share stays
-        precision = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
-        for module in (*lm.base_model.layers, policy):
+    precision = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
+    for module in (*lm.base_model.layers, policy):
+        module.float()      # one layer at a time: until then the file's bf16 is only mapped into memory
+        if sharded:         # FSDP2 moves it to the device, where only this rank's share stays
             fully_shard(module, mp_policy=precision)
     return policy
 
@@ -690,11 +694,19 @@ class Learner:
         self.optimizer.param_groups[0]["lr"] = self.cfg.learning_rate * warmup
         finite = math.isfinite(norm)
         if finite:
+            self._move_moments(self.policy.lm.device)
             self.optimizer.step()
+            self._move_moments("cpu")
         self.optimizer.zero_grad()
         metrics = step_metrics(seen, self.version)
         self.version += 1
         return metrics | dict(grad_norm=norm if finite else None, steps_skipped=int(not finite))
+
+    def _move_moments(self, device):
+        """AdamW's moments wait in host memory: then two GPUs hold a learner's share of 8B each."""
+        for state in self.optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].to(device)
 
     def save_weights(self, folder):
         """Gather the weights one by one in the engines' dtype (a collective); the first rank of the node
@@ -716,7 +728,7 @@ class Learner:
 # Engine: vLLM, rollouts and sandboxes live in the generator, a process of its own: handling vLLM's outputs,
 # thousands of tokens a second in Python, would hold the GIL against the learner. A pipe joins it with the
 # first learner of its node. Requests: ("train" or "eval", index, task, cfg), ("reload", folder, version).
-# Answers: ("train" or "eval", (index, rollouts, WAITING)), ("reload", seconds), and ("ready", text) or
+# Answers: ("train" or "eval", (index, rollouts, WAITING, load)), ("reload", seconds), and ("ready", text) or
 # ("failed", reason) unasked.
 #
 # The bound on staleness, in groups:    started - (trained + rejected) <= (async_steps + 1) * prompts_per_step
@@ -774,7 +786,7 @@ class GeneratorClient:
         if the generator fails. Taking a batch makes room for as many groups, rejecting a group for one."""
         self.trained_or_rejected += self.training
         self.training, wanted = 0, self.cfg.prompts_per_step
-        finished, waits = [], Counter()
+        finished, waits, loads = [], Counter(), []
         with tqdm(total=wanted, desc=f"step {step}: groups", leave=False, disable=None) as bar:
             while self.training < wanted and len(finished) < 4 * wanted:
                 while self.started - self.trained_or_rejected < (self.cfg.async_steps + 1) * wanted:
@@ -785,9 +797,10 @@ class GeneratorClient:
                 answer = self._next("train")
                 if answer is None:
                     break
-                _, group, waits_now = answer
+                _, group, waits_now, load = answer
                 finished.append(group)
                 waits.update(waits_now)
+                loads.append(load)
                 write_rollouts(self.log, group, step=step)
                 useful = len(select_groups([group], version, self.cfg)[0])
                 self.training += useful
@@ -795,6 +808,8 @@ class GeneratorClient:
                 bar.update(useful)
         count = max(1, len(finished))
         self.waiting = {f"waiting_{what}": waits[what] / count for what in WAITING}
+        if loads:
+            self.waiting["rollouts_by_engine"] = np.mean(loads, axis=0).tolist()
         return finished
 
     def evaluate(self, tasks, cfg, step=0):
@@ -807,7 +822,7 @@ class GeneratorClient:
             answer = self._next("eval")
             if answer is None:
                 raise RunFailed(self.failure)
-            index, results[index], _ = answer
+            index, results[index], *_ = answer
             for run, r in enumerate(results[index]):
                 write_rollouts(self.log, [r], step=step, run=run)
         return results
@@ -838,15 +853,18 @@ class Generator:
     def __init__(self, cfg, pipe):
         self.cfg, self.pipe = cfg, pipe
         self.sender, self.running = ThreadPoolExecutor(1), []
+        self.load = [0] * cfg.num_engines       # rollouts of each engine, in flight or reserved
+        self.load_falls = asyncio.Condition()
 
     async def serve(self, model):
         """Start what the pipe asks for. Only raises: what an engine died of, for a request may not notice."""
         self.tokenizer, self.engine = AutoTokenizer.from_pretrained(model), Engine(model, self.cfg)
         await self.engine.llm.update_weight_version("0")
         kv_tokens, engines = self.engine.kv_tokens, self.cfg.num_engines
-        at_once = concurrency(self.cfg, kv_tokens)
-        self.slots = asyncio.Semaphore(at_once)
-        ready = f"{engines} engine(s), KV cache for {kv_tokens:,} tokens, at most {at_once} rollouts at once"
+        self.at_once = concurrency(self.cfg, kv_tokens // engines)
+        self.slots = [asyncio.Semaphore(self.at_once) for _ in self.load]
+        ready = f"{engines} engine(s), KV cache for {kv_tokens:,} tokens"
+        ready += f", at most {self.at_once * engines} rollouts at once"
         self.sender.submit(self.pipe.send, ("ready", f"vLLM is ready: {ready}"))
         while not self.engine.llm.errored:
             while self.pipe.poll():
@@ -866,18 +884,26 @@ class Generator:
         self.sender.submit(self.pipe.send, answer)
 
     async def _group(self, index, task, cfg):
-        """The rollouts of a task, each once a slot is free, all by one engine for its prefix cache. An
-        evaluation, where void counts as failed, tries three times."""
+        """The rollouts of a task, all by the engine that has the fewest when the first may start: it caches
+        their prefix. An evaluation, where void counts as failed, tries three times."""
+        size = cfg.eval_runs if cfg.eval else cfg.samples_per_prompt
+        async with self.load_falls:
+            await self.load_falls.wait_for(lambda: min(self.load) < self.at_once)
+            rank = self.load.index(min(self.load))
+            self.load[rank] += size
+
         async def attempt():
-            async with self.slots:
+            async with self.slots[rank]:
                 for _ in range(3 if cfg.eval else 1):
-                    r = await rollout(self.engine, task, self.tokenizer, cfg, index % cfg.num_engines)
+                    r = await rollout(self.engine, task, self.tokenizer, cfg, rank)
                     if not r.void:
                         break
+            async with self.load_falls:
+                self.load[rank] -= 1
+                self.load_falls.notify_all()
             return r
-        size = cfg.eval_runs if cfg.eval else cfg.samples_per_prompt
         group = await asyncio.gather(*[attempt() for _ in range(size)])
-        return index, group, dict(WAITING)
+        return index, group, dict(WAITING), list(self.load)
 
 
 WAITING = dict(model=0, bash=0, grading=0)      # rollouts of this process by what they wait for
@@ -950,19 +976,26 @@ class Engine:
         return time.monotonic() - start
 
 
+# What --vllm may not change: the learner computes with the same.
+OWNED = """model tokenizer dtype max_model_len data_parallel_size logprobs_mode load_format generation_config
+    hf_overrides""".split()
+
+
 def engine_args(model, cfg):
-    """How vLLM is set up: one engine per GPU, the same numerics as the learner's."""
+    """How vLLM is set up: an engine per GPU, the same numerics as the learner's; --vllm is merged over it."""
     from vllm.engine.arg_utils import AsyncEngineArgs
-    small = dict(enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_num_seqs=64)
-    return AsyncEngineArgs(
+    arguments = dict(
         model=str(model), dtype=cfg.dtype, max_model_len=cfg.max_prompt_tokens + cfg.max_total_tokens,
         data_parallel_size=cfg.num_engines,
         distributed_executor_backend="uni",     # no worker process beside each engine
-        enable_prefix_caching=True, disable_log_stats=True,
+        seed=random.SystemRandom().randrange(2**31),    # vLLM's 0 would repeat its noise in each run
+        max_num_batched_tokens=8192, enable_prefix_caching=True, disable_log_stats=True,
         logprobs_mode="processed_logprobs",     # after the temperature, as the learner computes them
         generation_config="vllm",               # else top_k and top_p of the model's own defaults creep in
-        hf_overrides={"head_dtype": "float32"},     # as in token_logprobs
-        **(small if cfg.tiny or not torch.cuda.is_available() else {}))
+        hf_overrides={"head_dtype": "float32"})     # as in token_logprobs
+    if cfg.tiny or not torch.cuda.is_available():
+        arguments |= dict(enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_num_seqs=64)
+    return AsyncEngineArgs(**(arguments | json.loads(cfg.vllm)))
 
 
 # ============================================================================================================
@@ -1933,15 +1966,21 @@ def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Plan: memory, from shapes alone.
+# Plan: memory and seconds, from shapes alone. The seconds are rooflines of an H100, not measurements.
 # ------------------------------------------------------------------------------------------------------------
 
+# Of 444 real rollouts: their mean length in budgets, the sampled share, the context of a token in the mean.
+MEAN_LENGTH, SAMPLED, CONTEXT = 0.76, 0.7, 0.65
+
+
 def concurrency(cfg, kv_tokens):
-    """Rollouts at once that keep engines with this much KV cache busy: as many as it holds at their mean
+    """Rollouts at once that keep an engine with this much KV cache busy: as many as it holds at their mean
     length, and more for those that are in bash, 40 % of the time; never more than the asynchrony allows."""
-    length = 0.76 * (cfg.max_prompt_tokens + cfg.max_total_tokens)      # the mean of 444 real rollouts
+    at_once = math.ceil(kv_tokens / (MEAN_LENGTH * (cfg.max_prompt_tokens + cfg.max_total_tokens)) / 0.6)
+    if cfg.max_concurrent_rollouts:
+        at_once = math.ceil(cfg.max_concurrent_rollouts / cfg.num_engines)
     in_flight = (cfg.async_steps + 1) * cfg.prompts_per_step * cfg.samples_per_prompt
-    return min(in_flight, cfg.max_concurrent_rollouts or math.ceil(kv_tokens / length / 0.6))
+    return min(at_once, math.ceil(in_flight / cfg.num_engines))
 
 
 def engine_devices(cfg):
@@ -1952,7 +1991,7 @@ def engine_devices(cfg):
 
 
 def learner_memory(lm, cfg, ranks):
-    """(parameters, {part: bytes of one learner}) for a model sharded over `ranks`, with a full pack."""
+    """{part: bytes} of one learner in the backward pass of a full pack, the model sharded over `ranks`."""
     c, n, width = lm.config, cfg.pack_length, getattr(torch, cfg.dtype).itemsize
     d, layers = c.hidden_size, c.num_hidden_layers
     attention = lm.base_model.layers[0].self_attn
@@ -1967,52 +2006,84 @@ def learner_memory(lm, cfg, ranks):
     activations = (norms + products) * layers
     if cfg.gradient_checkpointing:
         activations = norms + products + width * n * d * layers
-    return size, {
+    return {
         "weights, FP32": 4 * size / ranks,
         "gradients, FP32": 4 * size / ranks,
-        "optimizer, FP32": 8 * size / ranks,
-        "gathered layers": width * (2 * layer + 2 * rest) + 4 * rest,   # two; embedding, head, gradients
+        "gathered layers": width * (2 * layer + 1.5 * rest),    # two; embedding, head, the head's gradient
         "activations": activations,
         "logprob chunk": 2 * 4 * min(1024, n) * c.vocab_size + n * d * (4 + width)}
 
 
-def plan(cfg, ranks):
-    """What GPUs hold when `ranks` of them learn: (a screen of text, what does not fit), from config.json.
+class Plan(NamedTuple):
+    problems: list[str]     # what does not fit
+    seconds: float          # of a step, modelled
+    learners: int           # of a node
+    text: str
 
-    Of a GPU, 5 % stay free of learners; vLLM takes 92 %, 4 GiB of it for activations and CUDA graphs."""
+
+def plan(cfg, gpus, nodes=1):
+    """The Plan of --num_learners, or the fastest of those that fit, on nodes of `gpus` GPUs: those of this
+    machine, or of 80 GB. Of a GPU, 5 % stay free of learners; vLLM takes 92 %, 4 GiB of it for activations
+    and CUDA graphs."""
     with reading(cfg.model):
         lm = check_shape(cfg.model)
+    splits = [cfg.num_learners] if cfg.num_learners else range(1, gpus)
+    plans = [plan_split(lm, cfg, n, cfg.num_engines or gpus - n, nodes) for n in splits]
+    return min(plans, key=lambda plan: (len(plan.problems), plan.seconds))
+
+
+def plan_split(lm, cfg, learners, engines, nodes):
+    cfg = replace(cfg, num_engines=engines)
     gib, shm = 80, math.inf
     if torch.cuda.is_available():
         gib = torch.cuda.mem_get_info()[1] / 2**30
         shm = shutil.disk_usage("/dev/shm").free / 2**30
-    size, parts = learner_memory(lm, cfg, ranks)
-    learner = sum(parts.values()) / 2**30
-    width = getattr(torch, cfg.dtype).itemsize / 2**30
-    weights, layers = width * size, lm.base_model.layers
-    per_token = 2 * width * len(layers) * layers[0].self_attn.k_proj.out_features
-    longest = cfg.max_prompt_tokens + cfg.max_total_tokens
+    size, layers = sum(p.numel() for p in lm.parameters()), lm.base_model.layers
+    parts = learner_memory(lm, cfg, learners * nodes)
+    moments = 8 * size / (learners * nodes)
+    learner = max(sum(parts.values()), 8 * size / (learners * nodes) + moments) / 2**30
+    width = getattr(torch, cfg.dtype).itemsize
+    weights = width * size / 2**30
     cache = max(0.0, 0.92 * gib - 4 - weights)
-    tokens = int(cache / per_token)
+    fp8 = str(json.loads(cfg.vllm).get("kv_cache_dtype")).startswith("fp8")
+    per_token = 2 * len(layers) * layers[0].self_attn.k_proj.out_features * (1 if fp8 else width)
+    tokens = int(cache * 2**30 / per_token)
+    longest = cfg.max_prompt_tokens + cfg.max_total_tokens
+    at_once = concurrency(cfg, tokens)
+
+    # Generation: a decoding step reads all weights and the context of the rollouts that are not in bash.
+    length, rollouts = MEAN_LENGTH * longest, cfg.prompts_per_step * cfg.samples_per_prompt
+    decoding = max(1.0, 0.6 * at_once)
+    decoding_step = 0.001 + (width * size + decoding * CONTEXT * length * per_token) / 2.7e12
+    generate = rollouts * SAMPLED * length / decoding * decoding_step / (engines * nodes)
+    # Update: forward, recomputed forward and backward pass, matrix products and attention, at 45 % of peak.
+    flops = 8 * size + 9 * len(layers) * layers[0].self_attn.q_proj.out_features * length
+    update = rollouts * length * flops / (learners * nodes) / (0.45 * 989e12) + 2 * moments / 10e9
+    reload = 2 * width * size / 5e9
+    seconds = max(generate, update) + reload
+
     problems = []
     if learner > 0.95 * gib:
         problems.append(f"a learner needs {learner:.1f} GiB: raise --num_learners, lower --pack_length")
     if tokens < longest:
         problems.append(f"an engine has {cache:.1f} GiB for its KV cache, a rollout of {longest:,} tokens "
-                        f"needs {longest * per_token:.1f}: lower --max_total_tokens, or take larger GPUs")
+                        f"needs {longest * per_token / 2**30:.1f}: lower --max_total_tokens, or take larger GPUs")
     if weights > shm:
         problems.append(f"a reload needs {weights:.1f} GiB of /dev/shm, which has {shm:.1f}: mount it larger")
     lines = [
         f"{cfg.model}: {size / 1e9:.2f}B parameters, {cfg.dtype}",
-        f"{ranks} learner(s) and {cfg.num_engines} engine(s) on GPUs of {gib:.0f} GiB; all figures in GiB",
+        f"{learners} learner(s) and {engines} engine(s) a node, GPUs of {gib:.0f} GiB; all memory in GiB",
         f"a learner, with a pack of {cfg.pack_length:,} tokens: {learner:.1f}",
         *(f"    {name:24}{value / 2**30:8.1f}" for name, value in parts.items()),
+        f"    host memory: optimizer's moments {moments / 2**30:.1f} each",
         f"an engine: {0.92 * gib:.1f}: weights {weights:.1f}, activations, graphs 4.0, KV cache {cache:.1f}",
-        f"    for {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length",
-        f"about {concurrency(cfg, tokens * cfg.num_engines)} rollouts at once",
+        f"    for {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length; {at_once} rollouts at once",
         f"a reload: {weights:.1f} through /dev/shm",
+        f"{seconds:.0f} seconds a step, {seconds * cfg.training_steps / 86400:.1f} days for {cfg.training_steps}: "
+        f"generation {generate:.0f}, beside it an update {update:.0f}, then a reload {reload:.0f}",
+        f"    modelled, not measured: an H100, rollouts of {length:,.0f} tokens, learners at 45 % of peak",
         *([f"does not fit: {problem}" for problem in problems] or ["it fits"])]
-    return "\n".join(lines), problems
+    return Plan(problems, seconds, learners, "\n".join(lines))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2039,6 +2110,9 @@ def check(cfg):
             may_be_zero = f.default == 0 or f.name in ("async_steps", "seed")
             need(f.name, 0 < value < 2**63 or (may_be_zero and value == 0), "a positive number")
     longest = cfg.max_prompt_tokens + cfg.max_total_tokens
+    with reading(cfg.vllm, "--vllm: "):
+        owned = sorted(set(OWNED) & json.loads(cfg.vllm).keys())
+    need("vllm", not owned, f"possible: {', '.join(owned)} belong to the recipe")
     need("top_p", cfg.top_p == 1 or cfg.eval and cfg.top_p < 1, "1, or in an evaluation at most 1")
     need("eval_every", bool(cfg.eval_every) == bool(cfg.eval_tasks), "given together with --eval_tasks")
     need("samples_per_prompt", cfg.samples_per_prompt > 1, "at least 2, to be compared")
@@ -2074,6 +2148,7 @@ def tally(groups):
     problems = Counter(r.problem for r in rollouts)
     return dict(
         groups_tried=len(groups), rollouts_graded=len(graded), reward=sum(r.reward for r in graded),
+        tokens_sampled=sum(sum(r.mask) for r in rollouts),
         no_reward=problems["no_reward"], clipped=problems["clipped"],
         touches_grader=sum(r.touches_grader for r in rollouts),
         **Counter(f"finish_{r.finish}" for r in rollouts))
@@ -2110,7 +2185,7 @@ def write_rollouts(file, rollouts, **extra):
 
 
 UPDATE_METRICS = """tokens loss grad_norm kept_fraction kept_fraction_positive kept_fraction_negative entropy
-    mismatch_max drift_max divergence_mean divergence_max ratio_max staleness_mean staleness_max
+    mismatch_mean mismatch_p999 mismatch_max drift_max divergence_mean divergence_max ratio_max staleness_mean staleness_max
     steps_skipped""".split()
 
 
@@ -2126,15 +2201,17 @@ def step_metrics(seen, version):
     divergence = (logprobs.exp() - mu.exp()).abs()
     figures = dict(
         loss=loss, entropy=entropy, kept_fraction=kept, kept_fraction_positive=kept[advantages > 0],
-        kept_fraction_negative=kept[advantages < 0], mismatch_max=gap[lag == 0], drift_max=gap,
+        kept_fraction_negative=kept[advantages < 0], mismatch_mean=gap[lag == 0],
+        mismatch_p999=gap[lag == 0], mismatch_max=gap[lag == 0], drift_max=gap,
         divergence_mean=divergence, divergence_max=divergence, ratio_max=(logprobs - mu).exp(),
         staleness_mean=lag, staleness_max=lag)
     metrics = dict(tokens=len(loss))
     for name, x in figures.items():
         figure = math.nan
         if len(x):
-            figure = float(x.max() if name.endswith("max") else x.mean())
-        metrics[name] = figure if math.isfinite(figure) else None
+            kind = name.rpartition("_")[2]
+            figure = {"max": np.max, "p999": lambda x: np.quantile(x, 0.999)}.get(kind, np.mean)(x.numpy())
+        metrics[name] = float(figure) if math.isfinite(figure) else None
     return metrics
 
 
@@ -2196,10 +2273,13 @@ def resolve(cfg):
         raise UserError("the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
                         "python tmax.py --tiny runs the same code on two CPU cores")
     gpus = gpus or 8 * cfg.plan
-    cfg.num_learners = cfg.num_learners or ranks or max(1, gpus // 2)
+    cfg.num_learners = cfg.num_learners or ranks
+    if gpus > 1 and not cfg.num_learners and not cfg.tiny and not cfg.eval:
+        cfg.num_learners = plan(cfg, gpus).learners
+    cfg.num_learners = cfg.num_learners or 1
     if cfg.eval and not cfg.plan:
         cfg.num_learners = 0
-    cfg.num_engines = cfg.num_engines or max(1, gpus - cfg.num_learners)
+    cfg.num_engines = cfg.num_engines or (1 if cfg.tiny else max(1, gpus - cfg.num_learners))
     cfg.name = cfg.name or time.strftime("%Y%m%d-%H%M%S")
     if ranks and cfg.num_learners != ranks:
         raise UserError(f"--num_learners: torchrun started {ranks} on this node, not {cfg.num_learners}")
@@ -2228,7 +2308,8 @@ def make_run_dir(cfg):
 def preflight(cfg):
     """Raise UserError for what is wrong here, before anything is made. Returns (tasks, eval_tasks)."""
     if torch.cuda.is_available() and not cfg.tiny and not cfg.eval:
-        _, problems = plan(cfg, int(os.environ.get("WORLD_SIZE", cfg.num_learners)))
+        nodes = int(os.environ.get("WORLD_SIZE", cfg.num_learners)) // cfg.num_learners
+        problems = plan(cfg, torch.cuda.device_count(), nodes).problems
         if problems:
             raise UserError(f"--plan says what does not fit: {'; '.join(problems)}")
     check_sandbox(cfg)
@@ -2312,9 +2393,9 @@ def main():
     try:
         cfg = resolve(parse_config(sys.argv[1:]))
         if cfg.plan:
-            text, problems = plan(cfg, cfg.num_learners)
-            print(text)
-            sys.exit(bool(problems))
+            plan_here = plan(cfg, cfg.num_learners + cfg.num_engines)
+            print(plan_here.text)
+            sys.exit(bool(plan_here.problems))
         if cfg.oracle:
             make_memory()
             tasks, _ = preflight(cfg)
