@@ -994,7 +994,8 @@ def engine_args(model, cfg):
         generation_config="vllm",               # else top_k and top_p of the model's own defaults creep in
         hf_overrides={"head_dtype": "float32"})     # as in token_logprobs
     if cfg.tiny or not torch.cuda.is_available():
-        arguments |= dict(enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_num_seqs=64)
+        cache = small_cache(check_shape(model), cfg)
+        arguments |= dict(enforce_eager=True, kv_cache_memory_bytes=cache, max_num_seqs=64)
     return AsyncEngineArgs(**(arguments | json.loads(cfg.vllm)))
 
 
@@ -2014,60 +2015,94 @@ def learner_memory(lm, cfg, ranks):
         "logprob chunk": 2 * 4 * min(1024, n) * c.vocab_size + n * d * (4 + width)}
 
 
+def kv_bytes(lm, cfg):
+    """Bytes of KV cache that a token needs."""
+    layers = lm.base_model.layers
+    fp8 = str(json.loads(cfg.vllm).get("kv_cache_dtype")).startswith("fp8")
+    width = 1 if fp8 else getattr(torch, cfg.dtype).itemsize
+    return 2 * width * len(layers) * layers[0].self_attn.k_proj.out_features
+
+
+def small_cache(lm, cfg):
+    """Bytes of KV cache for --tiny and without a GPU: for 64 rollouts, or as many as half of the free memory
+    holds. Raises UserError if these are fewer than 4."""
+    rollout = kv_bytes(lm, cfg) * (cfg.max_prompt_tokens + cfg.max_total_tokens)
+    free = int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]) << 10
+    fit = free // 2 // rollout
+    require(fit >= 4, f"--max_total_tokens: KV cache for 4 rollouts needs {4 * rollout / 2**30:.1f} GiB, "
+                      f"half of the free memory is {free / 2**31:.1f}")
+    return rollout * min(64, fit)
+
+
+def step_seconds(lm, cfg, learners, engines, at_once):
+    """(generation, update, reload) of one step by rooflines of an H100; learners and engines of all nodes."""
+    size, layers = sum(p.numel() for p in lm.parameters()), lm.base_model.layers
+    weights = size * getattr(torch, cfg.dtype).itemsize
+    rollouts = cfg.prompts_per_step * cfg.samples_per_prompt
+    length = MEAN_LENGTH * (cfg.max_prompt_tokens + cfg.max_total_tokens)
+    # Decoding reads all weights and the context of those rollouts that are not in bash, at 80 % of bandwidth.
+    decoding = 0.6 * at_once
+    token = 0.001 + (weights + decoding * CONTEXT * length * kv_bytes(lm, cfg)) / (0.8 * 3.35e12)
+    generation = rollouts * SAMPLED * length * token / decoding / engines
+    # Forward, recomputed forward and backward pass: matrix products and attention, at 45 % of peak. Then the
+    # moments come and go.
+    flops = 8 * size + 9 * len(layers) * layers[0].self_attn.q_proj.out_features * length
+    update = (rollouts * length * flops / (0.45 * 989e12) + 16 * size / 10e9) / learners
+    return generation, update, 2 * weights / 5e9
+
+
 class Plan(NamedTuple):
     problems: list[str]     # what does not fit
     seconds: float          # of a step, modelled
     learners: int           # of a node
+    vllm_share: float       # of a GPU
     text: str
 
 
 def plan(cfg, gpus, nodes=1):
     """The Plan of --num_learners, or the fastest of those that fit, on nodes of `gpus` GPUs: those of this
-    machine, or of 80 GB. Of a GPU, 5 % stay free of learners; vLLM takes 92 %, 4 GiB of it for activations
-    and CUDA graphs."""
+    machine, or of 80 GB."""
     with reading(cfg.model):
         lm = check_shape(cfg.model)
-    splits = [cfg.num_learners] if cfg.num_learners else range(1, gpus)
-    plans = [plan_split(lm, cfg, n, cfg.num_engines or gpus - n, nodes) for n in splits]
-    return min(plans, key=lambda plan: (len(plan.problems), plan.seconds))
+    plans = []
+    for learners in range(1, max(2, gpus)):
+        plans.append(plan_split(lm, cfg, learners, max(1, gpus - learners), gpus, nodes))
+    best = min(plans, key=lambda plan: (len(plan.problems), plan.seconds))
+    if cfg.num_learners:
+        best = plan_split(lm, cfg, cfg.num_learners, cfg.num_engines or gpus - cfg.num_learners, gpus, nodes)
+    seconds = [f"{p.seconds:.0f} s" if not p.problems else "does not fit" for p in plans]
+    splits = "; ".join(f"{p.learners} + {gpus - p.learners}: {s}" for p, s in zip(plans, seconds))
+    return best._replace(text=f"{best.text}\nlearners + engines: {splits}")
 
 
-def plan_split(lm, cfg, learners, engines, nodes):
-    cfg = replace(cfg, num_engines=engines)
+def plan_split(lm, cfg, learners, engines, gpus, nodes):
+    """Of a GPU, 5 % stay free of learners; vLLM takes 92 %, 4 GiB of it for activations and CUDA graphs."""
     gib, shm = 80, math.inf
     if torch.cuda.is_available():
         gib = torch.cuda.mem_get_info()[1] / 2**30
         shm = shutil.disk_usage("/dev/shm").free / 2**30
-    size, layers = sum(p.numel() for p in lm.parameters()), lm.base_model.layers
+    size = sum(p.numel() for p in lm.parameters())
     parts = learner_memory(lm, cfg, learners * nodes)
     moments = 8 * size / (learners * nodes)
-    learner = max(sum(parts.values()), 8 * size / (learners * nodes) + moments) / 2**30
-    width = getattr(torch, cfg.dtype).itemsize
-    weights = width * size / 2**30
-    cache = max(0.0, 0.92 * gib - 4 - weights)
-    fp8 = str(json.loads(cfg.vllm).get("kv_cache_dtype")).startswith("fp8")
-    per_token = 2 * len(layers) * layers[0].self_attn.k_proj.out_features * (1 if fp8 else width)
-    tokens = int(cache * 2**30 / per_token)
-    longest = cfg.max_prompt_tokens + cfg.max_total_tokens
-    at_once = concurrency(cfg, tokens)
-
-    # Generation: a decoding step reads all weights and the context of the rollouts that are not in bash.
-    length, rollouts = MEAN_LENGTH * longest, cfg.prompts_per_step * cfg.samples_per_prompt
-    decoding = max(1.0, 0.6 * at_once)
-    decoding_step = 0.001 + (width * size + decoding * CONTEXT * length * per_token) / 2.7e12
-    generate = rollouts * SAMPLED * length / decoding * decoding_step / (engines * nodes)
-    # Update: forward, recomputed forward and backward pass, matrix products and attention, at 45 % of peak.
-    flops = 8 * size + 9 * len(layers) * layers[0].self_attn.q_proj.out_features * length
-    update = rollouts * length * flops / (learners * nodes) / (0.45 * 989e12) + 2 * moments / 10e9
-    reload = 2 * width * size / 5e9
-    seconds = max(generate, update) + reload
-
+    in_step = parts["weights, FP32"] + parts["gradients, FP32"] + moments
+    learner = max(sum(parts.values()), in_step) / 2**30
+    vllm = 0.92 * gib
+    if learners + engines > gpus:   # one GPU for both
+        vllm -= learner
+    weights = size * getattr(torch, cfg.dtype).itemsize / 2**30
+    cache = max(0.0, vllm - 4 - weights)
+    longest, per_token = cfg.max_prompt_tokens + cfg.max_total_tokens, kv_bytes(lm, cfg) / 2**30
+    tokens = int(cache / per_token)
+    at_once = concurrency(replace(cfg, num_engines=engines), tokens)
+    seconds = step_seconds(lm, cfg, learners * nodes, engines * nodes, max(1, at_once))
+    generation, update, reload = seconds
+    step = max(generation, update) + reload
     problems = []
     if learner > 0.95 * gib:
         problems.append(f"a learner needs {learner:.1f} GiB: raise --num_learners, lower --pack_length")
     if tokens < longest:
         problems.append(f"an engine has {cache:.1f} GiB for its KV cache, a rollout of {longest:,} tokens "
-                        f"needs {longest * per_token / 2**30:.1f}: lower --max_total_tokens, or take larger GPUs")
+                        f"needs {longest * per_token:.1f}: lower --max_total_tokens, or take larger GPUs")
     if weights > shm:
         problems.append(f"a reload needs {weights:.1f} GiB of /dev/shm, which has {shm:.1f}: mount it larger")
     lines = [
@@ -2075,15 +2110,16 @@ def plan_split(lm, cfg, learners, engines, nodes):
         f"{learners} learner(s) and {engines} engine(s) a node, GPUs of {gib:.0f} GiB; all memory in GiB",
         f"a learner, with a pack of {cfg.pack_length:,} tokens: {learner:.1f}",
         *(f"    {name:24}{value / 2**30:8.1f}" for name, value in parts.items()),
-        f"    host memory: optimizer's moments {moments / 2**30:.1f} each",
-        f"an engine: {0.92 * gib:.1f}: weights {weights:.1f}, activations, graphs 4.0, KV cache {cache:.1f}",
-        f"    for {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length; {at_once} rollouts at once",
+        f"    AdamW's moments, in host memory until the step: {moments / 2**30:.1f}",
+        f"an engine: {vllm:.1f}: weights {weights:.1f}, activations, graphs 4.0, KV cache {cache:.1f}",
+        f"    for {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length; {at_once} run at once",
         f"a reload: {weights:.1f} through /dev/shm",
-        f"{seconds:.0f} seconds a step, {seconds * cfg.training_steps / 86400:.1f} days for {cfg.training_steps}: "
-        f"generation {generate:.0f}, beside it an update {update:.0f}, then a reload {reload:.0f}",
-        f"    modelled, not measured: an H100, rollouts of {length:,.0f} tokens, learners at 45 % of peak",
+        f"{step:.0f} seconds a step: generation {generation:.0f}, beside it an update of {update:.0f}, then a "
+        f"reload of {reload:.0f}; {step * cfg.training_steps / 86400:.1f} days for {cfg.training_steps} steps",
+        "    (modelled, not measured: an H100, learners at 45 % of peak, rollouts of "
+        f"{MEAN_LENGTH * longest:,.0f} tokens)",
         *([f"does not fit: {problem}" for problem in problems] or ["it fits"])]
-    return Plan(problems, seconds, learners, "\n".join(lines))
+    return Plan(problems, step, learners, vllm / gib, "\n".join(lines))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2185,8 +2221,8 @@ def write_rollouts(file, rollouts, **extra):
 
 
 UPDATE_METRICS = """tokens loss grad_norm kept_fraction kept_fraction_positive kept_fraction_negative entropy
-    mismatch_mean mismatch_p999 mismatch_max drift_max divergence_mean divergence_max ratio_max staleness_mean staleness_max
-    steps_skipped""".split()
+    mismatch_mean mismatch_p999 mismatch_max drift_max divergence_mean divergence_max ratio_max
+    staleness_mean staleness_max steps_skipped""".split()
 
 
 def step_metrics(seen, version):
@@ -2269,9 +2305,9 @@ def join_ranks():
 def resolve(cfg):
     """Fill in, once, what a 0 or an empty name leaves to the machine. Raises UserError for what cannot be."""
     gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 0))     # set by torchrun
-    if not (gpus or cfg.tiny or cfg.oracle or cfg.plan):
+    if not gpus and cfg.model == Config.model and not (cfg.oracle or cfg.plan):
         raise UserError("the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
-                        "python tmax.py --tiny runs the same code on two CPU cores")
+                        "python tmax.py --tiny runs the same code on two CPU cores, as does a small --model")
     gpus = gpus or 8 * cfg.plan
     cfg.num_learners = cfg.num_learners or ranks
     if gpus > 1 and not cfg.num_learners and not cfg.tiny and not cfg.eval:
@@ -2287,8 +2323,10 @@ def resolve(cfg):
     if cfg.prompts_per_step % nodes:
         raise UserError(f"--prompts_per_step: {cfg.prompts_per_step} is not a multiple of {nodes} nodes")
     needed = cfg.num_learners + cfg.num_engines
-    share_a_gpu = cfg.tiny and needed == 2
-    if needed > gpus > 0 and not cfg.plan and not share_a_gpu:
+    if gpus == 1 and needed == 2 and not cfg.tiny:      # learner and engine share it
+        share = dict(gpu_memory_utilization=round(plan(cfg, gpus).vllm_share, 3))
+        cfg.vllm = json.dumps(share | json.loads(cfg.vllm))
+    elif needed > gpus > 0 and not (cfg.plan or cfg.tiny and needed == 2):
         raise UserError(f"--num_learners: with the engines {needed} GPUs are needed, and there are {gpus}")
     return cfg
 
@@ -2316,7 +2354,9 @@ def preflight(cfg):
     if cfg.model and not cfg.oracle:
         with reading(cfg.model):
             chat_format(AutoTokenizer.from_pretrained(cfg.model))
-            check_shape(cfg.model)
+            lm = check_shape(cfg.model)
+        if not torch.cuda.is_available():
+            small_cache(lm, cfg)
     every = replace(cfg, include=[], exclude=[])
     return all_tasks(cfg.tasks, cfg), all_tasks(cfg.eval_tasks, every, "--eval_tasks")
 
@@ -2393,9 +2433,9 @@ def main():
     try:
         cfg = resolve(parse_config(sys.argv[1:]))
         if cfg.plan:
-            plan_here = plan(cfg, cfg.num_learners + cfg.num_engines)
-            print(plan_here.text)
-            sys.exit(bool(plan_here.problems))
+            chosen = plan(cfg, torch.cuda.device_count() or 8)
+            print(chosen.text)
+            sys.exit(bool(chosen.problems))
         if cfg.oracle:
             make_memory()
             tasks, _ = preflight(cfg)
