@@ -605,8 +605,9 @@ class TokenLogprobs(torch.autograd.Function):
         for i, part in enumerate(weight.split(width)):
             d = matmul(hidden, part.T).div_(ctx.temperature)
             d.sub_(logz[:, None]).exp_().neg_()     # d logprob / d logit = 1[target] - p
-            rows = (targets // width == i).nonzero()[:, 0]
-            d[rows, targets[rows] % width] += 1
+            column = targets - i * width
+            is_here = (column >= 0) & (column < len(part))
+            d.scatter_add_(1, column.clamp(0, len(part) - 1)[:, None], is_here[:, None].to(d))
             d = d.mul_(grad[:, None] / ctx.temperature).to(weight.dtype)
             d_hidden += matmul(d, part)
             d_weight[i * width:][:width] = matmul(d.T, hidden)
@@ -2006,13 +2007,13 @@ def learner_memory(lm, cfg, ranks):
     products = width * n * (7 * d + 8 * q + 5 * kv + 4 * c.intermediate_size)
     activations = (norms + products) * layers
     if cfg.gradient_checkpointing:
-        activations = norms + products + width * n * d * layers
+        logits = 2 * 4 * min(1024, n) * c.vocab_size
+        activations = width * n * d * layers + max(norms + products, logits)
     return {
         "weights, FP32": 4 * size / ranks,
         "gradients, FP32": 4 * size / ranks,
         "gathered layers": width * (2 * layer + 1.5 * rest),    # two; embedding, head, the head's gradient
-        "activations": activations,
-        "logprob chunk": 2 * 4 * min(1024, n) * c.vocab_size + n * d * (4 + width)}
+        "activations": activations}
 
 
 def kv_bytes(lm, cfg):
