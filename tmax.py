@@ -2311,11 +2311,10 @@ def resolve(cfg):
                         "python tmax.py --tiny runs the same code on two CPU cores, as does a small --model")
     gpus = gpus or 8 * cfg.plan
     cfg.num_learners = cfg.num_learners or ranks
-    if gpus > 1 and not cfg.num_learners and not cfg.tiny and not cfg.eval:
+    learns = cfg.plan or not cfg.eval
+    if learns and gpus > 1 and not cfg.num_learners and not cfg.tiny:
         cfg.num_learners = plan(cfg, gpus).learners
-    cfg.num_learners = cfg.num_learners or 1
-    if cfg.eval and not cfg.plan:
-        cfg.num_learners = 0
+    cfg.num_learners = (cfg.num_learners or 1) if learns else 0
     cfg.num_engines = cfg.num_engines or (1 if cfg.tiny else max(1, gpus - cfg.num_learners))
     cfg.name = cfg.name or time.strftime("%Y%m%d-%H%M%S")
     if ranks and cfg.num_learners != ranks:
