@@ -5,8 +5,8 @@ the model calls one tool, `bash`, until it submits; hidden tests give a reward i
 with its own mean, the tokens that the model sampled are packed into long rows, one DPPO step (arXiv
 2602.04879) is taken, and the new weights are reloaded into vLLM while rollouts go on.
 
-    python tmax.py                      the recipe for 8B on one node with 8 GPUs (4 learn, 4 generate)
-    python tmax.py --plan               what of it needs how much memory, and whether it fits
+    python tmax.py                      the recipe for 8B on one node with 8 GPUs (2 learn, 6 generate)
+    python tmax.py --plan               what of it needs how much memory and time, and whether it fits
     python tmax.py --tiny --loss grpo   the same with a tiny model, on two cores; fields of Config are flags
     python tmax.py --eval --model PATH --tasks FOLDER           the mean reward with error bars
     torchrun --nnodes 2 ... tmax.py     two such nodes: see the README
@@ -2072,7 +2072,7 @@ def plan(cfg, gpus, nodes=1):
     if cfg.num_learners:
         best = plan_split(lm, cfg, cfg.num_learners, cfg.num_engines or gpus - cfg.num_learners, gpus, nodes)
     seconds = [f"{p.seconds:.0f} s" if not p.problems else "does not fit" for p in plans]
-    splits = "; ".join(f"{p.learners} + {gpus - p.learners}: {s}" for p, s in zip(plans, seconds))
+    splits = "; ".join(f"{p.learners} + {max(1, gpus - p.learners)}: {s}" for p, s in zip(plans, seconds))
     return best._replace(text=f"{best.text}\nlearners + engines: {splits}")
 
 
