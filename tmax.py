@@ -2025,7 +2025,7 @@ def kv_bytes(lm, cfg):
 
 
 def small_cache(lm, cfg):
-    """Bytes of KV cache for --tiny and without a GPU: for 64 rollouts, or as many as half of the free memory
+    """Bytes of KV cache for --tiny and without a GPU: for 64 rollouts, or those that half of the free memory
     holds. Raises UserError if these are fewer than 4."""
     rollout = kv_bytes(lm, cfg) * (cfg.max_prompt_tokens + cfg.max_total_tokens)
     free = int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]) << 10
@@ -2061,13 +2061,10 @@ class Plan(NamedTuple):
 
 
 def plan(cfg, gpus, nodes=1):
-    """The Plan of --num_learners, or the fastest of those that fit, on nodes of `gpus` GPUs: those of this
-    machine, or of 80 GB."""
+    """The Plan of --num_learners, or the fastest that fits, for nodes of `gpus` GPUs like these, or of 80 GB."""
     with reading(cfg.model):
         lm = check_shape(cfg.model)
-    plans = []
-    for learners in range(1, max(2, gpus)):
-        plans.append(plan_split(lm, cfg, learners, max(1, gpus - learners), gpus, nodes))
+    plans = [plan_split(lm, cfg, n, max(1, gpus - n), gpus, nodes) for n in range(1, max(2, gpus))]
     best = min(plans, key=lambda plan: (len(plan.problems), plan.seconds))
     if cfg.num_learners:
         best = plan_split(lm, cfg, cfg.num_learners, cfg.num_engines or gpus - cfg.num_learners, gpus, nodes)
@@ -2108,7 +2105,7 @@ def plan_split(lm, cfg, learners, engines, gpus, nodes):
         problems.append(f"a reload needs {weights:.1f} GiB of /dev/shm, which has {shm:.1f}: mount it larger")
     lines = [
         f"{cfg.model}: {size / 1e9:.2f}B parameters, {cfg.dtype}",
-        f"{learners} learner(s) and {engines} engine(s) a node, GPUs of {gib:.0f} GiB; all memory in GiB",
+        f"{learners} learner(s) and {engines} engine(s) a node, GPUs of {gib:.0f} GiB; memory in GiB",
         f"a learner, with a pack of {cfg.pack_length:,} tokens: {learner:.1f}",
         *(f"    {name:24}{value / 2**30:8.1f}" for name, value in parts.items()),
         f"    AdamW's moments, in host memory until the step: {moments / 2**30:.1f}",
