@@ -350,7 +350,8 @@ async def bash(box, command):
     limit = box.limit()
     output = await box.run(command, limit)
     last_line = output.text.rstrip().rpartition("\n")[2]
-    box.submitted = bool(SUBMISSION.search(command)) and output.exit_code == 0 and last_line == MARKER
+    succeeded = output.exit_code == 0 and last_line == MARKER
+    box.submitted = succeeded and bool(SUBMISSION.search(command))
     stopped = f"\n(stopped after {limit:.0f} s)" if output.timed_out else ""
     return render_observation(output.text + stopped, output.exit_code)
 
@@ -443,7 +444,8 @@ def build_pack(rollouts):
         return np.concatenate([getattr(r, name) for r in rollouts], dtype=dtype)
     lengths = [len(r.tokens) for r in rollouts]
     tokens, sampled = column("tokens"), np.flatnonzero(column("mask"))
-    per_token = np.repeat(np.float32([r.advantage for r in rollouts]), lengths)
+    of_rollout = np.float32([r.advantage for r in rollouts])
+    per_token = np.repeat(of_rollout, lengths)
     return Pack(
         tokens,
         positions=np.concatenate([np.arange(n) for n in lengths]),
@@ -468,14 +470,16 @@ def pack(rollouts, pack_length, num_ranks):
     def cost(bin):
         # In matrix products of one token. Attention grows with the square and costs as much at 54,000 tokens
         # (Qwen3-8B: 2 * 8e9 flops a token against 2 * 36 layers * 4,096 * length).
-        return sum(len(r.tokens) * (1 + len(r.tokens) / 54_000) for r in bin)
+        lengths = [len(r.tokens) for r in bin]
+        return sum(n * (1 + n / 54_000) for n in lengths)
 
     def distribute(count):
         """The rollouts in `count` bins, or None if one finds no room."""
         bins = [[] for _ in range(count)]
         for r in rollouts:
             room = pack_length - len(r.tokens)
-            with_room = [bin for bin in bins if sum(len(x.tokens) for x in bin) <= room]
+            with_room = [bin for bin in bins
+                         if sum(len(x.tokens) for x in bin) <= room]
             if not with_room:
                 return None
             min(with_room, key=cost).append(r)
@@ -523,7 +527,8 @@ def policy_loss(cfg, logprobs, rollout_logprobs, advantages):
         divergence = cfg.loss.removeprefix("dppo_")
         return dppo_loss(logprobs, rollout_logprobs, advantages, divergence, cfg.dppo_threshold)
     # grpo: PPO's clip of r. pg: importance-weighted, without a trust region.
-    low, high = {"grpo": (0.8, 1.272), "pg": (0.0, math.inf)}[cfg.loss]
+    bounds = {"grpo": (0.8, 1.272), "pg": (0.0, math.inf)}
+    low, high = bounds[cfg.loss]
     r = (logprobs - rollout_logprobs).exp().detach()
     clipped = r.clamp(low, high)
     kept = ~(advantages * (r - clipped) > 0)
@@ -547,19 +552,20 @@ def packed_attention(module, query, key, value, mask, cu_seqlens=None, scaling=N
     if (others.get("sliding_window") or math.inf) >= query.shape[2]:
         others["sliding_window"] = None
     others.pop("position_ids", None)
-    if unknown := [name for name, x in others.items() if torch.is_tensor(x) or x]:
+    unknown = [name for name, x in others.items() if torch.is_tensor(x) or x]
+    if unknown:
         raise ValueError(f"packed attention knows no {', '.join(unknown)}")
-    lengths = cu_seqlens.diff()
+    lengths = cu_seqlens.diff().tolist()
     # Grouped heads are repeated: CUDA's FP32 kernels do not know them, nor every torch's varlen_attn.
     heads_per_key = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(heads_per_key, dim=1) for x in (key, value))
     if query.is_cuda and query.dtype == torch.bfloat16:     # one kernel for all rollouts
         from torch.nn.attention.varlen import varlen_attn
         rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        longest = int(lengths.max())
-        out = varlen_attn(*rows, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(-1, 0))
+        out = varlen_attn(*rows, cu_seqlens, cu_seqlens, max(lengths), max(lengths),
+                          scale=scaling, window_size=(-1, 0))
         return out[None], None
-    query, key, value = (x.split(lengths.tolist(), dim=2) for x in (query, key, value))
+    query, key, value = (x.split(lengths, dim=2) for x in (query, key, value))
     out = [F.scaled_dot_product_attention(*rollout, is_causal=True, scale=scaling)
            for rollout in zip(query, key, value)]
     return torch.cat(out, dim=2).transpose(1, 2), None
@@ -599,16 +605,18 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, targets, logz = ctx.saved_tensors
-        d_hidden, d_weight = torch.zeros_like(hidden, dtype=logz.dtype), torch.empty_like(weight)
+        d_hidden = torch.zeros_like(hidden, dtype=logz.dtype)
+        d_weight = torch.empty_like(weight)
         budget = ctx.chunk * len(weight)    # logits at once, as in the forward pass
         width = max(64, budget // max(1, len(hidden)) // 64 * 64)   # rows of the vocabulary, a multiple of 64
         for i, part in enumerate(weight.split(width)):
             d = matmul(hidden, part.T).div_(ctx.temperature)
             d.sub_(logz[:, None]).exp_().neg_()     # d logprob / d logit = 1[target] - p
-            column = targets - i * width
+            column = targets[:, None] - i * width
             is_here = (column >= 0) & (column < len(part))
-            d.scatter_add_(1, column.clamp(0, len(part) - 1)[:, None], is_here[:, None].to(d))
-            d = d.mul_(grad[:, None] / ctx.temperature).to(weight.dtype)
+            d.scatter_add_(1, column.clamp(0, len(part) - 1), is_here.to(d))
+            d.mul_(grad[:, None] / ctx.temperature)
+            d = d.to(weight.dtype)
             d_hidden += matmul(d, part)
             d_weight[i * width:][:width] = matmul(d.T, hidden)
         return d_hidden.to(hidden.dtype), d_weight, None, None, None
@@ -688,7 +696,8 @@ class Learner:
         num_tokens = torch.tensor(sum(len(p.targets) for p in packs))
         dist.all_reduce(num_tokens)
         # FSDP averages gradients over the ranks; the loss is a sum over all of them.
-        seen = backward_packs(self.policy, packs, int(num_tokens), self.cfg, scale=dist.get_world_size())
+        scale = dist.get_world_size()
+        seen = backward_packs(self.policy, packs, int(num_tokens), self.cfg, scale)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.cfg.max_grad_norm)
         norm = float(norm.full_tensor())
         warmup = min(1.0, (self.version + 1) / (self.cfg.warmup_steps + 1))
@@ -907,19 +916,6 @@ class Generator:
         return index, group, dict(WAITING), list(self.load)
 
 
-WAITING = dict(model=0, bash=0, grading=0)      # rollouts of this process by what they wait for
-
-
-@contextlib.contextmanager
-def waiting(what):
-    """Count a rollout as waiting for `what`."""
-    WAITING[what] += 1
-    try:
-        yield
-    finally:
-        WAITING[what] -= 1
-
-
 class Turn(NamedTuple):
     tokens: list[int]       # sampled ids, the stop token included
     logprobs: list[float]
@@ -955,7 +951,8 @@ class Engine:
             async for output in self.llm.generate(prompt, params, request, data_parallel_rank=engine_rank):
                 done = output.outputs[0]
         ids = list(done.token_ids)
-        logprobs = [entry[i].logprob for entry, i in zip(done.logprobs, ids, strict=True)]
+        entries = zip(done.logprobs, ids, strict=True)
+        logprobs = [entry[i].logprob for entry, i in entries]
         versions = []
         for span in done.weight_versions:
             versions += [int(span.version)] * (span.end - span.start)
@@ -977,9 +974,8 @@ class Engine:
         return time.monotonic() - start
 
 
-# What --vllm may not change: the learner computes with the same.
 OWNED = """model tokenizer dtype max_model_len data_parallel_size logprobs_mode load_format generation_config
-    hf_overrides""".split()
+    hf_overrides""".split()     # what --vllm may not change: the learner computes with the same
 
 
 def engine_args(model, cfg):
@@ -1181,7 +1177,8 @@ class Sandbox:
     async def __aenter__(self):
         self.started = self._in_thread(self.backend.start)
         try:
-            folder = await asyncio.wait_for(asyncio.shield(self.started), self.task.build_timeout + 120)
+            most = self.task.build_timeout + 120
+            folder = await asyncio.wait_for(asyncio.shield(self.started), most)
             folder = self.task.workdir or folder or "/"
             self.directory = "/app" if folder == "/" else folder    # if it is there: TMax tasks expect it
             seeds = self.task.path / "environment/seeds"
@@ -1227,14 +1224,15 @@ class Sandbox:
         """Run bash where the last command left off; after `timeout` seconds it is stopped. Returns Output."""
         data = command.encode("utf-8", "replace").replace(b"\0", b"")
         argv = ["bash", "-c", RUN_COMMAND, "bash", str(len(data)), self.directory, SAVE_STATE]
-        code, text = await self._execute(argv, data, timeout or self.limit(), self.task.user)
+        timeout = timeout or self.limit()
+        code, text = await self._execute(argv, data, timeout, self.task.user)
         self.worked = True
         return Output(text, 124 if code is None else code, code is None)
 
     async def upload(self, folder, target, script=UPLOAD):
         """Copy what is in a folder here to the folder `target` there; root owns all of it."""
-        pack = functools.partial(subprocess.run, ["tar", "-cC", folder, "."], capture_output=True)
-        packed = await self._in_thread(pack)
+        tar = ["tar", "-cC", folder, "."]
+        packed = await self._in_thread(functools.partial(subprocess.run, tar, capture_output=True))
         if packed.returncode:   # stderr names the file
             raise SandboxLost("upload", packed.stderr.decode(errors="replace"))
         argv = ["bash", "-c", script, "bash", str(len(packed.stdout)), target]
@@ -1253,7 +1251,8 @@ class Sandbox:
         environment = [f"{name}={value}" for name, value in self.task.verifier_env]
         script = 'cd -- "$0" 2>/dev/null; /tests/test.sh </dev/null'
         argv = ["env", *environment, "bash", "-c", script, self.directory]
-        code, text = await self._execute(argv, b"", self.task.verifier_timeout, self.task.verifier_user)
+        task = self.task
+        code, text = await self._execute(argv, b"", task.verifier_timeout, task.verifier_user)
         _, rewards = await self._execute(["bash", "-c", READ_REWARDS], b"", 60, "0")
         reward = math.nan if code is None else read_reward(rewards)
         if not math.isfinite(reward):
@@ -1288,7 +1287,7 @@ def head_and_tail(parts):
 
 # Runs "${@:2}" for at most $1 seconds. Its output goes through a pipe (8 writes, 7 reads), so that a job in
 # the background that holds it delays nothing: when it has been empty for a while, `cat <&7` drops the rest.
-# What runs out of time gets SIGTERM and saves its state, then its group SIGKILL: a fork bomb outlives SIGTERM.
+# What runs out of time gets SIGTERM and saves its state, then its group SIGKILL: a fork bomb lives on.
 THROUGH_PIPE = """exec 8> >(exec cat) 7</proc/self/fd/8 2>/dev/null; reader=$!
 timeout -k 2 "$@" <&0 >&8 2>&1 7<&- 8>&- & job=$!
 wait $job; code=$?; (( SECONDS >= ${1%.*} )) && kill -KILL -- -$job
@@ -1409,7 +1408,8 @@ class Bubblewrap:
 
     def start(self):
         self.top = tempfile.mkdtemp(prefix="sandbox-")      # of mode 0700
-        self.uid = os.getuid() or 1_900_000_000 + os.stat(self.top).st_ino % 100_000_000
+        inode = os.stat(self.top).st_ino
+        self.uid = os.getuid() or 1_900_000_000 + inode % 100_000_000
         inside = "root root/tmp root/root root/home root/opt root/var root/app root/workspace"
         for name in ["", *inside.split()]:
             os.makedirs(f"{self.top}/{name}", exist_ok=True)
@@ -1425,7 +1425,8 @@ class Bubblewrap:
             result = self._run(argv, stdin, timeout)
             # What the whole file system holds is known at once; only if it is too much, du looks here.
             if shutil.disk_usage(self.top).used > self.task.memory_mb << 20:
-                code, too_much = self._run(["sh", "-c", DISK_USE, str(self.task.memory_mb)], b"", 10)
+                argv = ["sh", "-c", DISK_USE, str(self.task.memory_mb)]
+                code, too_much = self._run(argv, b"", 10)
                 if code == 124 or too_much:
                     raise KilledItself("its files need more than its memory")
         return result
@@ -1433,7 +1434,8 @@ class Bubblewrap:
     def _run(self, argv, stdin, timeout):
         reader, writer = os.pipe()
         os.fchown(writer, self.uid, -1)     # for `>/dev/stderr`
-        with open(reader, "rb", 0) as stream, open(writer, "wb") as end, tempfile.TemporaryFile() as file:
+        stream, end = open(reader, "rb", 0), open(writer, "wb")
+        with stream, end, tempfile.TemporaryFile() as file:
             file.write(stdin)
             file.seek(0)
             self.process = subprocess.Popen(
@@ -1589,9 +1591,11 @@ def load_tasks(source, cfg):
     if (root / "task-data.tar.gz").is_file():
         import pyarrow.parquet
         rows = pyarrow.parquet.read_table(root / "data", columns=["env_config"])
-        images = {row["task_id"]: row["image"] or "" for row in rows["env_config"].to_pylist()}
+        rows = rows["env_config"].to_pylist()
+        images = {row["task_id"]: row["image"] or "" for row in rows}
         root = unpacked(root / "task-data.tar.gz")
-    folders = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
+    folders = {path.name for path in root.iterdir()
+               if path.is_dir() and not path.name.startswith(".")}
     if {"instruction.md", "task.toml", "tests"} & set(os.listdir(root)):
         root, folders = root.parent, {root.name}
     names, tasks, refused = images or folders, [], defaultdict(list)
@@ -1651,8 +1655,9 @@ def unpacked(archive):
     with reading(archive, ""), tarfile.open(archive) as tar:
         if not tasks.is_dir():
             tops = {member: Path(member.name).parts[:1] for member in tar}
-            odd = {tops[member] for member in tar if not (member.isfile() or member.isdir())}
-            members = [member for member in tar if tops[member] not in odd]
+            odd = {top for member, top in tops.items()
+                   if not (member.isfile() or member.isdir())}
+            members = [member for member, top in tops.items() if top not in odd]
             with tempfile.TemporaryDirectory(dir=folder) as partial:
                 tar.extractall(f"{partial}/tasks", members, filter="data")
                 os.rename(f"{partial}/tasks", tasks)
@@ -1766,14 +1771,16 @@ def score(results):
     pass_at_k, that one of k attempts passes: 1 - C(runs - passes, k) / C(runs, k), mean over the tasks."""
     rewards = np.array([[r.reward for r in rollouts] for rollouts in results])
     runs, means = rewards.shape[1], rewards.mean(0)
-    passes = (rewards >= 1).sum(1)
-    tasks = [dict(task=rollouts[0].task, pass_rate=n / runs, rewards=[r.reward for r in rollouts],
-                  finish=[r.finish for r in rollouts]) for rollouts, n in zip(results, passes.tolist())]
+    passes = (rewards >= 1).sum(1).tolist()
+    tasks = [dict(task=rollouts[0].task, pass_rate=n / runs,
+                  rewards=[r.reward for r in rollouts],
+                  finish=[r.finish for r in rollouts])
+             for rollouts, n in zip(results, passes)]
     every = sum(results, [])
     problems = Counter(r.problem for r in every)
 
     def pass_at(k):
-        all_fail = [math.comb(runs - n, k) / math.comb(runs, k) for n in passes.tolist()]
+        all_fail = [math.comb(runs - n, k) / math.comb(runs, k) for n in passes]
         return 1 - float(np.mean(all_fail))
     return dict(
         mean=float(means.mean()),
@@ -1951,12 +1958,14 @@ def warm_start(folder, demonstrations, cfg, target=0.2, noise=0.08):
         if step % 2 == 0:
             with torch.no_grad():
                 logprobs, _ = policy(held_out)
-            solved = np.mean([float(part.sum().exp()) for part in logprobs.split(sampled)])
+            each = [float(part.sum().exp()) for part in logprobs.split(sampled)]
+            solved = np.mean(each)
             if solved >= target:
                 break
         batch = build_pack(draw.sample(examples, 16))
         wrong = slips.random(len(batch.targets)) < noise
-        batch.targets[wrong] = slips.integers(len(tokenizer), size=int(wrong.sum()))
+        drawn = slips.integers(len(tokenizer), size=len(wrong))
+        batch.targets[wrong] = drawn[wrong]
         logprobs, _ = policy(batch)
         (-logprobs.mean()).backward()
         optimizer.step()
@@ -1978,7 +1987,8 @@ MEAN_LENGTH, SAMPLED, CONTEXT = 0.76, 0.7, 0.65
 def concurrency(cfg, kv_tokens):
     """Rollouts at once that keep an engine with this much KV cache busy: as many as it holds at their mean
     length, and more for those that are in bash, 40 % of the time; never more than the asynchrony allows."""
-    at_once = math.ceil(kv_tokens / (MEAN_LENGTH * (cfg.max_prompt_tokens + cfg.max_total_tokens)) / 0.6)
+    length = MEAN_LENGTH * (cfg.max_prompt_tokens + cfg.max_total_tokens)
+    at_once = math.ceil(kv_tokens / length / 0.6)
     if cfg.max_concurrent_rollouts:
         at_once = math.ceil(cfg.max_concurrent_rollouts / cfg.num_engines)
     in_flight = (cfg.async_steps + 1) * cfg.prompts_per_step * cfg.samples_per_prompt
@@ -1994,7 +2004,8 @@ def engine_devices(cfg):
 
 def learner_memory(lm, cfg, ranks):
     """{part: bytes} of one learner in the backward pass of a full pack, the model sharded over `ranks`."""
-    c, n, width = lm.config, cfg.pack_length, getattr(torch, cfg.dtype).itemsize
+    c, n = lm.config, cfg.pack_length
+    width = getattr(torch, cfg.dtype).itemsize
     d, layers = c.hidden_size, c.num_hidden_layers
     attention = lm.base_model.layers[0].self_attn
     q, kv = attention.q_proj.out_features, attention.k_proj.out_features
@@ -2028,7 +2039,8 @@ def small_cache(lm, cfg):
     """Bytes of KV cache for --tiny and without a GPU: for 64 rollouts, or those that half of the free memory
     holds. Raises UserError if these are fewer than 4."""
     rollout = kv_bytes(lm, cfg) * (cfg.max_prompt_tokens + cfg.max_total_tokens)
-    free = int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]) << 10
+    available = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
+    free = int(available[1]) << 10
     fit = free // 2 // rollout
     require(fit >= 4, f"--max_total_tokens: KV cache for 4 rollouts needs {4 * rollout / 2**30:.1f} GiB, "
                       f"half of the free memory is {free / 2**31:.1f}")
@@ -2037,13 +2049,15 @@ def small_cache(lm, cfg):
 
 def step_seconds(lm, cfg, learners, engines, at_once):
     """(generation, update, reload) of one step by rooflines of an H100; learners and engines of all nodes."""
-    size, layers = sum(p.numel() for p in lm.parameters()), lm.base_model.layers
+    size = sum(p.numel() for p in lm.parameters())
+    layers = lm.base_model.layers
     weights = size * getattr(torch, cfg.dtype).itemsize
     rollouts = cfg.prompts_per_step * cfg.samples_per_prompt
     length = MEAN_LENGTH * (cfg.max_prompt_tokens + cfg.max_total_tokens)
     # Decoding reads all weights and the context of those rollouts that are not in bash, at 80 % of bandwidth.
     decoding = 0.6 * at_once
-    token = 0.001 + (weights + decoding * CONTEXT * length * kv_bytes(lm, cfg)) / (0.8 * 3.35e12)
+    read = weights + decoding * CONTEXT * length * kv_bytes(lm, cfg)
+    token = 0.001 + read / (0.8 * 3.35e12)
     generation = rollouts * SAMPLED * length * token / decoding / engines
     # Forward, recomputed forward and backward pass: matrix products and attention, at 45 % of peak. Then the
     # moments come and go.
@@ -2061,13 +2075,17 @@ class Plan(NamedTuple):
 
 
 def plan(cfg, gpus, nodes=1):
-    """The Plan of --num_learners, or the fastest that fits, for nodes of `gpus` GPUs like these, or of 80 GB."""
+    """The Plan of --num_learners, or the fastest that fits, for nodes of `gpus` GPUs as here, or of 80 GB."""
     with reading(cfg.model):
         lm = check_shape(cfg.model)
-    plans = [plan_split(lm, cfg, n, max(1, gpus - n), gpus, nodes) for n in range(1, max(2, gpus))]
+    plans = []
+    for learners in range(1, max(2, gpus)):
+        engines = max(1, gpus - learners)
+        plans.append(plan_split(lm, cfg, learners, engines, gpus, nodes))
     best = min(plans, key=lambda plan: (len(plan.problems), plan.seconds))
     if cfg.num_learners:
-        best = plan_split(lm, cfg, cfg.num_learners, cfg.num_engines or gpus - cfg.num_learners, gpus, nodes)
+        engines = cfg.num_engines or gpus - cfg.num_learners
+        best = plan_split(lm, cfg, cfg.num_learners, engines, gpus, nodes)
     seconds = [f"{p.seconds:.0f} s" if not p.problems else "does not fit" for p in plans]
     splits = "; ".join(f"{p.learners} + {max(1, gpus - p.learners)}: {s}" for p, s in zip(plans, seconds))
     return best._replace(text=f"{best.text}\nlearners + engines: {splits}")
@@ -2095,6 +2113,7 @@ def plan_split(lm, cfg, learners, engines, gpus, nodes):
     seconds = step_seconds(lm, cfg, learners * nodes, engines * nodes, max(1, at_once))
     generation, update, reload = seconds
     step = max(generation, update) + reload
+    days = step * cfg.training_steps / 86400
     problems = []
     if learner > 0.95 * gib:
         problems.append(f"a learner needs {learner:.1f} GiB: raise --num_learners, lower --pack_length")
@@ -2112,8 +2131,8 @@ def plan_split(lm, cfg, learners, engines, gpus, nodes):
         f"an engine: {vllm:.1f}: weights {weights:.1f}, activations, graphs 4.0, KV cache {cache:.1f}",
         f"    for {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length; {at_once} run at once",
         f"a reload: {weights:.1f} through /dev/shm",
-        f"{step:.0f} seconds a step: generation {generation:.0f}, beside it an update of {update:.0f}, then a "
-        f"reload of {reload:.0f}; {step * cfg.training_steps / 86400:.1f} days for {cfg.training_steps} steps",
+        f"{step:.0f} seconds a step: generation {generation:.0f}, beside it an update of {update:.0f}, then "
+        f"a reload of {reload:.0f}; {days:.1f} days for {cfg.training_steps} steps",
         "    (modelled, not measured: an H100, learners at 45 % of peak, rollouts of "
         f"{MEAN_LENGTH * longest:,.0f} tokens)",
         *([f"does not fit: {problem}" for problem in problems] or ["it fits"])]
@@ -2142,7 +2161,8 @@ def check(cfg):
         value = getattr(cfg, f.name)
         if type(value) in (int, float):
             may_be_zero = f.default == 0 or f.name in ("async_steps", "seed")
-            need(f.name, 0 < value < 2**63 or (may_be_zero and value == 0), "a positive number")
+            possible = 0 < value < 2**63 or (may_be_zero and value == 0)
+            need(f.name, possible, "a positive number")
     longest = cfg.max_prompt_tokens + cfg.max_total_tokens
     with reading(cfg.vllm, "--vllm: "):
         owned = sorted(set(OWNED) & json.loads(cfg.vllm).keys())
@@ -2175,13 +2195,27 @@ def parse_config(argv):
     return check(cfg)
 
 
+WAITING = dict(model=0, bash=0, grading=0)      # rollouts of this process by what they wait for
+
+
+@contextlib.contextmanager
+def waiting(what):
+    """Count a rollout as waiting for `what`."""
+    WAITING[what] += 1
+    try:
+        yield
+    finally:
+        WAITING[what] -= 1
+
+
 def tally(groups):
     """Figures of all rollouts that came back, useful or not. They add up over nodes: `reward` is a sum."""
     rollouts = [r for group in groups for r in group]
     graded = [r for r in rollouts if not r.void]
     problems = Counter(r.problem for r in rollouts)
     return dict(
-        groups_tried=len(groups), rollouts_graded=len(graded), reward=sum(r.reward for r in graded),
+        groups_tried=len(groups), rollouts_graded=len(graded),
+        reward=sum(r.reward for r in graded),
         tokens_sampled=sum(sum(r.mask) for r in rollouts),
         no_reward=problems["no_reward"], clipped=problems["clipped"],
         touches_grader=sum(r.touches_grader for r in rollouts),
@@ -2205,7 +2239,8 @@ def share(cell, packs, counts, failure):
         total.update(part)
     graded = total["rollouts_graded"]
     total = dict(total, reward=total["reward"] / graded if graded else None)
-    return packs + [build_pack([])] * (max(lengths) - len(packs)), total
+    missing = max(lengths) - len(packs)
+    return packs + [build_pack([])] * missing, total
 
 
 def write_rollouts(file, rollouts, **extra):
@@ -2213,7 +2248,8 @@ def write_rollouts(file, rollouts, **extra):
     names = "task reward finish problem touches_grader steps seconds_bash transcript".split()
     for r in rollouts:
         line = extra | {name: getattr(r, name) for name in names}
-        line |= dict(tokens=len(r.tokens), sampled=sum(r.mask), versions=sorted(set(r.versions) - {-1}))
+        line |= dict(tokens=len(r.tokens), sampled=sum(r.mask))
+        line["versions"] = sorted(set(r.versions) - {-1})
         file.write(json.dumps(line) + "\n")
     file.flush()
 
@@ -2241,10 +2277,13 @@ def step_metrics(seen, version):
         staleness_mean=lag, staleness_max=lag)
     metrics = dict(tokens=len(loss))
     for name, x in figures.items():
-        figure = math.nan
-        if len(x):
-            kind = name.rpartition("_")[2]
-            figure = {"max": np.max, "p999": lambda x: np.quantile(x, 0.999)}.get(kind, np.mean)(x.numpy())
+        figure, values = math.nan, x.numpy()
+        if len(values):
+            figure = values.mean()
+            if name.endswith("max"):
+                figure = values.max()
+            if name.endswith("p999"):
+                figure = np.quantile(values, 0.999)
         metrics[name] = float(figure) if math.isfinite(figure) else None
     return metrics
 
@@ -2266,9 +2305,11 @@ def report(metrics, run_dir):
 
 def summarize(history, run_dir):
     """The end of a run: reward from first to last as a curve, and where everything is."""
-    rewards = [m["reward"] for m in history if m["reward"] is not None] or [0.0]
+    rewards = [m["reward"] for m in history if m["reward"] is not None]
+    rewards = rewards or [0.0]
     curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * reward)] for reward in rewards)
-    first, last = np.mean(rewards[:5]), np.mean(rewards[-5:])
+    first = np.mean(rewards[:5])
+    last = np.mean(rewards[-5:])
     print(f"\nreward {first:.3f} (first 5 steps) -> {last:.3f} (last 5)   {curve}\n"
           f"{run_dir} has metrics.jsonl, checkpoint-{history[-1]['step']} and the transcripts:\n"
           f"tail -n 1 {run_dir}/rollouts.jsonl | python -m json.tool")
@@ -2291,7 +2332,9 @@ def join_ranks():
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    alone = dict(store=dist.HashStore(), rank=0, world_size=1)
+    if "RANK" in os.environ:
+        alone = {}
     dist.init_process_group(backend, timeout=timedelta(hours=12), **alone)      # learners wait for rollouts
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     node, rank = divmod(dist.get_rank(), ranks)
@@ -2302,7 +2345,8 @@ def join_ranks():
 
 def resolve(cfg):
     """Fill in, once, what a 0 or an empty name leaves to the machine. Raises UserError for what cannot be."""
-    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 0))     # set by torchrun
+    gpus = torch.cuda.device_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 0))      # set by torchrun
     if not gpus and cfg.model == Config.model and not (cfg.oracle or cfg.plan):
         raise UserError("the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
                         "python tmax.py --tiny runs the same code on two CPU cores, as does a small --model")
@@ -2312,7 +2356,8 @@ def resolve(cfg):
     if learns and gpus > 1 and not cfg.num_learners and not cfg.tiny:
         cfg.num_learners = plan(cfg, gpus).learners
     cfg.num_learners = (cfg.num_learners or 1) if learns else 0
-    cfg.num_engines = cfg.num_engines or (1 if cfg.tiny else max(1, gpus - cfg.num_learners))
+    others = 1 if cfg.tiny else max(1, gpus - cfg.num_learners)
+    cfg.num_engines = cfg.num_engines or others
     cfg.name = cfg.name or time.strftime("%Y%m%d-%H%M%S")
     if ranks and cfg.num_learners != ranks:
         raise UserError(f"--num_learners: torchrun started {ranks} on this node, not {cfg.num_learners}")
@@ -2384,7 +2429,8 @@ def root_cause(error):
 def run(cfg):
     """Make what is missing, then train or evaluate. Runs on every rank; the first makes what all see."""
     if not torch.cuda.is_available():   # a share of the cores each: OpenMP threads that wait for a core spin
-        threads = max(1, len(os.sched_getaffinity(0)) // (cfg.num_learners + cfg.num_engines))
+        cores, processes = len(os.sched_getaffinity(0)), cfg.num_learners + cfg.num_engines
+        threads = max(1, cores // processes)
         torch.set_num_threads(threads)
         os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_CPU_OMP_THREADS_BIND="nobind")
     cell, name = join_ranks(), [cfg.name]
@@ -2442,7 +2488,8 @@ def main():
             preflight(cfg)
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             torchrun += [f"--nproc_per_node={cfg.num_learners}", __file__]
-            os.execv(sys.executable, [*torchrun, *sys.argv[1:], "--name", cfg.name])
+            command = [*torchrun, *sys.argv[1:], "--name", cfg.name]
+            os.execv(sys.executable, command)
         else:
             run(cfg)
     except UserError as error:
