@@ -148,8 +148,8 @@ class Config:
     tiny: bool = knob(False, "a preset of the fields above for two CPU cores")
 
 
-# Defaults of --tiny. Beside them it makes its model and tasks (run), has a small vLLM (engine_args) and needs
-# no GPU (resolve).
+# Defaults of --tiny. Beside them it makes its model and tasks (run), has a small vLLM (engine_args), one
+# learner and one engine, which need no GPU (resolve), and no plan of memory (preflight).
 TINY = dict(
     tiny=True, model="", tasks=[], max_prompt_tokens=512, max_turn_tokens=64, max_total_tokens=256,
     max_steps=6, bash_timeout=10.0, prompts_per_step=16, async_steps=1, pack_length=4096,
@@ -719,8 +719,9 @@ class Learner:
                 state[name] = state[name].to(device)
 
     def save_weights(self, folder):
-        """Gather the weights one by one in the engines' dtype (a collective); the first rank of the node
-        writes them to `folder` as safetensors, unless that is None."""
+        """Gather the weights one by one in --dtype (a collective); the first rank of the node writes them to
+        `folder` as safetensors, unless that is None: in training to /dev/shm, where Engine.reload has vLLM
+        read them."""
         weights = {}
         for name, weight in self.policy.lm.state_dict().items():
             weight = weight.to(getattr(torch, self.cfg.dtype))
@@ -975,7 +976,7 @@ class Engine:
 
 
 OWNED = """model tokenizer dtype max_model_len data_parallel_size logprobs_mode load_format generation_config
-    hf_overrides""".split()     # what --vllm may not change: the learner computes with the same
+    quantization hf_overrides""".split()     # what --vllm may not change: the learner computes with the same
 
 
 def engine_args(model, cfg):
@@ -1026,8 +1027,8 @@ def parse_tool_calls(text):
                 call, text = read_call(text)
                 calls.append(call)
             except (LookupError, TypeError, ValueError, RecursionError, jsonschema.ValidationError) as error:
-                still_thinking = "</think>" in text.partition("<think>")[0]
-                if not still_thinking:      # a thought may break off
+                before_next_thought, *_ = text.partition("<think>")
+                if "</think>" not in before_next_thought:       # else a thought is open, and may break off
                     raise FormatError(f"A tool call could not be read: {error!r:.200}. Tools: {[*TOOLS]}.")
     return calls
 
@@ -1077,7 +1078,7 @@ class ChatFormat:
             config = GenerationConfig()
         # Beside eos what generation_config lists, and what the template closes a turn with.
         ends = {tokenizer.eos_token_id, *np.ravel(config.eos_token_id).tolist()}
-        ends.add(self.tool_turn(["", ""], stop=-1)[0])
+        ends.add(self.tool_turn(["", ""], stop=-1)[0])      # -1 is no token: the template's end comes first
         self.stop_ids = sorted(ends & set(added))
 
     def _render(self, messages, **options):
@@ -1116,7 +1117,7 @@ chat_format = functools.lru_cache(ChatFormat)
 
 OUTPUT_KEPT = 1_000_000     # bytes of an output's beginning, and of its end
 MAX_PROCESSES = 512
-GRACE = 20                  # seconds that a sandbox may be silent beyond a command's own limit
+GRACE = 60                  # seconds that a sandbox may be silent beyond a command's own limit
 DOCKER_ERRORS = OSError, docker.errors.DockerException      # those of requests are OSErrors
 
 # One line, so that bash's messages number the agent's lines. The command, of $1 bytes, comes on stdin:
@@ -1332,7 +1333,8 @@ class Docker:
         job = api.exec_create(self.container.id, argv, stdin=True, user=user, workdir="/")
         stream = api.exec_start(job, socket=True)
         with stream, getattr(stream, "_sock", stream) as connection:    # with TLS it is the socket itself
-            connection.sendall(stdin)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):    # it did not read to the end
+                connection.sendall(stdin)
             output = head_and_tail(part for _, part in frames_iter(stream, tty=False))
         code = api.exec_inspect(job)["ExitCode"]
         if code is None:
@@ -1358,7 +1360,6 @@ class Docker:
 @functools.cache
 def docker_client():
     """The engine of DOCKER_HOST, or the local one. Raises DockerException."""
-    os.environ.setdefault("DOCKER_HOST", "unix:///var/run/docker.sock")     # for the docker program, too
     return docker.from_env(timeout=60, max_pool_size=64)
 
 
@@ -1465,7 +1466,7 @@ def bwrap_path():
 
 JANITOR = """trap '' HUP INT TERM; cat; kill -s KILL -- "-$(cat "$0/group")"
 for again in 1 2; do    # a sandbox may have been starting
-  rm -rf -- "$0"
+  rm -rf -- "$0" || { chmod -R u+rwX -- "$0"; rm -rf -- "$0"; }
   containers=$(timeout 60 docker ps -aq --filter "label=tmax.owner=$0") && docker rm -fv $containers
   sleep 1
 done"""
@@ -1660,7 +1661,8 @@ def unpacked(archive):
             members = [member for member, top in tops.items() if top not in odd]
             with tempfile.TemporaryDirectory(dir=folder) as partial:
                 tar.extractall(f"{partial}/tasks", members, filter="data")
-                os.rename(f"{partial}/tasks", tasks)
+                with contextlib.suppress(OSError):      # another start was faster
+                    os.rename(f"{partial}/tasks", tasks)
     return tasks
 
 
@@ -2036,12 +2038,12 @@ def kv_bytes(lm, cfg):
 
 
 def small_cache(lm, cfg):
-    """Bytes of KV cache for --tiny and without a GPU: for 64 rollouts, or those that half of the free memory
-    holds. Raises UserError if these are fewer than 4."""
+    """Bytes of an engine's KV cache for --tiny and without a GPU: for 64 rollouts, or those that half of the
+    free memory holds. Raises UserError if these are fewer than 4."""
     rollout = kv_bytes(lm, cfg) * (cfg.max_prompt_tokens + cfg.max_total_tokens)
     available = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
     free = int(available[1]) << 10
-    fit = free // 2 // rollout
+    fit = free // (2 * cfg.num_engines) // rollout
     require(fit >= 4, f"--max_total_tokens: KV cache for 4 rollouts needs {4 * rollout / 2**30:.1f} GiB, "
                       f"half of the free memory is {free / 2**31:.1f}")
     return rollout * min(64, fit)
@@ -2109,7 +2111,8 @@ def plan_split(lm, cfg, learners, engines, gpus, nodes):
     cache = max(0.0, vllm - 4 - weights)
     longest, per_token = cfg.max_prompt_tokens + cfg.max_total_tokens, kv_bytes(lm, cfg) / 2**30
     tokens = int(cache / per_token)
-    at_once = concurrency(replace(cfg, num_engines=engines), tokens)
+    node = replace(cfg, num_engines=engines, prompts_per_step=cfg.prompts_per_step // nodes)
+    at_once = concurrency(node, tokens)
     seconds = step_seconds(lm, cfg, learners * nodes, engines * nodes, max(1, at_once))
     generation, update, reload = seconds
     step = max(generation, update) + reload
@@ -2335,10 +2338,11 @@ def join_ranks():
     alone = dict(store=dist.HashStore(), rank=0, world_size=1)
     if "RANK" in os.environ:
         alone = {}
-    dist.init_process_group(backend, timeout=timedelta(hours=12), **alone)      # learners wait for rollouts
+    patience = timedelta(hours=12)      # learners wait for rollouts
+    dist.init_process_group(backend, timeout=patience, **alone)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     node, rank = divmod(dist.get_rank(), ranks)
-    group, _ = dist.new_subgroups(ranks)
+    group, _ = dist.new_subgroups(ranks, timeout=patience)      # its own default is 30 minutes
     memory = make_memory() if rank == 0 else Path()
     return Cell(rank, ranks, node, dist.get_world_size() // ranks, group, memory)
 
@@ -2352,6 +2356,8 @@ def resolve(cfg):
                         "python tmax.py --tiny runs the same code on two CPU cores, as does a small --model")
     gpus = gpus or 8 * cfg.plan
     cfg.num_learners = cfg.num_learners or ranks
+    if cfg.num_engines and not cfg.num_learners:
+        cfg.num_learners = max(1, gpus - cfg.num_engines)
     learns = cfg.plan or not cfg.eval
     if learns and gpus > 1 and not cfg.num_learners and not cfg.tiny:
         cfg.num_learners = plan(cfg, gpus).learners
@@ -2368,7 +2374,7 @@ def resolve(cfg):
     if gpus == 1 and needed == 2 and not cfg.tiny:      # learner and engine share it
         share = dict(gpu_memory_utilization=round(plan(cfg, gpus).vllm_share, 3))
         cfg.vllm = json.dumps(share | json.loads(cfg.vllm))
-    elif needed > gpus > 0 and not (cfg.plan or cfg.tiny and needed == 2):
+    elif 0 < gpus < needed and not cfg.plan and not (cfg.tiny and needed == 2):
         raise UserError(f"--num_learners: with the engines {needed} GPUs are needed, and there are {gpus}")
     return cfg
 
@@ -2414,7 +2420,10 @@ def generator_main(cfg, cell, model, log, pipe):
     os.environ.update(CUDA_VISIBLE_DEVICES=engine_devices(cfg), TMPDIR=tempfile.tempdir,
                       VLLM_RPC_BASE_PATH=tempfile.tempdir)      # vLLM's sockets
     generator = Generator(cfg, pipe)
-    asyncio.run(generator.answer("failed", generator.serve(model)))
+    asyncio.run(generator.answer("failed", generator.serve(model)))     # it only ends by raising
+    with contextlib.suppress(EOFError, OSError):
+        while True:     # a learner whose requests fill the pipe would not come to read why
+            pipe.recv()
 
 
 def root_cause(error):
@@ -2467,6 +2476,7 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     # vLLM's processes are ended by force; who then frees their semaphores need not say so.
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
+    os.environ.setdefault("DOCKER_HOST", "unix:///var/run/docker.sock")     # for the docker program as well
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))    # pipes of hundreds of sandboxes
     under_torchrun = "RANK" in os.environ
