@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import hashlib
 import io
@@ -1142,6 +1143,14 @@ def test_moments_that_wait_elsewhere_change_nothing(process_group, tiny_model, m
                 state[name] = copy_of
     (before, stay), (_, moved) = train(lambda *args: None), train(to_copies)
     assert all(map(torch.equal, stay, moved)) and not any(map(torch.equal, before, stay))
+
+
+def test_learners_of_a_node_wait_for_hours(monkeypatch):
+    """Else a step whose rollouts take longer than gloo's own half an hour ends the run."""
+    monkeypatch.setattr(tempfile, "tempdir", None)      # make_memory sets it
+    group = tmax.join_ranks().group
+    assert group._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(hours=12)
+    dist.destroy_process_group()
 
 
 def test_a_bf16_file_is_widened_exactly(process_group, tiny_model, tmp_path):

@@ -153,7 +153,7 @@ class Config:
 TINY = dict(
     tiny=True, model="", tasks=[], max_prompt_tokens=512, max_turn_tokens=64, max_total_tokens=256,
     max_steps=6, bash_timeout=10.0, prompts_per_step=16, async_steps=1, pack_length=4096,
-    learning_rate=7e-4, warmup_steps=5, training_steps=28, dtype="float32", gradient_checkpointing=False,
+    learning_rate=7e-4, warmup_steps=5, training_steps=25, dtype="float32", gradient_checkpointing=False,
     max_concurrent_rollouts=64, sandbox="bwrap", save_every=1000)
 
 # Defaults of --eval: the authors' context of 40,960 is 2,048 + 38,912. Beyond these fields an evaluation
@@ -1128,8 +1128,9 @@ SAVE_STATE = """{ builtin set +ex -- "$?"; builtin unset __command; { builtin um
 builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; \
 builtin printf '#whole'; } >|/tmp/.shell.new; } >/dev/null 2>&1; builtin exit "$1" """
 RUN_COMMAND = """cd -- "$2" 2>/dev/null; LC_ALL=C IFS= read -rN "$1" __command; exec </dev/null; \
-{ [[ $(</tmp/.shell.new) = *'#whole' ]] && mv -f /tmp/.shell.new /tmp/.shell; \
-trap "$3" EXIT; set --; . /tmp/.shell; } >/dev/null 2>&1; builtin eval "$__command"; """ + SAVE_STATE
+{ __state=$(</tmp/.shell.new); [[ $__state = *'#whole' ]] && printf %s "$__state" >|/tmp/.shell; \
+unset __state; trap "$3" EXIT; set --; . /tmp/.shell; } >/dev/null 2>&1; \
+builtin eval "$__command"; """ + SAVE_STATE
 
 UPLOAD = 'mkdir -p "$2" && head -c "$1" | tar -xof - -C "$2"'
 UPLOAD_TESTS = f"""rm -rf /tests /logs/verifier; mkdir -pm 777 /logs/verifier /logs/agent /logs/artifacts
@@ -1232,12 +1233,9 @@ class Sandbox:
 
     async def upload(self, folder, target, script=UPLOAD):
         """Copy what is in a folder here to the folder `target` there; root owns all of it."""
-        tar = ["tar", "-cC", folder, "."]
-        packed = await self._in_thread(functools.partial(subprocess.run, tar, capture_output=True))
-        if packed.returncode:   # stderr names the file
-            raise SandboxLost("upload", packed.stderr.decode(errors="replace"))
-        argv = ["bash", "-c", script, "bash", str(len(packed.stdout)), target]
-        code, text = await self._execute(argv, packed.stdout, 300, "0")
+        archive = await self._in_thread(tar_of, folder)
+        argv = ["bash", "-c", script, "bash", str(len(archive)), target]
+        code, text = await self._execute(argv, archive, 300, "0")
         if code != 0:
             lost = SandboxLost("upload", f"to {target}: exit code {code}: {text[-200:]}")
             raise KilledItself(lost) if self.worked else lost
@@ -1260,6 +1258,15 @@ class Sandbox:
             return Grade(0.0, f"{render_observation(text, code)}\nno reward", "no_reward")
         clipped = min(1.0, max(0.0, reward))
         return Grade(clipped, render_observation(text, code), "" if clipped == reward else "clipped")
+
+
+@functools.lru_cache(16)    # the rollouts of a group upload the same
+def tar_of(folder):
+    """The bytes of an archive of what is in a folder here. Raises SandboxLost with the file's name."""
+    packed = subprocess.run(["tar", "-cC", folder, "."], capture_output=True)
+    if packed.returncode:
+        raise SandboxLost("upload", packed.stderr.decode(errors="replace"))
+    return packed.stdout
 
 
 def read_reward(rewards):
