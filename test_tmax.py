@@ -2455,7 +2455,7 @@ def test_one_gpu_is_shared(monkeypatch, qwen3_8b):
 
 def test_a_cpu_has_room_for_four_rollouts(qwen3_8b):
     """Else a run on a CPU ends where its memory ends; 144 KiB a token in bf16."""
-    lm, short = tmax.check_shape(qwen3_8b), tmax.Config(max_prompt_tokens=24, max_total_tokens=1000)
+    lm, short = tmax.check_shape(qwen3_8b), tmax.Config(num_engines=1, max_prompt_tokens=24, max_total_tokens=1000)
     assert tmax.kv_bytes(lm, short) == 144 * 1024
     assert tmax.small_cache(lm, short) % (144 * 1024 * 1024) == 0 and tmax.small_cache(lm, short) <= 64 * 144 * 2**20
     with pytest.raises(tmax.UserError, match="--max_total_tokens: .* 4 rollouts"):
