@@ -153,7 +153,7 @@ class Config:
 TINY = dict(
     tiny=True, model="", tasks=[], max_prompt_tokens=512, max_turn_tokens=64, max_total_tokens=256,
     max_steps=6, bash_timeout=10.0, prompts_per_step=16, async_steps=1, pack_length=4096,
-    learning_rate=8e-4, warmup_steps=3, training_steps=21, dtype="float32", gradient_checkpointing=False,
+    learning_rate=8e-4, warmup_steps=3, training_steps=22, dtype="float32", gradient_checkpointing=False,
     max_concurrent_rollouts=64, sandbox="bwrap", save_every=1000)
 
 # Defaults of --eval: the authors' context of 40,960 is 2,048 + 38,912. Beyond these fields an evaluation
