@@ -2018,7 +2018,7 @@ def learner_memory(lm, cfg, ranks):
     d, layers = c.hidden_size, c.num_hidden_layers
     attention = lm.base_model.layers[0].self_attn
     q, kv = attention.q_proj.out_features, attention.k_proj.out_features
-    size = sum(p.numel() for p in lm.parameters())
+    size = lm.num_parameters()
     layer = sum(p.numel() for p in lm.base_model.layers[0].parameters())
     rest = size - layers * layer    # embedding and head, which FSDP gathers as one
     # What one layer's backward pass needs, counted in the model's source: FP32 copies in the four norms; what
@@ -2058,7 +2058,7 @@ def small_cache(lm, cfg):
 
 def step_seconds(lm, cfg, learners, engines, at_once):
     """(generation, update, reload) of one step by rooflines of an H100; learners and engines of all nodes."""
-    size = sum(p.numel() for p in lm.parameters())
+    size = lm.num_parameters()
     layers = lm.base_model.layers
     weights = size * getattr(torch, cfg.dtype).itemsize
     rollouts = cfg.prompts_per_step * cfg.samples_per_prompt
@@ -2106,7 +2106,7 @@ def plan_split(lm, cfg, learners, engines, gpus, nodes):
     if torch.cuda.is_available():
         gib = torch.cuda.mem_get_info()[1] / 2**30
         shm = shutil.disk_usage("/dev/shm").free / 2**30
-    size = sum(p.numel() for p in lm.parameters())
+    size = lm.num_parameters()
     parts = learner_memory(lm, cfg, learners * nodes)
     moments = 8 * size / (learners * nodes)
     in_step = parts["weights, FP32"] + parts["gradients, FP32"] + moments
