@@ -1177,6 +1177,10 @@ def updates_of_a_rank(folder, cell):
         groups = groups[5:] if cell.node else groups[:5]
     learner = tmax.Learner(RECORDED, folder / "model", cell)
     layout = f"{cell.nodes}x{cell.ranks}"
+    if cell.nodes == 1:
+        resumed = resumed_on(folder, cell)
+        if cell.rank == 0:
+            torch.save(resumed, folder / f"resumed-{layout}.pt")
     metrics = []
     for _ in range(3):
         packs, counts = [[]] * cell.ranks, {}
@@ -1187,6 +1191,19 @@ def updates_of_a_rank(folder, cell):
         learner.save_weights(folder / f"{layout}-{cell.node}")
     if dist.get_rank() == 0:
         torch.save(metrics, folder / f"{layout}.pt")
+
+
+def resumed_on(folder, cell):
+    """What a state gives on these ranks: all of it, whole, and the next gradient."""
+    learner = tmax.Learner(RECORDED, folder / "model", cell._replace(memory=folder / "memory"))
+    tmax.load_state(learner, NO_ENGINES if cell.rank == 0 else None, folder)
+    packs, tensors = tmax.pack(recorded_rollouts(folder), 200, cell.ranks)[cell.rank], tensors_of(learner)
+    tmax.backward_packs(learner.policy, packs, 1000, RECORDED, cell.ranks)
+    return tensors, {name: p.grad.full_tensor() for name, p in learner.policy.named_parameters()}
+
+
+def recorded_rollouts(folder):
+    return with_advantages(torch.load(folder / "groups.pt", weights_only=False))
 
 
 def recorded_weights(folder):
@@ -1215,6 +1232,9 @@ def test_updates_do_not_depend_on_ranks_and_nodes(tmp_path, policy, groups, proc
         for r in groups[3 + version]:
             r.versions = [version if m else -1 for m in r.mask]
     torch.save([[r for r in group if not r.void] for group in groups], tmp_path / "groups.pt")
+    before = tmax.Learner(RECORDED, tmp_path / "model", ALONE)
+    before.update(tmax.pack(recorded_rollouts(tmp_path), 200, 1)[0])
+    tmax.save_state(before, NO_ENGINES, tmp_path, 1)
     agents = [agent("--standalone", "--nproc_per_node", 2, __file__, tmp_path), *two_nodes(__file__, tmp_path)]
     updates_of_a_rank(tmp_path, ALONE)
     assert [a.wait(600) for a in agents] == [0, 0, 0]
@@ -1228,6 +1248,11 @@ def test_updates_do_not_depend_on_ranks_and_nodes(tmp_path, policy, groups, proc
         for node in range(nodes):
             delta = recorded_weights(tmp_path / f"{layout}-{node}") - first
             assert (delta - change).norm() <= 1e-3 * change.norm()
+    saved, (alone, gradient) = tensors_of(before), torch.load(tmp_path / "resumed-1x1.pt")
+    on_two, gradient_on_two = torch.load(tmp_path / "resumed-1x2.pt")
+    assert all(torch.equal(saved[name], x) and torch.equal(saved[name], on_two[name]) for name, x in alone.items())
+    for name, x in gradient.items():
+        assert (gradient_on_two[name] - x).norm() <= 1e-5 * x.norm()
 
 
 @pytest.mark.slow
@@ -2274,13 +2299,137 @@ def test_checkpoint_keeps_dtype_and_generation_config(tiny_model, tmp_path, proc
     learner = tmax.Learner(replace(TINY, dtype="bfloat16"), tiny_model[0], ALONE)
     learner.policy.lm.generation_config.temperature = 0.6       # without do_sample
     folder = tmp_path / "checkpoint-1"
-    tmax.save_checkpoint(learner, AutoTokenizer.from_pretrained(tiny_model[0]), folder)
+    tmax.save_checkpoint(learner, AutoTokenizer.from_pretrained(tiny_model[0]), tmp_path, 1)
     assert os.listdir(tmp_path) == ["checkpoint-1"]
     saved = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     masters = AutoModelForCausalLM.from_pretrained(tiny_model[0]).bfloat16().state_dict()
     assert saved.dtype == torch.bfloat16 and all(x.equal(masters[name]) for name, x in saved.state_dict().items())
     written = json.loads((folder / "generation_config.json").read_text())
     assert (written["temperature"], written["eos_token_id"]) == (0.6, AutoTokenizer.from_pretrained(folder).eos_token_id)
+
+
+# load_state tells the owner of a node's engines what to go on with; here it has none.
+NO_ENGINES = SimpleNamespace(progress=dict, restore=lambda: None, reload=lambda version: None, finish_reload=lambda: None)
+
+
+def recorded_learner(folder, tiny_model, dtype="float32"):
+    """A Learner on the tiny model, and a batch of recorded rollouts for it."""
+    draw = random.Random(0)
+    rollouts = [random_rollout(draw) for _ in range(3)]
+    for i, r in enumerate(rollouts):
+        r.advantage = i - 0.5
+    cell = ALONE._replace(memory=folder / "memory")
+    return tmax.Learner(replace(TINY, loss="pg", dtype=dtype), tiny_model[0], cell), [tmax.build_pack(rollouts)]
+
+
+def tensors_of(learner):
+    """Weights, moments and steps as whole tensors, by name."""
+    return {f"{name}.{key}": (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
+            for name, parts in learner.state().items() for key, x in parts.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resumed_steps_are_the_steps(process_group, tiny_model, tmp_path, dtype):
+    """Else --resume goes on with rounded weights, cold moments or another warm-up: 2 + 2 steps are 4, bit for bit."""
+    learner, packs = recorded_learner(tmp_path, tiny_model, dtype)
+    for step in (1, 2, 3, 4):
+        learner.update(packs)
+        if step == 2:
+            tmax.save_state(learner, NO_ENGINES, tmp_path, step)
+    resumed, _ = recorded_learner(tmp_path, tiny_model, dtype)
+    assert tmax.load_state(resumed, NO_ENGINES, tmp_path) == 2
+    published = load_file(tmp_path / "memory/weights/model.safetensors")       # to the engines
+    for name, p in resumed.policy.lm.named_parameters():
+        assert torch.equal(published[name], p.full_tensor().to(getattr(torch, dtype)))
+    for _ in range(2):
+        resumed.update(packs)
+    wanted, got = tensors_of(learner), tensors_of(resumed)
+    assert resumed.version == 4 and wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+KILLED_IN_A_SAVE = """
+import os, sys, torch.distributed as dist, test_tmax as t
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+folder = t.Path(sys.argv[1])
+learner, packs = t.recorded_learner(folder, [sys.argv[2]])
+t.tmax.save_state(learner, t.NO_ENGINES, folder, 1)
+learner.update(packs)
+(folder / "metrics.jsonl").write_text('{"step": 1}\\n{"step": 2}\\n{"st')
+t.Path.rename = lambda *_: os.kill(os.getpid(), 9)
+getattr(t.tmax, sys.argv[3])(learner, *eval(sys.argv[4]), folder, 2)
+"""
+
+
+@pytest.mark.parametrize("save, arguments", [("save_state", "[t.NO_ENGINES]"),
+                                             ("save_checkpoint", "[t.AutoTokenizer.from_pretrained(sys.argv[2])]")])
+def test_a_kill_inside_a_save_leaves_the_state_before(process_group, tiny_model, tmp_path, save, arguments):
+    """Else half a state is taken for one, or stays; lines of steps that come again stand twice."""
+    command = [sys.executable, "-c", KILLED_IN_A_SAVE, tmp_path, tiny_model[0], save, arguments]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list(tmp_path.glob("*-2.partial")) and not list(tmp_path.glob("*-2"))
+    learner, _ = recorded_learner(tmp_path, tiny_model)
+    assert tmax.load_state(learner, NO_ENGINES, tmp_path) == 1
+    assert not any(x.any() for name, x in tensors_of(learner).items() if "exp_avg" in name)
+    assert sorted(os.listdir(tmp_path)) == ["memory", "metrics.jsonl", "state-1"]
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_full_disk_loses_no_state(process_group, tiny_model, tmp_path, capsys):
+    """Else a write that fails ends the run, or costs the last good state. Only the last checkpoint must be written."""
+    learner, packs = recorded_learner(tmp_path, tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model[0])
+    tmax.save_state(learner, NO_ENGINES, tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))     # as on a full disk, a write ends early with an error
+    try:
+        tmax.save_state(learner, NO_ENGINES, tmp_path, 2)
+        tmax.save_checkpoint(learner, tokenizer, tmp_path, 2)
+        with pytest.raises(tmax.RunFailed, match=f"^{tmp_path}/checkpoint-{TINY.training_steps} cannot be written: [^\n]+$"):
+            tmax.save_checkpoint(learner, tokenizer, tmp_path, TINY.training_steps)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().out
+    assert re.findall(r"warning: .*/(\S+) cannot be written: .*", said) == ["state-2", "checkpoint-2"] and said.count("\n") == 2
+    assert os.listdir(tmp_path) == ["state-1"]
+    tmax.save_state(learner, NO_ENGINES, tmp_path, 3)
+    assert os.listdir(tmp_path) == ["state-3"]      # the one before has gone
+
+
+def test_a_state_that_cannot_be_read_is_one_line(process_group, tiny_model, tmp_path):
+    """Else --resume ends in a traceback, or takes the tasks of nodes that are not there."""
+    learner, _ = recorded_learner(tmp_path, tiny_model)
+    tmax.save_state(learner, NO_ENGINES, tmp_path, 1)
+    two = learner.cell._replace(nodes=2)
+    with pytest.raises(tmax.UserError, match=r"^--resume: .* 1 node\(s\), not 2$"):
+        learner.cell = two
+        tmax.load_state(learner, NO_ENGINES, tmp_path)
+    (tmp_path / "state-1/.metadata").unlink()
+    with pytest.raises(tmax.UserError, match="^--resume: .*state-1: [^\n]+$"):
+        tmax.load_state(learner, NO_ENGINES, tmp_path)
+
+
+def test_a_killed_run_is_resumed(tiny_run, tmp_path):
+    """Else a crash at night costs the run: killed three times, it has each step and each group once."""
+    flags = f"--model {tiny_run}/model --tasks {tiny_run}/tasks --prompts_per_step 4 --training_steps 6 --state_every 1".split()
+    folder = tmp_path / "runs/k"
+    newest = lambda: max([int(state.name[6:]) for state in folder.glob("state-*[0-9]")], default=0)
+    run, seed = start_run(tmp_path, "--name", "k", *flags), random.randrange(10**6)
+    draw = random.Random(seed)
+    print("seed", seed)
+    for _ in range(3):
+        before = newest()
+        wait_for(lambda: run.poll() is not None or newest() > before, 240)
+        assert run.poll() is None, last_line(tmp_path, "k")
+        time.sleep(draw.random())
+        below = descendants(run.pid)
+        os.kill(draw.choice([run.pid, *(p for p in below if re.search("EngineCore|spawn_main", below[p]))]), signal.SIGKILL)
+        assert run.wait(60) != 0
+        run = start_run(tmp_path, "--resume", "k", "--name", "k")
+    assert run.wait(300) == 0, last_line(tmp_path, "k")
+    assert [m["step"] for m in json_lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert set(Counter(line["group"] for line in json_lines(folder / "rollouts.jsonl")).values()) == {TINY.samples_per_prompt}
+    assert not list(folder.glob("*.partial")) and (folder / "checkpoint-6").is_dir() and newest() == 6
 
 
 def test_checkpoint_serves(tiny_run, tmp_path):
@@ -2546,19 +2695,23 @@ def test_errors_are_one_line(tmp_path, tiny_model):
     AutoConfig.for_model("qwen3_5").save_pretrained(tmp_path / "hybrid")
     (taken := tmp_path / "runs/taken").mkdir(parents=True)
     (taken / "config.json").touch()
+    (tmp_path / "runs/ended").mkdir()
+    (tmp_path / "runs/ended/config.json").write_text(json.dumps(dataclasses.asdict(TINY)))
     shutil.copytree(tiny_model[0], tmp_path / "cut")
     (tmp_path / "cut/model.safetensors").write_text("cut off")
     table = {"--lerning_rate 1": "--lerning_rate", "--tiny --tasks untested": "--tasks: untested: .*tests/test.sh",
              "--tiny --num_learners 2 --model hybrid": "--model: hybrid: ",
              "--tiny --eval --model cut --tasks good": "--model: cut: ",
-             "--sandbox bwrap --oracle --tasks good --name taken": "--name: runs/taken"}
+             "--sandbox bwrap --oracle --tasks good --name taken": "--name: runs/taken",
+             "--resume none": "--resume: none: .*config.json", "--resume ended --seed 2": "--seed: .* keeps its own: 1",
+             "--resume ended --name other": "--name: .* keeps its own: ended"}
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     started = [start([sys.executable, tmax.__file__, *argv.split()], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=env)
                for argv in table]
     for process, wanted in zip(started, table.values()):
         said = process.communicate()[1]
-        assert process.returncode == 1 and re.fullmatch(f"error: {wanted}[^\n]*\n", said), said
-    assert os.listdir(tmp_path / "runs") == ["taken"] and os.listdir(taken) == ["config.json"]
+        assert process.returncode == 2 and re.fullmatch(f"error: {wanted}[^\n]*\n", said), said
+    assert sorted(os.listdir(tmp_path / "runs")) == ["ended", "taken"] and os.listdir(taken) == ["config.json"]
 
 
 def test_commands_of_the_readme_are_understood():

@@ -9,6 +9,7 @@ with its own mean, the tokens that the model sampled are packed into long rows, 
     python tmax.py --plan               what of it needs how much memory and time, and whether it fits
     python tmax.py --tiny --loss grpo   the same with a tiny model, on two cores; fields of Config are flags
     python tmax.py --eval --model PATH --tasks FOLDER           the mean reward with error bars
+    python tmax.py --resume NAME        go on with a run that was ended
     torchrun --nnodes 2 ... tmax.py     two such nodes: see the README
 
     generator process (asyncio)                        learner processes (FSDP2, one a GPU)
@@ -69,10 +70,11 @@ import jsonschema
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 from docker.utils.socket import frames_iter
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -144,6 +146,8 @@ class Config:
     network: Literal["auto", "none", "public"] = knob("auto", "of containers; auto: as each task says")
     name: str = knob("", "the run's folder is runs/NAME; default: made from the time")
     save_every: int = knob(50, "steps between checkpoints; the last step is always saved")
+    state_every: int = knob(5, "steps between states for --resume; the newest is kept; 0: none")
+    resume: str = knob("", "go on with runs/NAME from its state; flags given beside it win")
     plan: bool = knob(False, "say what needs how much memory, from config.json alone, and end")
     tiny: bool = knob(False, "a preset of the fields above for two CPU cores")
 
@@ -154,7 +158,7 @@ TINY = dict(
     tiny=True, model="", tasks=[], max_prompt_tokens=512, max_turn_tokens=64, max_total_tokens=256,
     max_steps=6, bash_timeout=10.0, prompts_per_step=16, async_steps=1, pack_length=4096,
     learning_rate=8e-4, warmup_steps=3, training_steps=22, dtype="float32", gradient_checkpointing=False,
-    max_concurrent_rollouts=64, sandbox="bwrap", save_every=1000)
+    max_concurrent_rollouts=64, sandbox="bwrap", save_every=1000, state_every=4)
 
 # Defaults of --eval: the authors' context of 40,960 is 2,048 + 38,912. Beyond these fields an evaluation
 # grades every end (rollout) and answers a turn without a call (agent_loop).
@@ -167,12 +171,12 @@ EVAL = dict(eval=True, temperature=0.7, top_p=0.95, max_total_tokens=38912)
 
 def train(cfg, cell, run_dir, model, tasks, eval_tasks):
     """The recipe, on every learner rank. The first rank of a node owns the generator and packs its groups."""
-    tokenizer, history = AutoTokenizer.from_pretrained(model), []
-    is_owner = cell.rank == 0
+    tokenizer, is_owner, seconds_state = AutoTokenizer.from_pretrained(model), cell.rank == 0, None
     owned = GeneratorClient(cfg, cell, model, tasks, run_dir) if is_owner else contextlib.nullcontext()
     with owned as generator:
         learner = Learner(cfg, model, cell)
-        for step in range(1, cfg.training_steps + 1):
+        done = load_state(learner, generator, run_dir)      # steps, of --resume
+        for step in range(done + 1, cfg.training_steps + 1):
             clock = [time.monotonic()]
             packs, counts, failure = [[]] * cell.ranks, {}, None
             if is_owner:
@@ -199,7 +203,7 @@ def train(cfg, cell, run_dir, model, tasks, eval_tasks):
             clock.append(time.monotonic())
             evaluates = cfg.eval_every and step % cfg.eval_every == 0
             if evaluates or step % cfg.save_every == 0 or step == cfg.training_steps:
-                save_checkpoint(learner, tokenizer, run_dir / f"checkpoint-{step}")
+                save_checkpoint(learner, tokenizer, run_dir, step)
             if dist.get_rank() == 0:
                 generate, compute, wait, write = np.diff(clock).tolist()
                 metrics = dict(
@@ -208,13 +212,15 @@ def train(cfg, cell, run_dir, model, tasks, eval_tasks):
                     seconds_gather_write=write, seconds_reload=generator.reload_seconds,
                     learners_waited=(generate + wait) / (clock[-1] - clock[0]),
                     engine_tokens_per_second=counts["tokens_sampled"] / (clock[-1] - clock[0]),
-                    learner_tokens_per_second=(update["tokens"] or 0) / compute)
+                    learner_tokens_per_second=(update["tokens"] or 0) / compute,
+                    seconds_state=seconds_state)        # of the last one
                 if evaluates:
                     metrics |= evaluate_step(generator, cfg, eval_tasks, step)
-                history.append(metrics)
                 report(metrics, run_dir)
-    if history:
-        summarize(history, run_dir)
+            if cfg.state_every and step % cfg.state_every == 0:
+                seconds_state = save_state(learner, generator, run_dir, step)
+    if dist.get_rank() == 0:
+        summarize(run_dir)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -690,6 +696,14 @@ class Learner:
         self.cfg, self.cell, self.version = cfg, cell, 0
         self.policy = load_policy(model, cfg)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), weight_decay=0.0, fused=True)
+        for p in self.policy.parameters():      # now, so that --resume finds where to load them
+            moments = {name: torch.zeros_like(p).to("cpu") for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = dict(step=torch.zeros((), device=p.device), **moments)
+
+    def state(self):
+        """{parameter: {"weight", "step", "exp_avg", "exp_avg_sq"}}, the tensors themselves."""
+        parameters = self.policy.named_parameters()
+        return {name: dict(weight=p, **self.optimizer.state[p]) for name, p in parameters}
 
     def update(self, packs):
         """One optimizer step on this rank's packs, skipped if its norm is not finite. Returns its metrics."""
@@ -729,10 +743,12 @@ class Learner:
                 weight = weight.full_tensor()
             if folder and self.cell.rank == 0:
                 weights[name] = weight.to("cpu", copy=True)     # tied weights must not share memory
-        if weights:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        dist.barrier()
+        try:
+            if weights:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        finally:        # a full disk stops no other rank
+            dist.barrier()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -758,6 +774,8 @@ class GeneratorClient:
         self.cell, self.tasks, self.generator_log = cell, tasks, run_dir / f"generator{suffix}.log"
         self.log = (run_dir / f"rollouts{suffix}.jsonl").open("a")
         self.started = self.trained_or_rejected = self.training = 0
+        self.done = set()       # groups that came back, by their index; nodes take them in turn
+        self.indices = (i for i in itertools.count(cell.node, cell.nodes) if i not in self.done)
         self.waiting, self.failure = {}, None
         self.reloading, self.reload_seconds = False, None
         self.received = defaultdict(deque)      # answers by kind
@@ -801,18 +819,19 @@ class GeneratorClient:
         with tqdm(total=wanted, desc=f"step {step}: groups", leave=False, disable=None) as bar:
             while self.training < wanted and len(finished) < 4 * wanted:
                 while self.started - self.trained_or_rejected < (self.cfg.async_steps + 1) * wanted:
-                    index = self.started * self.cell.nodes + self.cell.node     # nodes take tasks in turn
+                    index = next(self.indices)
                     task = task_at(self.tasks, index, self.cfg.seed)
-                    self._send("train", self.started, task, self.cfg)
+                    self._send("train", index, task, self.cfg)
                     self.started += 1
                 answer = self._next("train")
                 if answer is None:
                     break
-                _, group, waits_now, load = answer
+                index, group, waits_now, load = answer
+                self.done.add(index)
                 finished.append(group)
                 waits.update(waits_now)
                 loads.append(load)
-                write_rollouts(self.log, group, step=step)
+                write_rollouts(self.log, group, step=step, group=index)
                 useful = len(select_groups([group], version, self.cfg)[0])
                 self.training += useful
                 self.trained_or_rejected += 1 - useful
@@ -837,6 +856,16 @@ class GeneratorClient:
             for run, r in enumerate(results[index]):
                 write_rollouts(self.log, [r], step=step, run=run)
         return results
+
+    def progress(self):
+        """What --resume needs: which groups are done, and how much of the log tells of them."""
+        os.fsync(self.log.fileno())
+        return dict(done=sorted(self.done), log_bytes=os.fstat(self.log.fileno()).st_size)
+
+    def restore(self, done=(), log_bytes=0):
+        """Go on from there: what was in flight is sampled again."""
+        self.done.update(done)
+        self.log.truncate(log_bytes)
 
     def reload(self, version):
         """Have the engines take over the weights in memory; returns at once."""
@@ -1755,18 +1784,95 @@ def check_weights(model, lm):
     require(not missing, f"its safetensors files lack {len(missing)} tensors: {sorted(missing)[:3]}")
 
 
-def save_checkpoint(learner, tokenizer, folder):
-    """An ordinary Hugging Face folder, complete or absent (a collective); the first node writes it."""
-    partial = folder.with_name(folder.name + ".partial")
-    learner.save_weights(partial if learner.cell.node == 0 else None)
-    if dist.get_rank() == 0:
-        lm = learner.policy.lm
-        lm.config.dtype = learner.cfg.dtype
-        lm.config.save_pretrained(partial)
-        lm.generation_config.to_json_file(partial / "generation_config.json")   # save_pretrained refuses some
-        tokenizer.save_pretrained(partial)
-        partial.rename(folder)
+def last_line(error):
+    return str(error).strip().splitlines()[-1]
+
+
+@contextlib.contextmanager
+def whole_or_not(folder, required=False):
+    """Give a folder to write to; it becomes `folder` once all is on the disk (a collective). If it cannot be
+    written, that is one line and the run goes on; where it is `required`, RunFailed."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        yield partial
+        if dist.get_rank() == 0:
+            for path in (*partial.iterdir(), partial):
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+            shutil.rmtree(folder, ignore_errors=True)       # of a step that --resume took again
+            partial.rename(folder)
+    except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = f"{folder} cannot be written: {last_line(error)}"
+            if required:
+                raise RunFailed(reason) from None
+            tqdm.write(f"warning: {reason}")
     dist.barrier()
+
+
+def save_checkpoint(learner, tokenizer, run_dir, step):
+    """An ordinary Hugging Face folder, checkpoint-STEP, written by the first node (a collective)."""
+    required = step == learner.cfg.training_steps
+    with whole_or_not(run_dir / f"checkpoint-{step}", required) as folder:
+        learner.save_weights(folder if learner.cell.node == 0 else None)
+        if dist.get_rank() == 0:
+            lm = learner.policy.lm
+            lm.config.dtype = learner.cfg.dtype
+            lm.config.save_pretrained(folder)
+            # save_pretrained refuses some
+            lm.generation_config.to_json_file(folder / "generation_config.json")
+            tokenizer.save_pretrained(folder)
+
+
+def states(run_dir):
+    """The whole states in the folder of a run, the newest last."""
+    return sorted(run_dir.glob("state-*[0-9]"), key=lambda folder: int(folder.name.partition("-")[2]))
+
+
+def save_state(learner, generator, run_dir, step):
+    """Write what --resume needs to state-STEP (a collective): each rank its share of FP32 weights and moments.
+    There is no random state, as nothing that is trained draws numbers. Returns seconds."""
+    start, nodes = time.monotonic(), [None] * dist.get_world_size()
+    dist.all_gather_object(nodes, generator and generator.progress())
+    state = dict(learner=learner.state(), step=step, version=learner.version)
+    state["nodes"] = json.dumps([progress for progress in nodes if progress is not None])
+    with whole_or_not(run_dir / f"state-{step}") as folder:
+        dcp.save(state, checkpoint_id=folder)
+    if dist.get_rank() == 0:
+        for old in states(run_dir)[:-1]:
+            shutil.rmtree(old)
+    return time.monotonic() - start
+
+
+def load_state(learner, generator, run_dir):
+    """Go on from the newest state (a collective), also with other numbers of learners and engines. Returns its
+    step; without one 0: the run begins anew in its folder. Raises UserError for other nodes."""
+    cell, newest = learner.cell, states(run_dir)[-1:]
+    state = dict(learner=learner.state(), step=0, version=0, nodes=json.dumps([{}] * cell.nodes))
+    try:
+        for folder in newest:
+            dcp.load(state, checkpoint_id=folder)
+    except dcp.api.CheckpointException as error:
+        raise UserError(f"--resume: {folder}: {last_line(error)}") from None
+    learner.version, nodes = state["version"], json.loads(state["nodes"])
+    require(len(nodes) == cell.nodes, f"--resume: it ran on {len(nodes)} node(s), not {cell.nodes}")
+    if generator:
+        generator.restore(**nodes[cell.node])
+    if newest:
+        learner.save_weights(cell.memory / "weights")
+        if generator:
+            generator.reload(learner.version)
+            generator.finish_reload()
+    if dist.get_rank() == 0:    # what was written after it, or not to its end, goes
+        for partial in run_dir.glob("*-*.partial"):
+            shutil.rmtree(partial)
+        metrics = run_dir / "metrics.jsonl"
+        metrics.touch()
+        lines = metrics.read_text().splitlines(keepends=True)
+        os.truncate(metrics, len("".join(lines[:state["step"]]).encode()))
+    return state["step"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2185,6 +2291,9 @@ def check(cfg):
     return cfg
 
 
+FIXED = "model tasks include exclude seed tiny eval oracle name".split()      # for --resume
+
+
 def parse_config(argv):
     """Command line -> checked Config. Unknown flags, abbreviations and bad values raise UserError."""
     parser = HfArgumentParser(Config, prog="tmax.py", allow_abbrev=False,
@@ -2198,10 +2307,21 @@ def parse_config(argv):
         parser.set_defaults(**EVAL)
     if given.tiny:
         parser.set_defaults(**TINY)
+    if given.resume:
+        with reading(given.resume, "--resume: "):
+            saved = json.loads(Path("runs", given.resume, "config.json").read_text())
+            saved |= dict(name=given.resume, resume=given.resume)       # its folder may have been renamed
+            parser.set_defaults(**asdict(Config(**saved)))
     cfg, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         raise UserError(f"{unknown[0]}: no such flag (python tmax.py --help lists them)")
+    for name, before in saved.items() if given.resume else ():
+        now = getattr(cfg, name)
+        if now != before:
+            require(name not in FIXED, f"--{name}: a run that is resumed keeps its own: {before}")
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{name}: {before} -> {now}")
     return check(cfg)
 
 
@@ -2313,8 +2433,10 @@ def report(metrics, run_dir):
     tqdm.write(line.format(**shown))
 
 
-def summarize(history, run_dir):
+def summarize(run_dir):
     """The end of a run: reward from first to last as a curve, and where everything is."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    history = [json.loads(line) for line in lines]
     rewards = [m["reward"] for m in history if m["reward"] is not None]
     rewards = rewards or [0.0]
     curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * reward)] for reward in rewards)
@@ -2387,12 +2509,18 @@ def resolve(cfg):
 
 
 def make_run_dir(cfg):
-    """A new folder runs/NAME with the Config in it."""
+    """The folder runs/NAME with the Config in it: a new one, or that of --resume."""
     run_dir = Path("runs", cfg.name)
+    file, text = run_dir / "config.json", json.dumps(asdict(cfg), indent=2)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with (run_dir / "config.json").open("x") as file:
-            json.dump(asdict(cfg), file, indent=2)
+        if cfg.resume:
+            partial = file.with_suffix(".partial")
+            partial.write_text(text)
+            partial.replace(file)
+        else:
+            with file.open("x") as new:
+                new.write(text)
     except OSError as error:
         raise UserError(f"--name: {run_dir} cannot be made: {error.strerror}") from None
     return run_dir
@@ -2459,7 +2587,7 @@ def run(cfg):
     run_dir = Path("runs", cfg.name)
     if dist.get_rank() == 0:
         make_run_dir(cfg)
-        if cfg.tiny and not (cfg.model and cfg.tasks):
+        if cfg.tiny and not (cfg.model and cfg.tasks) and not states(run_dir):
             model, demonstrations = make_tiny(run_dir, cfg.seed)
             if not cfg.model:
                 warm_start(model, demonstrations, cfg)
@@ -2510,7 +2638,8 @@ def main():
         else:
             run(cfg)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)     # --resume would not mend it
     except RunFailed as error:
         saved = Path("runs", cfg.name).glob("checkpoint-*[0-9]")
         newest = max(saved, key=os.path.getmtime, default="none")
