@@ -171,7 +171,8 @@ EVAL = dict(eval=True, temperature=0.7, top_p=0.95, max_total_tokens=38912)
 
 def train(cfg, cell, run_dir, model, tasks, eval_tasks):
     """The recipe, on every learner rank. The first rank of a node owns the generator and packs its groups."""
-    tokenizer, is_owner, seconds_state = AutoTokenizer.from_pretrained(model), cell.rank == 0, None
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    is_owner = cell.rank == 0
     owned = GeneratorClient(cfg, cell, model, tasks, run_dir) if is_owner else contextlib.nullcontext()
     with owned as generator:
         learner = Learner(cfg, model, cell)
@@ -213,12 +214,12 @@ def train(cfg, cell, run_dir, model, tasks, eval_tasks):
                     learners_waited=(generate + wait) / (clock[-1] - clock[0]),
                     engine_tokens_per_second=counts["tokens_sampled"] / (clock[-1] - clock[0]),
                     learner_tokens_per_second=(update["tokens"] or 0) / compute,
-                    seconds_state=seconds_state)        # of the last one
+                    seconds_state=learner.state_seconds)
                 if evaluates:
                     metrics |= evaluate_step(generator, cfg, eval_tasks, step)
                 report(metrics, run_dir)
             if cfg.state_every and step % cfg.state_every == 0:
-                seconds_state = save_state(learner, generator, run_dir, step)
+                save_state(learner, generator, run_dir, step)
     if dist.get_rank() == 0:
         summarize(run_dir)
 
@@ -694,6 +695,7 @@ class Learner:
 
     def __init__(self, cfg, model, cell):
         self.cfg, self.cell, self.version = cfg, cell, 0
+        self.state_seconds = None       # that the last save_state took
         self.policy = load_policy(model, cfg)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), weight_decay=0.0, fused=True)
         for p in self.policy.parameters():      # now, so that --resume finds where to load them
@@ -1833,34 +1835,34 @@ def states(run_dir):
 
 def save_state(learner, generator, run_dir, step):
     """Write what --resume needs to state-STEP (a collective): each rank its share of FP32 weights and moments.
-    There is no random state, as nothing that is trained draws numbers. Returns seconds."""
+    There is no random state: nothing that is trained draws numbers."""
     start, nodes = time.monotonic(), [None] * dist.get_world_size()
     dist.all_gather_object(nodes, generator and generator.progress())
-    state = dict(learner=learner.state(), step=step, version=learner.version)
-    state["nodes"] = json.dumps([progress for progress in nodes if progress is not None])
+    nodes = [progress for progress in nodes if progress is not None]
+    state = dict(learner=learner.state(), step=step, version=learner.version, nodes=json.dumps(nodes))
     with whole_or_not(run_dir / f"state-{step}") as folder:
         dcp.save(state, checkpoint_id=folder)
     if dist.get_rank() == 0:
         for old in states(run_dir)[:-1]:
             shutil.rmtree(old)
-    return time.monotonic() - start
+    learner.state_seconds = time.monotonic() - start
 
 
 def load_state(learner, generator, run_dir):
     """Go on from the newest state (a collective), also with other numbers of learners and engines. Returns its
     step; without one 0: the run begins anew in its folder. Raises UserError for other nodes."""
-    cell, newest = learner.cell, states(run_dir)[-1:]
+    cell, saved = learner.cell, states(run_dir)
     state = dict(learner=learner.state(), step=0, version=0, nodes=json.dumps([{}] * cell.nodes))
-    try:
-        for folder in newest:
-            dcp.load(state, checkpoint_id=folder)
-    except dcp.api.CheckpointException as error:
-        raise UserError(f"--resume: {folder}: {last_line(error)}") from None
+    if saved:
+        try:
+            dcp.load(state, checkpoint_id=saved[-1])
+        except dcp.api.CheckpointException as error:
+            raise UserError(f"--resume: {saved[-1]}: {last_line(error)}") from None
     learner.version, nodes = state["version"], json.loads(state["nodes"])
     require(len(nodes) == cell.nodes, f"--resume: it ran on {len(nodes)} node(s), not {cell.nodes}")
     if generator:
         generator.restore(**nodes[cell.node])
-    if newest:
+    if saved:
         learner.save_weights(cell.memory / "weights")
         if generator:
             generator.reload(learner.version)
@@ -2307,6 +2309,7 @@ def parse_config(argv):
         parser.set_defaults(**EVAL)
     if given.tiny:
         parser.set_defaults(**TINY)
+    saved = {}
     if given.resume:
         with reading(given.resume, "--resume: "):
             saved = json.loads(Path("runs", given.resume, "config.json").read_text())
@@ -2316,7 +2319,7 @@ def parse_config(argv):
         argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         raise UserError(f"{unknown[0]}: no such flag (python tmax.py --help lists them)")
-    for name, before in saved.items() if given.resume else ():
+    for name, before in saved.items():
         now = getattr(cfg, name)
         if now != before:
             require(name not in FIXED, f"--{name}: a run that is resumed keeps its own: {before}")
