@@ -1196,7 +1196,7 @@ def updates_of_a_rank(folder, cell):
 def resumed_on(folder, cell):
     """What a state gives on these ranks: all of it, whole, and the next gradient."""
     learner = tmax.Learner(RECORDED, folder / "model", cell._replace(memory=folder / "memory"))
-    tmax.load_state(learner, NO_ENGINES if cell.rank == 0 else None, folder)
+    tmax.load_state(learner, no_engines() if cell.rank == 0 else None, folder)
     packs, tensors = tmax.pack(recorded_rollouts(folder), 200, cell.ranks)[cell.rank], tensors_of(learner)
     tmax.backward_packs(learner.policy, packs, 1000, RECORDED, cell.ranks)
     return tensors, {name: p.grad.full_tensor() for name, p in learner.policy.named_parameters()}
@@ -1234,7 +1234,7 @@ def test_updates_do_not_depend_on_ranks_and_nodes(tmp_path, policy, groups, proc
     torch.save([[r for r in group if not r.void] for group in groups], tmp_path / "groups.pt")
     before = tmax.Learner(RECORDED, tmp_path / "model", ALONE)
     before.update(tmax.pack(recorded_rollouts(tmp_path), 200, 1)[0])
-    tmax.save_state(before, NO_ENGINES, tmp_path, 1)
+    tmax.save_state(before, no_engines(), tmp_path, 1)
     agents = [agent("--standalone", "--nproc_per_node", 2, __file__, tmp_path), *two_nodes(__file__, tmp_path)]
     updates_of_a_rank(tmp_path, ALONE)
     assert [a.wait(600) for a in agents] == [0, 0, 0]
@@ -2308,8 +2308,9 @@ def test_checkpoint_keeps_dtype_and_generation_config(tiny_model, tmp_path, proc
     assert (written["temperature"], written["eos_token_id"]) == (0.6, AutoTokenizer.from_pretrained(folder).eos_token_id)
 
 
-# load_state tells the owner of a node's engines what to go on with; here it has none.
-NO_ENGINES = SimpleNamespace(progress=dict, restore=lambda: None, reload=lambda version: None, finish_reload=lambda: None)
+def no_engines(log=None):
+    """What save_state and load_state need of a node's GeneratorClient, which here has no engines."""
+    return SimpleNamespace(done=set(), log=log or tempfile.TemporaryFile(), reload=lambda version: None, finish_reload=lambda: None)
 
 
 def recorded_learner(folder, tiny_model, dtype="float32"):
@@ -2325,19 +2326,27 @@ def recorded_learner(folder, tiny_model, dtype="float32"):
 def tensors_of(learner):
     """Weights, moments and steps as whole tensors, by name."""
     return {f"{name}.{key}": (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
-            for name, parts in learner.state().items() for key, x in parts.items()}
+            for name, parts in tmax.tensors_of(learner).items() for key, x in parts.items()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resumed_steps_are_the_steps(process_group, tiny_model, tmp_path, dtype):
     """Else --resume goes on with rounded weights, cold moments or another warm-up: 2 + 2 steps are 4, bit for bit."""
     learner, packs = recorded_learner(tmp_path, tiny_model, dtype)
+    saved = no_engines()
+    saved.done.update([0, 3])
     for step in (1, 2, 3, 4):
         learner.update(packs)
         if step == 2:
-            tmax.save_state(learner, NO_ENGINES, tmp_path, step)
+            saved.log.write(b"12345")
+            saved.log.flush()
+            tmax.save_state(learner, saved, tmp_path, step)
+            saved.done.add(1)   # afterwards, so it comes again
+            saved.log.write(b"678")
+            saved.log.flush()
     resumed, _ = recorded_learner(tmp_path, tiny_model, dtype)
-    assert tmax.load_state(resumed, NO_ENGINES, tmp_path) == 2
+    assert tmax.load_state(resumed, going_on := no_engines(saved.log), tmp_path) == 2
+    assert going_on.done == {0, 3} and saved.log.seek(0, os.SEEK_END) == 5
     published = load_file(tmp_path / "memory/weights/model.safetensors")       # to the engines
     for name, p in resumed.policy.lm.named_parameters():
         assert torch.equal(published[name], p.full_tensor().to(getattr(torch, dtype)))
@@ -2352,7 +2361,7 @@ import os, sys, torch.distributed as dist, test_tmax as t
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 folder = t.Path(sys.argv[1])
 learner, packs = t.recorded_learner(folder, [sys.argv[2]])
-t.tmax.save_state(learner, t.NO_ENGINES, folder, 1)
+t.tmax.save_state(learner, t.no_engines(), folder, 1)
 learner.update(packs)
 (folder / "metrics.jsonl").write_text('{"step": 1}\\n{"step": 2}\\n{"st')
 t.Path.rename = lambda *_: os.kill(os.getpid(), 9)
@@ -2360,7 +2369,7 @@ getattr(t.tmax, sys.argv[3])(learner, *eval(sys.argv[4]), folder, 2)
 """
 
 
-@pytest.mark.parametrize("save, arguments", [("save_state", "[t.NO_ENGINES]"),
+@pytest.mark.parametrize("save, arguments", [("save_state", "[t.no_engines()]"),
                                              ("save_checkpoint", "[t.AutoTokenizer.from_pretrained(sys.argv[2])]")])
 def test_a_kill_inside_a_save_leaves_the_state_before(process_group, tiny_model, tmp_path, save, arguments):
     """Else half a state is taken for one, or stays; lines of steps that come again stand twice."""
@@ -2369,7 +2378,7 @@ def test_a_kill_inside_a_save_leaves_the_state_before(process_group, tiny_model,
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert list(tmp_path.glob("*-2.partial")) and not list(tmp_path.glob("*-2"))
     learner, _ = recorded_learner(tmp_path, tiny_model)
-    assert tmax.load_state(learner, NO_ENGINES, tmp_path) == 1
+    assert tmax.load_state(learner, no_engines(), tmp_path) == 1
     assert not any(x.any() for name, x in tensors_of(learner).items() if "exp_avg" in name)
     assert sorted(os.listdir(tmp_path)) == ["memory", "metrics.jsonl", "state-1"]
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
@@ -2379,11 +2388,11 @@ def test_a_full_disk_loses_no_state(process_group, tiny_model, tmp_path, capsys)
     """Else a write that fails ends the run, or costs the last good state. Only the last checkpoint must be written."""
     learner, packs = recorded_learner(tmp_path, tiny_model)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model[0])
-    tmax.save_state(learner, NO_ENGINES, tmp_path, 1)
+    tmax.save_state(learner, no_engines(), tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))     # as on a full disk, a write ends early with an error
     try:
-        tmax.save_state(learner, NO_ENGINES, tmp_path, 2)
+        tmax.save_state(learner, no_engines(), tmp_path, 2)
         tmax.save_checkpoint(learner, tokenizer, tmp_path, 2)
         with pytest.raises(tmax.RunFailed, match=f"^{tmp_path}/checkpoint-{TINY.training_steps} cannot be written: [^\n]+$"):
             tmax.save_checkpoint(learner, tokenizer, tmp_path, TINY.training_steps)
@@ -2392,21 +2401,21 @@ def test_a_full_disk_loses_no_state(process_group, tiny_model, tmp_path, capsys)
     said = capsys.readouterr().out
     assert re.findall(r"warning: .*/(\S+) cannot be written: .*", said) == ["state-2", "checkpoint-2"] and said.count("\n") == 2
     assert os.listdir(tmp_path) == ["state-1"]
-    tmax.save_state(learner, NO_ENGINES, tmp_path, 3)
+    tmax.save_state(learner, no_engines(), tmp_path, 3)
     assert os.listdir(tmp_path) == ["state-3"]      # the one before has gone
 
 
 def test_a_state_that_cannot_be_read_is_one_line(process_group, tiny_model, tmp_path):
     """Else --resume ends in a traceback, or takes the tasks of nodes that are not there."""
     learner, _ = recorded_learner(tmp_path, tiny_model)
-    tmax.save_state(learner, NO_ENGINES, tmp_path, 1)
+    tmax.save_state(learner, no_engines(), tmp_path, 1)
     two = learner.cell._replace(nodes=2)
     with pytest.raises(tmax.UserError, match=r"^--resume: .* 1 node\(s\), not 2$"):
         learner.cell = two
-        tmax.load_state(learner, NO_ENGINES, tmp_path)
+        tmax.load_state(learner, no_engines(), tmp_path)
     (tmp_path / "state-1/.metadata").unlink()
     with pytest.raises(tmax.UserError, match="^--resume: .*state-1: [^\n]+$"):
-        tmax.load_state(learner, NO_ENGINES, tmp_path)
+        tmax.load_state(learner, no_engines(), tmp_path)
 
 
 def test_a_killed_run_is_resumed(tiny_run, tmp_path):

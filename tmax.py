@@ -702,11 +702,6 @@ class Learner:
             moments = {name: torch.zeros_like(p).to("cpu") for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = dict(step=torch.zeros((), device=p.device), **moments)
 
-    def state(self):
-        """{parameter: {"weight", "step", "exp_avg", "exp_avg_sq"}}, the tensors themselves."""
-        parameters = self.policy.named_parameters()
-        return {name: dict(weight=p, **self.optimizer.state[p]) for name, p in parameters}
-
     def update(self, packs):
         """One optimizer step on this rank's packs, skipped if its norm is not finite. Returns its metrics."""
         num_tokens = torch.tensor(sum(len(p.targets) for p in packs))
@@ -858,16 +853,6 @@ class GeneratorClient:
             for run, r in enumerate(results[index]):
                 write_rollouts(self.log, [r], step=step, run=run)
         return results
-
-    def progress(self):
-        """What --resume needs: which groups are done, and how much of the log tells of them."""
-        os.fsync(self.log.fileno())
-        return dict(done=sorted(self.done), log_bytes=os.fstat(self.log.fileno()).st_size)
-
-    def restore(self, done=(), log_bytes=0):
-        """Go on from there: what was in flight is sampled again."""
-        self.done.update(done)
-        self.log.truncate(log_bytes)
 
     def reload(self, version):
         """Have the engines take over the weights in memory; returns at once."""
@@ -1833,13 +1818,22 @@ def states(run_dir):
     return sorted(run_dir.glob("state-*[0-9]"), key=lambda folder: int(folder.name.partition("-")[2]))
 
 
+def tensors_of(learner):
+    """{parameter: {"weight", "step", "exp_avg", "exp_avg_sq"}}, the tensors themselves."""
+    parameters, state = learner.policy.named_parameters(), learner.optimizer.state
+    return {name: dict(weight=p, **state[p]) for name, p in parameters}
+
+
 def save_state(learner, generator, run_dir, step):
-    """Write what --resume needs to state-STEP (a collective): each rank its share of FP32 weights and moments.
+    """Write what --resume needs to state-STEP (a collective), each rank its share of weights and moments.
     There is no random state: nothing that is trained draws numbers."""
-    start, nodes = time.monotonic(), [None] * dist.get_world_size()
-    dist.all_gather_object(nodes, generator and generator.progress())
-    nodes = [progress for progress in nodes if progress is not None]
-    state = dict(learner=learner.state(), step=step, version=learner.version, nodes=json.dumps(nodes))
+    start, progress, nodes = time.monotonic(), None, [None] * dist.get_world_size()
+    if generator:   # which groups are done, and how much of the log tells of them
+        os.fsync(generator.log.fileno())
+        progress = dict(done=sorted(generator.done), log_bytes=os.fstat(generator.log.fileno()).st_size)
+    dist.all_gather_object(nodes, progress)
+    nodes = [progress for progress in nodes if progress]
+    state = dict(learner=tensors_of(learner), step=step, version=learner.version, nodes=json.dumps(nodes))
     with whole_or_not(run_dir / f"state-{step}") as folder:
         dcp.save(state, checkpoint_id=folder)
     if dist.get_rank() == 0:
@@ -1849,10 +1843,11 @@ def save_state(learner, generator, run_dir, step):
 
 
 def load_state(learner, generator, run_dir):
-    """Go on from the newest state (a collective), also with other numbers of learners and engines. Returns its
-    step; without one 0: the run begins anew in its folder. Raises UserError for other nodes."""
+    """Go on from the newest state (a collective), also with other learners and engines. Returns its step;
+    without one 0: the run begins anew in its folder. Raises UserError for another number of nodes."""
     cell, saved = learner.cell, states(run_dir)
-    state = dict(learner=learner.state(), step=0, version=0, nodes=json.dumps([{}] * cell.nodes))
+    nothing = dict(done=[], log_bytes=0)
+    state = dict(learner=tensors_of(learner), step=0, version=0, nodes=json.dumps([nothing] * cell.nodes))
     if saved:
         try:
             dcp.load(state, checkpoint_id=saved[-1])
@@ -1860,13 +1855,14 @@ def load_state(learner, generator, run_dir):
             raise UserError(f"--resume: {saved[-1]}: {last_line(error)}") from None
     learner.version, nodes = state["version"], json.loads(state["nodes"])
     require(len(nodes) == cell.nodes, f"--resume: it ran on {len(nodes)} node(s), not {cell.nodes}")
-    if generator:
-        generator.restore(**nodes[cell.node])
     if saved:
         learner.save_weights(cell.memory / "weights")
-        if generator:
-            generator.reload(learner.version)
-            generator.finish_reload()
+    if generator:   # what was in flight is sampled again
+        generator.done.update(nodes[cell.node]["done"])
+        generator.log.truncate(nodes[cell.node]["log_bytes"])
+    if generator and saved:
+        generator.reload(learner.version)
+        generator.finish_reload()
     if dist.get_rank() == 0:    # what was written after it, or not to its end, goes
         for partial in run_dir.glob("*-*.partial"):
             shutil.rmtree(partial)
