@@ -1347,8 +1347,9 @@ def test_groups_go_to_the_engine_with_the_fewest(monkeypatch):
     assert groups_of[0] > groups_of[2] > 5      # the fast engine has done more of the work
 
 
-def test_settings_of_vllm(tiny_model, monkeypatch):
-    """Else an fp8 cache needs an edit, two runs draw the same noise, or a flag changes what the learner computes with."""
+def test_settings_of_vllm(tiny_model, tmp_path, monkeypatch):
+    """Else an fp8 cache needs an edit, two runs draw the same noise, a flag changes what the learner computes with, or vLLM's own
+    config classes refuse what a node with GPUs passes."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     one, other = (tmax.engine_args(tiny_model[0], replace(TINY, vllm='{"max_num_seqs": 7}')) for _ in range(2))
     assert (one.max_num_seqs, one.enable_prefix_caching) == (7, True) and one.seed != other.seed
@@ -1357,6 +1358,14 @@ def test_settings_of_vllm(tiny_model, monkeypatch):
     for value in ("3", "[", *(json.dumps({name: 1}) for name in owned)):
         with pytest.raises(tmax.UserError, match="--vllm: "):
             tmax.parse_config(["--vllm", value])
+    Qwen3Config(**QWEN3_8B).save_pretrained(tmp_path)
+    with monkeypatch.context() as gpus:
+        gpus.setattr(torch.cuda, "is_available", lambda: True)
+        args = tmax.engine_args(tmp_path, tmax.Config(num_learners=2, num_engines=6, vllm='{"kv_cache_dtype": "fp8"}'))
+    args.skip_tokenizer_init = True     # there is none
+    config = args.create_engine_config()
+    assert (config.parallel_config.data_parallel_size, config.cache_config.cache_dtype, config.model_config.head_dtype,
+            config.scheduler_config.max_num_batched_tokens) == (6, "fp8", torch.float32, 8192)
 
 
 PROMPT = list(range(300, 340))
@@ -1432,13 +1441,13 @@ def replay(tmp_path, tiny_model, process_group, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)      # make_memory sets it
     make_task(tmp_path / "t", test="echo $((RANDOM % 2)) >/logs/verifier/reward.txt", instruction="Do it. " * 30_000)
 
-    def run(times, seconds_update=0.0, **changes):
+    def run(times, seconds_update=0.0, model=tiny_model[0], **changes):
         update = tmax.Learner.update
         monkeypatch.setattr(tmax.Learner, "update", lambda *args: (time.sleep(seconds_update), update(*args))[1])
         monkeypatch.setenv("TMAX_REPLAY", json.dumps(times))
         small = dict(max_total_tokens=1024, prompts_per_step=2, samples_per_prompt=4, max_concurrent_rollouts=1000)
         cfg, cell = replace(TINY, **small | changes), ALONE._replace(memory=tmax.make_memory())
-        tmax.train(cfg, cell, tmp_path, tiny_model[0], [tmax.load_task(tmp_path / "t")], [])
+        tmax.train(cfg, cell, tmp_path, model, [tmax.load_task(tmp_path / "t")], [])
         return json_lines(tmp_path / "metrics.jsonl")
     return run
 
@@ -1457,6 +1466,24 @@ def test_staleness_never_exceeds_the_bound(replay, tmp_path, async_steps, second
     assert async_steps or all(len(line["versions"]) == 1 for line in json_lines(tmp_path / "rollouts.jsonl"))
     waited = np.mean([m["learners_waited"] for m in metrics[1:]])
     assert waited < 0.5 if seconds_update else any(m["waiting_bash"] for m in metrics)
+
+
+@pytest.mark.slow
+def test_a_larger_shape_needs_no_preset(replay, tmp_path):
+    """Else two CPU cores run --tiny alone: 135M parameters train three steps and are evaluated with the same code."""
+    tokenizer, folder = small_tokenizer(QWEN, QWEN_TOKENS, "<|im_end|>"), tmp_path / "135m"
+    config = AutoConfig.for_model("llama", vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                                  num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+                                  max_position_embeddings=8192, eos_token_id=tokenizer.eos_token_id)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    metrics = replay([[3, 60, 0.0]], model=folder, tiny=False, training_steps=3, learning_rate=1e-4, gradient_checkpointing=True)
+    assert [m["updated"] for m in metrics] == [True] * 3 and all((m["mismatch_max"] or 0) <= 1e-4 for m in metrics)
+    flags = "--eval --dtype float32 --max_total_tokens 512 --eval_runs 1 --sandbox bwrap --name e".split()
+    done = subprocess.run([sys.executable, tmax.__file__, *flags, "--model", tmp_path / "checkpoint-3", "--tasks", tmp_path / "t"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "runs/e/eval.json").read_text())["void"] == []
 
 
 def test_failed_engine_ends_the_run(replay):
@@ -2846,6 +2873,59 @@ def test_benchmark_sandboxes(cfg, capsys):
         print(f"\n{cfg.sandbox}, {os.cpu_count()} cores: {started:.1f} sandboxes started and closed per second; "
               f"{1000 * latency:.0f} ms a command, {rate:.1f} commands/s over 16 sandboxes; of 120 real rollouts "
               f"that is {turns * latency / bash:.1%} of their time in bash and {turns * latency / (model + bash):.1%} of all")
+
+
+@pytest.mark.bench
+def test_benchmark_node(monkeypatch, capsys):
+    """20 steps of a modelled node (Qwen3-8B, 2 learners, 6 engines, H100 rooflines) with the code's own routing and bounds."""
+    cfg, scale, draw = tmax.Config(num_learners=2, num_engines=6), 3000, random.Random(0)
+    live, figures, done = [0] * 6, [], Counter()
+
+    async def modelled_rollout(engine, task, tokenizer, cfg, rank):
+        live[rank] += 1
+        tokens = 18_500 * draw.lognormvariate(-0.18, 0.6)       # sampled ones; then bash takes as long as 40 % of the time
+        for _ in range(10):
+            decoding = max(1.0, 0.6 * live[rank])
+            token = 0.001 + (16.4e9 + min(decoding, 15) * 17_000 * 147_456) / (0.8 * 3.35e12)
+            token *= max(1.0, decoding / 15)    # the KV cache holds 15: the others wait in turn
+            await asyncio.sleep(tokens / 10 * token / scale)
+            done["bash"] += tokens / 10 * 0.0093
+            await asyncio.sleep(tokens / 10 * 0.0093 / scale)
+        live[rank] -= 1
+        done["rollouts"] += 1
+    monkeypatch.setattr(tmax, "rollout", modelled_rollout)
+
+    async def node():
+        generator, loop, queue = tmax.Generator(cfg, None), asyncio.get_running_loop(), asyncio.Queue()
+        generator.tokenizer = generator.engine = None
+        generator.at_once = tmax.concurrency(cfg, 395_717)
+        generator.slots = [asyncio.Semaphore(generator.at_once) for _ in live]
+
+        async def group(index):
+            await generator._group(index, None, cfg)
+            figures.append(sorted(live))
+            queue.put_nowait(index)
+        start, waited, started, trained_or_rejected, running = loop.time(), 0.0, 0, 0, []
+        for _ in range(20):
+            kept, begin = 0, loop.time()
+            while kept < cfg.prompts_per_step:
+                while started - trained_or_rejected < (cfg.async_steps + 1) * cfg.prompts_per_step:
+                    running.append(loop.create_task(group(started)))
+                    started += 1
+                await queue.get()
+                flat = draw.random() < 0.3
+                kept += not flat
+                trained_or_rejected += flat
+            waited += loop.time() - begin
+            await asyncio.sleep(430 / scale)
+            trained_or_rejected += kept
+        for task in running:
+            task.cancel()
+        return loop.time() - start, waited
+    seconds, waited = asyncio.run(node())
+    with capsys.disabled():
+        print(f"\nmodelled node: {scale * seconds / 20:.0f} s a step, {done['rollouts'] / seconds / scale:.3f} rollouts/s, learners "
+              f"wait {waited / seconds:.0%}, rollouts of an engine, fewest to most: {np.mean(figures, axis=0).round(1)}")
 
 
 if __name__ == "__main__":      # a rank of test_updates_do_not_depend_on_ranks_and_nodes
