@@ -1748,8 +1748,7 @@ def test_an_engine_that_is_killed(tmp_path, monkeypatch):
     if os.getuid() or not shutil.which("dockerd") or subprocess.run(engine, capture_output=True).returncode:
         pytest.skip("no engine can be started here: needs root and dockerd")
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
-    for name in ("docker_client", "docker_breaks"):     # without what they know of another engine
-        monkeypatch.setattr(tmax, name, functools.cache(getattr(tmax, name).__wrapped__))
+    monkeypatch.setattr(tmax, "docker_client", functools.cache(tmax.docker_client.__wrapped__))    # not of another engine
 
     def kill(sent=signal.SIGKILL):
         os.kill(int((tmp_path / "docker.pid").read_text()), sent)
@@ -1833,8 +1832,7 @@ def test_podman_serves_as_the_engine(tmp_path, monkeypatch):
         pytest.skip("podman is not installed")
     start(["podman", "system", "service", "--time", "0", f"unix://{tmp_path}/podman.sock"])
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/podman.sock")
-    for cached in (tmax.docker_client, tmax.docker_breaks):
-        cached.cache_clear()
+    tmax.docker_client.cache_clear()
     try:
         wait_for(tmax.docker_answers, 60)
         cfg = replace(CFG, sandbox="docker", image=host_image(tmax.docker_client()), network="none")
@@ -1847,8 +1845,7 @@ def test_podman_serves_as_the_engine(tmp_path, monkeypatch):
             return await box.grade()
         assert in_sandbox(work, task=task, cfg=cfg).reward == 1
     finally:
-        for cached in (tmax.docker_client, tmax.docker_breaks):
-            cached.cache_clear()
+        tmax.docker_client.cache_clear()
 
 
 # Rows of (command, pattern of its whole text, exit code or None, seconds if its time is to run out).

@@ -1177,10 +1177,10 @@ class Sandbox:
         return asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
 
     async def __aenter__(self):
-        self.started = self._in_thread(self.backend.start)
+        self.started = self.threads.submit(self.backend.start)
         try:
             most = self.task.build_timeout + 120
-            folder = await asyncio.wait_for(asyncio.shield(self.started), most)
+            folder = await asyncio.wait_for(asyncio.wrap_future(self.started), most)
             folder = self.task.workdir or folder or "/"
             self.directory = "/app" if folder == "/" else folder    # if it is there: TMax tasks expect it
             seeds = self.task.path / "environment/seeds"
@@ -1194,12 +1194,10 @@ class Sandbox:
         return self
 
     async def __aexit__(self, *_):
-        async def close():
-            _, late = await asyncio.wait([self.started], timeout=60)
-            if late:    # what it starts all the same goes then
-                self.started.add_done_callback(lambda _: self.threads.submit(self.backend.stop))
-            await self._in_thread(self.backend.stop)
-        await asyncio.shield(close())
+        def close():
+            self.started.exception()    # waits: what starts late goes then
+            self.backend.stop()
+        await asyncio.wait([self._in_thread(close)], timeout=60)
 
     async def _execute(self, argv, stdin, timeout, user):
         """(exit code or None where time ran out, output) of a program."""
@@ -1318,7 +1316,6 @@ class Docker:
     def start(self):
         task, memory = self.task, self.task.memory_mb << 20
         client, image = docker_client(), image_of(task, self.cfg)
-        self.breaks = len(docker_breaks())
         network = task.network if self.cfg.network == "auto" else self.cfg.network
         with Docker.starting:
             if network == "public":     # a bridge whose containers do not reach each other
@@ -1332,6 +1329,7 @@ class Docker:
                 mem_limit=memory, memswap_limit=memory, nano_cpus=int(task.cpus * 1e9),
                 pids_limit=MAX_PROCESSES, cap_drop=["NET_RAW", "MKNOD"], security_opt=["no-new-privileges"])
             self.container.start()
+        self.ended = Sandbox.threads.submit(self.container.wait, timeout=None)
         return client.api.inspect_image(image)["Config"].get("WorkingDir")
 
     def execute(self, argv, stdin, timeout, user):
@@ -1349,14 +1347,14 @@ class Docker:
         return code, output
 
     def running(self):
-        """Whether the container runs. Raises SandboxLost where the engine is gone, or was started anew."""
+        """Whether the container runs. Raises SandboxLost where the engine ended, though it may be back: then
+        the request that waits for the container's end broke off."""
         try:
-            running = docker_client().api.inspect_container(self.container.id)["State"]["Running"]
+            if self.ended.done():
+                self.ended.result()
+            return docker_client().api.inspect_container(self.container.id)["State"]["Running"]
         except DOCKER_ERRORS as error:
             raise SandboxLost("engine", error) from error
-        if len(docker_breaks()) > self.breaks:
-            raise SandboxLost("engine", "it was started anew")
-        return running
 
     def stop(self):
         if self.container:
@@ -1368,22 +1366,6 @@ class Docker:
 def docker_client():
     """The engine of DOCKER_HOST, or the local one. Raises DockerException."""
     return docker.from_env(timeout=60, max_pool_size=64)
-
-
-@functools.cache
-def docker_breaks():
-    """A list that grows when the engine ends, and with it all containers: its events break off then."""
-    breaks = []
-
-    def watch():
-        while True:
-            with contextlib.suppress(*DOCKER_ERRORS):
-                for _ in docker_client().events(filters={"type": "daemon"}):
-                    pass
-            breaks.append(time.time())
-            time.sleep(1)
-    threading.Thread(target=watch, daemon=True).start()
-    return breaks
 
 
 def docker_answers():
