@@ -2052,6 +2052,7 @@ class Plan(NamedTuple):
     seconds: float          # of a step, modelled
     learners: int           # of a node
     vllm_share: float       # of a GPU
+    split: str              # learners + engines: seconds
     text: str
 
 
@@ -2059,66 +2060,63 @@ def plan(cfg, gpus, nodes=1):
     """The Plan of --num_learners, or the fastest that fits, for nodes of `gpus` GPUs as here, or of 80 GB."""
     with reading(cfg.model):
         lm = check_shape(cfg.model)
-    plans = []
-    for learners in range(1, max(2, gpus)):
-        engines = max(1, gpus - learners)
-        plans.append(plan_split(lm, cfg, learners, engines, gpus, nodes))
+    plans = [plan_split(lm, cfg, learners, max(1, gpus - learners), gpus, nodes)
+             for learners in range(1, max(2, gpus))]
     best = min(plans, key=lambda plan: (len(plan.problems), plan.seconds))
     if cfg.num_learners:
-        engines = cfg.num_engines or gpus - cfg.num_learners
-        best = plan_split(lm, cfg, cfg.num_learners, engines, gpus, nodes)
-    seconds = [f"{p.seconds:.0f} s" if not p.problems else "does not fit" for p in plans]
-    splits = "; ".join(f"{p.learners} + {max(1, gpus - p.learners)}: {s}" for p, s in zip(plans, seconds))
+        best = plan_split(lm, cfg, cfg.num_learners, cfg.num_engines, gpus, nodes)
+    splits = "; ".join(plan.split for plan in plans)
     return best._replace(text=f"{best.text}\nlearners + engines: {splits}")
 
 
 def plan_split(lm, cfg, learners, engines, gpus, nodes):
     """Of a GPU, 5 % stay free of learners; vLLM takes 92 %, 4 GiB of it for activations and CUDA graphs."""
-    gib, shm = 80, math.inf
+    gpu, shm = 80 * 2**30, math.inf
     if torch.cuda.is_available():
-        gib = torch.cuda.mem_get_info()[1] / 2**30
-        shm = shutil.disk_usage("/dev/shm").free / 2**30
-    size = lm.num_parameters()
-    parts = learner_memory(lm, cfg, learners * nodes)
-    moments = 8 * size / (learners * nodes)
-    in_step = parts["weights, FP32"] + parts["gradients, FP32"] + moments
-    learner = max(sum(parts.values()), in_step) / 2**30
-    vllm = 0.92 * gib
+        gpu = torch.cuda.mem_get_info()[1]
+        shm = shutil.disk_usage("/dev/shm").free
+    size, ranks = lm.num_parameters(), learners * nodes
+    weights = size * getattr(torch, cfg.dtype).itemsize
+    parts = learner_memory(lm, cfg, ranks)
+    in_step = 16 * size / ranks     # weights, gradients, moments
+    learner = max(sum(parts.values()), in_step)
+    vllm = 0.92 * gpu
     if learners + engines > gpus:   # one GPU for both
         vllm -= learner
-    weights = size * getattr(torch, cfg.dtype).itemsize / 2**30
-    cache = max(0.0, vllm - 4 - weights)
-    longest, per_token = cfg.max_prompt_tokens + cfg.max_total_tokens, kv_bytes(lm, cfg) / 2**30
-    tokens = int(cache / per_token)
+    cache = max(0, vllm - 4 * 2**30 - weights)
+    longest, kv_token = cfg.max_prompt_tokens + cfg.max_total_tokens, kv_bytes(lm, cfg)
+    tokens = int(cache / kv_token)
     node = replace(cfg, num_engines=engines, prompts_per_step=cfg.prompts_per_step // nodes)
-    at_once = concurrency(node, tokens)
-    seconds = step_seconds(lm, cfg, learners * nodes, engines * nodes, max(1, at_once))
-    generation, update, reload = seconds
+    at_once = max(1, concurrency(node, tokens))
+    generation, update, reload = step_seconds(lm, cfg, ranks, engines * nodes, at_once)
     step = max(generation, update) + reload
     days = step * cfg.training_steps / 86400
+
+    def gib(size):
+        return f"{size / 2**30:.1f}"
     problems = []
-    if learner > 0.95 * gib:
-        problems.append(f"a learner needs {learner:.1f} GiB: raise --num_learners, lower --pack_length")
+    if learner > 0.95 * gpu:
+        problems.append(f"a learner needs {gib(learner)} GiB: raise --num_learners, lower --pack_length")
     if tokens < longest:
-        problems.append(f"an engine has {cache:.1f} GiB for its KV cache, a rollout of {longest:,} tokens "
-                        f"needs {longest * per_token:.1f}: lower --max_total_tokens, or take larger GPUs")
+        problems.append(f"an engine has {gib(cache)} GiB for its KV cache, a rollout needs "
+                        f"{gib(longest * kv_token)}: lower --max_total_tokens, or take larger GPUs")
     if weights > shm:
-        problems.append(f"a reload needs {weights:.1f} GiB of /dev/shm, which has {shm:.1f}: mount it larger")
+        problems.append(f"a reload needs {gib(weights)} GiB of /dev/shm, which has {gib(shm)}")
     lines = [
         f"{cfg.model}: {size / 1e9:.2f}B parameters, {cfg.dtype}",
-        f"{learners} learner(s) and {engines} engine(s) a node, GPUs of {gib:.0f} GiB; memory in GiB",
-        f"a learner, with a pack of {cfg.pack_length:,} tokens: {learner:.1f}",
-        *(f"    {name:24}{value / 2**30:8.1f}" for name, value in parts.items()),
-        f"    AdamW's moments, in host memory until the step: {moments / 2**30:.1f}",
-        f"an engine: {vllm:.1f}: weights {weights:.1f}, activations, graphs 4.0, KV cache {cache:.1f}",
+        f"{learners} learner(s) and {engines} engine(s) a node, GPUs of {gib(gpu)} GiB; memory in GiB",
+        f"a learner, with a pack of {cfg.pack_length:,} tokens: {gib(learner)}",
+        *(f"    {name:24}{gib(value):>8}" for name, value in parts.items()),
+        f"    AdamW's moments, in host memory until the step: {gib(8 * size / ranks)}",
+        f"an engine: {gib(vllm)}: weights {gib(weights)}, activations, graphs 4.0, KV cache {gib(cache)}",
         f"    for {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length; {at_once} run at once",
-        f"a reload: {weights:.1f} through /dev/shm",
-        f"{step:.0f} seconds a step: generation {generation:.0f}, beside it an update of {update:.0f}, then "
-        f"a reload of {reload:.0f}; {days:.1f} days for {cfg.training_steps} steps",
-        "    (modelled, not measured: an H100, learners at 45 % of peak, rollouts of "
-        f"{MEAN_LENGTH * longest:,.0f} tokens)",
+        f"a reload: {gib(weights)} through /dev/shm",
+        f"{step:.0f} seconds a step, modelled on an H100, not measured; {days:.1f} days in all",
+        f"    generation {generation:.0f}, beside it an update of {update:.0f}, then a reload of {reload:.0f}",
         *([f"does not fit: {problem}" for problem in problems] or ["it fits"])]
-    return Plan(problems, step, learners, vllm / gib, "\n".join(lines))
+    outcome = "does not fit" if problems else f"{step:.0f} s"
+    split = f"{learners} + {engines}: {outcome}"
+    return Plan(problems, step, learners, vllm / gpu, split, "\n".join(lines))
 
 
 # ------------------------------------------------------------------------------------------------------------
