@@ -2134,8 +2134,7 @@ class RunFailed(Exception):
 def check(cfg):
     """Refuse values that cannot work, by name. Raises UserError."""
     def need(name, holds, what):
-        if not holds:
-            raise UserError(f"--{name}: {getattr(cfg, name)} is not {what}")
+        require(holds, f"--{name}: {getattr(cfg, name)} is not {what}")
 
     for f in fields(cfg):
         value = getattr(cfg, f.name)
@@ -2406,10 +2405,10 @@ def generator_main(cfg, cell, model, log, pipe):
 def root_cause(error):
     """One line. vLLM's own errors only point at a stack trace, which is in the log, this process's stdout."""
     log = Path("/dev/stdout").read_text(errors="replace")
-    name, message = type(error).__name__, str(error).partition("\n")[0]
-    causes = [f"{name}: {message}", *re.findall(r"\b\w*(?:Error|Exception): .+", log)]
+    message, *_ = f"{type(error).__name__}: {error}".splitlines()
+    causes = [message, *re.findall(r"\b\w*(?:Error|Exception): .+", log)]
     known = [cause for cause in causes if not re.search("stack trace|root cause", cause)]
-    return known[0] if known else f"{name}: the process ended unexpectedly"
+    return [*known, message][0]
 
 
 def run(cfg):
