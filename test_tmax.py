@@ -289,7 +289,7 @@ def live(tiny_run):
 
 CFG = tmax.Config(sandbox="bwrap", bash_timeout=100.0)
 WARM = replace(CFG, temperature=0.9)
-ALONE = tmax.Cell(0, 1, 0, 1, None, None)
+ALONE = tmax.Cell(0, 1, 0, 1, None)
 PROPERTY = settings(max_examples=150, deadline=None, database=None)
 PAD, EOS, VOCAB = 0, 1, 32      # of small_policy
 
@@ -1153,8 +1153,8 @@ def test_moments_that_wait_elsewhere_change_nothing(process_group, tiny_model, m
 def test_learners_of_a_node_wait_for_hours(monkeypatch):
     """Else a step whose rollouts take longer than gloo's own half an hour ends the run."""
     monkeypatch.setattr(tempfile, "tempdir", None)      # make_memory sets it
-    group = tmax.join_ranks().group
-    assert group._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(hours=12)
+    tmax.join_ranks()
+    assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(hours=12)
     dist.destroy_process_group()
 
 

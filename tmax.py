@@ -764,7 +764,7 @@ class GeneratorClient:
         context = multiprocessing.get_context("spawn")
         self.pipe, other_end = context.Pipe()
         self.process = context.Process(target=generator_main, args=(
-            self.cfg, cell._replace(group=None), model, self.generator_log, other_end))
+            self.cfg, cell, model, self.generator_log, other_end))
         self.process.start()
         other_end.close()
 
@@ -2202,24 +2202,23 @@ def tally(groups):
 
 
 def share(cell, packs, counts, failure):
-    """Give the ranks of a node the packs of its first rank (collectives over the node, then over all ranks).
+    """Give the ranks of a node the packs of its first rank, by a collective over all ranks.
 
     Returns (packs, as many on every rank; all nodes' counts, `reward` now a mean). Raises RunFailed, on all
     ranks, for the failure of a generator."""
-    received, everyone = [None], [None] * dist.get_world_size()
-    dist.scatter_object_list(received, packs, src=cell.node * cell.ranks, group=cell.group)
-    packs = received[0]
-    dist.all_gather_object(everyone, (len(packs), counts, failure))
-    lengths, all_counts, failures = zip(*everyone)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (packs, counts, failure))
+    all_packs, all_counts, failures = zip(*everyone)
     for reason in filter(None, failures):
         raise RunFailed(reason)
-    total = Counter(packs=max(lengths))
+    packs = all_packs[cell.node * cell.ranks][cell.rank]
+    most = max(len(x) for of_ranks in all_packs for x in of_ranks)
+    total = Counter(packs=most)
     for part in all_counts:
         total.update(part)
     graded = total["rollouts_graded"]
     total = dict(total, reward=total["reward"] / graded if graded else None)
-    missing = max(lengths) - len(packs)
-    return packs + [build_pack([])] * missing, total
+    return packs + [build_pack([])] * (most - len(packs)), total
 
 
 def write_rollouts(file, rollouts, **extra):
@@ -2301,7 +2300,6 @@ class Cell(NamedTuple):
     ranks: int          # of this node
     node: int
     nodes: int
-    group: object       # process group of the node's ranks
     memory: Path        # the owner's folder in /dev/shm: weights, sockets, bubblewrap's sandboxes
 
 
@@ -2318,9 +2316,8 @@ def join_ranks():
     dist.init_process_group(backend, timeout=patience, **alone)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     node, rank = divmod(dist.get_rank(), ranks)
-    group, _ = dist.new_subgroups(ranks, timeout=patience)      # its own default is 30 minutes
     memory = make_memory() if rank == 0 else Path()
-    return Cell(rank, ranks, node, dist.get_world_size() // ranks, group, memory)
+    return Cell(rank, ranks, node, dist.get_world_size() // ranks, memory)
 
 
 def resolve(cfg):
