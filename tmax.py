@@ -1122,8 +1122,8 @@ DOCKER_ERRORS = OSError, docker.errors.DockerException      # those of requests 
 
 # One line, so that bash's messages number the agent's lines. The command, of $1 bytes, comes on stdin:
 # arguments have a limit, and `pkill -f` would find its own shell. An EXIT trap saves the state; where the
-# command replaced that trap, the end of the line does. A state that does not end in `#whole` was cut by a
-# kill and is ignored. `builtin`: functions may have any name.
+# command replaced that trap, the end of the line does. A state that does not end in `#whole` was cut, as by
+# a second SIGTERM, and is ignored. `builtin`: functions may have any name.
 SAVE_STATE = """{ builtin set +ex -- "$?"; builtin unset __command; { builtin umask -p; \
 builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; \
 builtin printf '#whole'; } >|/tmp/.shell.new; } >/dev/null 2>&1; builtin exit "$1" """
@@ -1179,8 +1179,7 @@ class Sandbox:
     async def __aenter__(self):
         self.started = self.threads.submit(self.backend.start)
         try:
-            most = self.task.build_timeout + 120
-            folder = await asyncio.wait_for(asyncio.wrap_future(self.started), most)
+            folder = await asyncio.wrap_future(self.started)
             folder = self.task.workdir or folder or "/"
             self.directory = "/app" if folder == "/" else folder    # if it is there: TMax tasks expect it
             seeds = self.task.path / "environment/seeds"
@@ -1328,7 +1327,7 @@ class Docker:
                 pids_limit=MAX_PROCESSES, cap_drop=["NET_RAW", "MKNOD"], security_opt=["no-new-privileges"])
             self.container.start()
         self.ended = Sandbox.threads.submit(self.container.wait, timeout=None)
-        return client.api.inspect_image(image)["Config"].get("WorkingDir")
+        return self.container.attrs["Config"]["WorkingDir"]
 
     def execute(self, argv, stdin, timeout, user):
         api = docker_client().api
@@ -1835,10 +1834,6 @@ TINY_TEMPLATE = """
 TINY_SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <tool_call> </tool_call>".split()
 TINY_WORDS = """amber birch cedar daisy ember fern grove hazel iris juniper kelp lilac maple nettle olive
     poppy""".split()
-TINY_TOML = """agent.timeout_sec = 60
-verifier.timeout_sec = 20
-environment = { memory_mb = 512, network_mode = "no-network" }
-"""
 
 
 def tiny_task(kind, first, second):
@@ -1854,7 +1849,8 @@ def tiny_task(kind, first, second):
                    [(f"cat {a}", f"{b}\n"), (f"touch {b}", "")], f"[ -e {b} ]"),
     }[kind]
     test = f"if {test}; then echo 1; else echo 0; fi >/logs/verifier/reward.txt\n"
-    files = {"instruction.md": f"{instruction}\n", "task.toml": TINY_TOML, "tests/test.sh": test, **seeds}
+    files = {"instruction.md": f"{instruction}\n", "tests/test.sh": test, **seeds,
+             "task.toml": 'environment.network_mode = "no-network"\n'}
     return instruction, files, solution
 
 
