@@ -1122,15 +1122,13 @@ DOCKER_ERRORS = OSError, docker.errors.DockerException      # those of requests 
 
 # One line, so that bash's messages number the agent's lines. The command, of $1 bytes, comes on stdin:
 # arguments have a limit, and `pkill -f` would find its own shell. An EXIT trap saves the state; where the
-# command replaced that trap, the end of the line does. A state that does not end in `#whole` was cut, as by
-# a second SIGTERM, and is ignored. `builtin`: functions may have any name.
-SAVE_STATE = """{ builtin set +ex -- "$?"; builtin unset __command; { builtin umask -p; \
-builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; \
-builtin printf '#whole'; } >|/tmp/.shell.new; } >/dev/null 2>&1; builtin exit "$1" """
+# command replaced that trap, the end of the line does. `timeout` sends SIGTERM twice: the second must not
+# cut it. `builtin`: functions may have any name.
+SAVE_STATE = """{ builtin set +ex -- "$?"; builtin trap '' TERM; builtin unset __command; { builtin umask -p; \
+builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; } >|/tmp/.shell; \
+} >/dev/null 2>&1; builtin exit "$1" """
 RUN_COMMAND = """cd -- "$2" 2>/dev/null; LC_ALL=C IFS= read -rN "$1" __command; exec </dev/null; \
-{ __state=$(</tmp/.shell.new); [[ $__state = *'#whole' ]] && printf %s "$__state" >|/tmp/.shell; \
-unset __state; trap "$3" EXIT; set --; . /tmp/.shell; } >/dev/null 2>&1; \
-builtin eval "$__command"; """ + SAVE_STATE
+{ trap "$3" EXIT; set --; . /tmp/.shell; } >/dev/null 2>&1; builtin eval "$__command"; """ + SAVE_STATE
 
 UPLOAD = 'mkdir -p "$2" && head -c "$1" | tar -xof - -C "$2"'
 UPLOAD_TESTS = f"""rm -rf /tests /logs/verifier; mkdir -pm 777 /logs/verifier /logs/agent /logs/artifacts
