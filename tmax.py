@@ -67,6 +67,7 @@ import docker
 import huggingface_hub
 import jsonschema
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -1124,9 +1125,9 @@ DOCKER_ERRORS = OSError, docker.errors.DockerException      # those of requests 
 # arguments have a limit, and `pkill -f` would find its own shell. An EXIT trap saves the state; where the
 # command replaced that trap, the end of the line does. `timeout` sends SIGTERM twice: the second must not
 # cut it. `builtin`: functions may have any name.
-SAVE_STATE = """{ builtin set +ex -- "$?"; builtin trap '' TERM; builtin unset __command; { builtin umask -p; \
-builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; } >|/tmp/.shell; \
-} >/dev/null 2>&1; builtin exit "$1" """
+SAVE_STATE = """{ builtin set +ex -- "$?"; builtin trap '' TERM; builtin unset __command; { \
+builtin umask -p; builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; \
+} >|/tmp/.shell; } >/dev/null 2>&1; builtin exit "$1" """
 RUN_COMMAND = """cd -- "$2" 2>/dev/null; LC_ALL=C IFS= read -rN "$1" __command; exec </dev/null; \
 { trap "$3" EXIT; set --; . /tmp/.shell; } >/dev/null 2>&1; builtin eval "$__command"; """ + SAVE_STATE
 
@@ -1272,7 +1273,7 @@ def read_reward(rewards):
             if isinstance(reward, (int, float)):
                 return float(reward)
         return float(from_text)
-    except (ValueError, AttributeError, OverflowError, RecursionError):
+    except Exception:   # the files may hold anything
         return math.nan
 
 
@@ -1406,26 +1407,23 @@ class Bubblewrap:
             self.argv[:0] = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups"]
 
     def execute(self, argv, stdin, timeout, user):
-        with self.busy:
-            result = self._run([*self.argv, f"{timeout:.3f}", *argv], stdin)
-            limit = f"--threshold={self.task.memory_mb}M"       # below it du prints nothing
-            du = subprocess.run(["timeout", "10", "du", "-s", limit, self.top], capture_output=True)
-            if du.stdout or du.returncode == 124:
-                raise KilledItself("its files need more than its memory")
-        return result
-
-    def _run(self, argv, stdin):
         reader, writer = os.pipe()
         os.fchown(writer, self.uid, -1)     # for `>/dev/stderr`
         stream, end = open(reader, "rb", 0), open(writer, "wb")
-        with stream, end, tempfile.TemporaryFile() as file:
+        with self.busy, stream, end, tempfile.TemporaryFile() as file:
             file.write(stdin)
             file.seek(0)
-            self.process = subprocess.Popen(argv, env=BWRAP_ENVIRONMENT, stdin=file, stdout=end, stderr=end,
-                                            start_new_session=True)
+            self.process = subprocess.Popen(
+                [*self.argv, f"{timeout:.3f}", *argv], env=BWRAP_ENVIRONMENT,
+                stdin=file, stdout=end, stderr=end, start_new_session=True)
             end.close()
             output = head_and_tail(iter(lambda: stream.read(1 << 16), b""))
-        return self.process.wait(), output
+            code = self.process.wait()
+            limit = f"--threshold={self.task.memory_mb}M"       # below it du prints nothing
+            du = subprocess.run(["timeout", "10", "du", "-s", limit, self.top], capture_output=True)
+        if du.stdout or du.returncode == 124:
+            raise KilledItself("its files need more than its memory")
+        return code, output
 
     def running(self):
         return True
@@ -1885,7 +1883,6 @@ def make_tiny(root, seed):
     lm = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, initializer_range=0.08,
-        max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     lm.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
@@ -2014,8 +2011,7 @@ def small_cache(lm, cfg):
     """Bytes of an engine's KV cache for --tiny and without a GPU: for 64 rollouts, or those that half of the
     free memory holds. Raises UserError if these are fewer than 4."""
     rollout = kv_bytes(lm, cfg) * (cfg.max_prompt_tokens + cfg.max_total_tokens)
-    available = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
-    free = int(available[1]) << 10
+    free = psutil.virtual_memory().available
     fit = free // (2 * cfg.num_engines) // rollout
     require(fit >= 4, f"--max_total_tokens: KV cache for 4 rollouts needs {4 * rollout / 2**30:.1f} GiB, "
                       f"half of the free memory is {free / 2**31:.1f}")
@@ -2106,7 +2102,7 @@ def plan_split(lm, cfg, learners, engines, gpus, nodes):
         f"    for {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length; {at_once} run at once",
         f"a reload: {gib(weights)} through /dev/shm",
         f"{step:.0f} seconds a step, modelled on an H100, not measured; {days:.1f} days in all",
-        f"    generation {generation:.0f}, beside it an update of {update:.0f}, then a reload of {reload:.0f}",
+        f"    generation {generation:.0f}, beside it an update {update:.0f}, then a reload {reload:.0f}",
         *([f"does not fit: {problem}" for problem in problems] or ["it fits"])]
     outcome = "does not fit" if problems else f"{step:.0f} s"
     split = f"{learners} + {engines}: {outcome}"
@@ -2278,7 +2274,6 @@ def report(metrics, run_dir):
 def summarize(history, run_dir):
     """The end of a run: reward from first to last as a curve, and where everything is."""
     rewards = [m["reward"] for m in history if m["reward"] is not None]
-    rewards = rewards or [0.0]
     curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * reward)] for reward in rewards)
     first = np.mean(rewards[:5])
     last = np.mean(rewards[-5:])
