@@ -2385,12 +2385,14 @@ def test_tiny_tasks_are_harbor_folders(tiny_model):
     _, folder, demonstrations = tiny_model
     tasks = tmax.load_tasks(folder, TINY)
     assert len(tasks) >= 100 and len({t.name.split("-")[0] for t in tasks}) >= 3
-    solution = lambda task: tmax.tiny_task(*task.name.split("-"))[-1]
-    assert not any((task.instruction, solution(task)) in demonstrations for task in tasks)
+    demonstration = lambda task: tmax.tiny_task(*task.name.split("-"))[-1]
+    assert not any(demonstration(task) in demonstrations for task in tasks)
 
     async def rewards(box):
         before = await box.grade()
-        for command, output in solution(box.task):
+        instruction, solution = demonstration(box.task)
+        assert instruction == box.task.instruction
+        for command, output in solution:
             assert (await box.run(command)).text == output
         return before.reward, (await box.grade()).reward
     assert [in_sandbox(rewards, tasks[i], TINY) for i in (0, 50, -1)] == [(0.0, 1.0)] * 3

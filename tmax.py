@@ -1293,11 +1293,13 @@ def head_and_tail(parts):
 THROUGH_PIPE = """exec 8> >(exec cat) 7</proc/self/fd/8 2>/dev/null; reader=$!
 timeout -k 2 "$@" <&0 >&8 2>&1 7<&- 8>&- & job=$!
 wait $job; code=$?; (( SECONDS >= ${1%.*} )) && kill -KILL -- -$job
-exec 8>&-; late=$((SECONDS + 5)) quiet=0
-while [ -d /proc/$reader ] && (( quiet < 20 && SECONDS < late )); do
-  read -t 0 -u 7 && quiet=0 || (( quiet += 1 )); sleep .005
+exec 8>&-; late=$((SECONDS + 5))
+for ((quiet = 0; quiet < 20 && SECONDS < late; quiet++)); do
+  [ -d /proc/$reader ] || exit $code
+  read -t 0 -u 7 && quiet=0
+  sleep .005
 done
-[ -d /proc/$reader ] && { cat <&7 >/dev/null & kill $reader; }; exit $code"""
+cat <&7 >/dev/null & kill $reader; exit $code"""
 
 
 class Docker:
@@ -1833,7 +1835,7 @@ TINY_WORDS = """amber birch cedar daisy ember fern grove hazel iris juniper kelp
 
 
 def tiny_task(kind, first, second):
-    """A task about two words: its instruction, its files, and its solution as [(command, output), …]."""
+    """A task about two words: its files, and (its instruction, its solution as [(command, output), …])."""
     a, b = f"/workspace/{first}", f"/workspace/{second}"
     seed = f"environment/seeds/{first}"
     instruction, seeds, solution, test = {
@@ -1847,7 +1849,7 @@ def tiny_task(kind, first, second):
     test = f"if {test}; then echo 1; else echo 0; fi >/logs/verifier/reward.txt\n"
     files = {"instruction.md": f"{instruction}\n", "tests/test.sh": test, **seeds,
              "task.toml": 'environment.network_mode = "no-network"\n'}
-    return instruction, files, solution
+    return files, (instruction, solution)
 
 
 def make_tiny(root, seed):
@@ -1857,15 +1859,12 @@ def make_tiny(root, seed):
     random.Random(seed).shuffle(pairs)
     kinds = ("write", "rename", "follow")
     for (a, b), kind in itertools.product(pairs[:42], kinds):
-        _, files, _ = tiny_task(kind, a, b)
+        files, _ = tiny_task(kind, a, b)
         for name, text in files.items():
             path = root / "tasks" / f"{kind}-{a}-{b}" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-    demonstrations = []
-    for (a, b), kind in itertools.product(pairs[42:210], kinds):
-        instruction, _, solution = tiny_task(kind, a, b)
-        demonstrations.append((instruction, solution))
+    demonstrations = [tiny_task(kind, a, b)[1] for (a, b), kind in itertools.product(pairs[42:210], kinds)]
     bpe = Tokenizer(models.BPE())
     word = Regex(rf"[ /]?(?:{'|'.join(TINY_WORDS)})|\n")    # a name is a token of its own
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
