@@ -2242,16 +2242,12 @@ def step_metrics(seen, version):
         mismatch_p999=gap[lag == 0], mismatch_max=gap[lag == 0], drift_max=gap,
         divergence_mean=divergence, divergence_max=divergence, ratio_max=(logprobs - mu).exp(),
         staleness_mean=lag, staleness_max=lag)
+    by_ending = dict(max=np.max, p999=functools.partial(np.quantile, q=0.999))
     metrics = dict(tokens=len(loss))
     for name, x in figures.items():
-        figure, values = math.nan, x.numpy()
-        if len(values):
-            figure = values.mean()
-            if name.endswith("max"):
-                figure = values.max()
-            if name.endswith("p999"):
-                figure = np.quantile(values, 0.999)
-        metrics[name] = float(figure) if math.isfinite(figure) else None
+        reduce = by_ending.get(name.split("_")[-1], np.mean)
+        is_known = len(x) and x.isfinite().all()
+        metrics[name] = float(reduce(x.numpy())) if is_known else None
     return metrics
 
 
