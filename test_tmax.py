@@ -289,7 +289,7 @@ def live(tiny_run):
 
 CFG = tmax.Config(sandbox="bwrap", bash_timeout=100.0)
 WARM = replace(CFG, temperature=0.9)
-ALONE = tmax.Cell(0, 1, 0, 1, None, None)
+ALONE = tmax.Cell(0, 1, 0, 1, None)
 PROPERTY = settings(max_examples=150, deadline=None, database=None)
 PAD, EOS, VOCAB = 0, 1, 32      # of small_policy
 
@@ -1153,8 +1153,8 @@ def test_moments_that_wait_elsewhere_change_nothing(process_group, tiny_model, m
 def test_learners_of_a_node_wait_for_hours(monkeypatch):
     """Else a step whose rollouts take longer than gloo's own half an hour ends the run."""
     monkeypatch.setattr(tempfile, "tempdir", None)      # make_memory sets it
-    group = tmax.join_ranks().group
-    assert group._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(hours=12)
+    tmax.join_ranks()
+    assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(hours=12)
     dist.destroy_process_group()
 
 
@@ -1800,8 +1800,7 @@ def test_an_engine_that_is_killed(tmp_path, monkeypatch):
     if os.getuid() or not shutil.which("dockerd") or subprocess.run(engine, capture_output=True).returncode:
         pytest.skip("no engine can be started here: needs root and dockerd")
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
-    for name in ("docker_client", "docker_breaks"):     # without what they know of another engine
-        monkeypatch.setattr(tmax, name, functools.cache(getattr(tmax, name).__wrapped__))
+    monkeypatch.setattr(tmax, "docker_client", functools.cache(tmax.docker_client.__wrapped__))    # not of another engine
 
     def kill(sent=signal.SIGKILL):
         os.kill(int((tmp_path / "docker.pid").read_text()), sent)
@@ -1885,8 +1884,7 @@ def test_podman_serves_as_the_engine(tmp_path, monkeypatch):
         pytest.skip("podman is not installed")
     start(["podman", "system", "service", "--time", "0", f"unix://{tmp_path}/podman.sock"])
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/podman.sock")
-    for cached in (tmax.docker_client, tmax.docker_breaks):
-        cached.cache_clear()
+    tmax.docker_client.cache_clear()
     try:
         wait_for(tmax.docker_answers, 60)
         cfg = replace(CFG, sandbox="docker", image=host_image(tmax.docker_client()), network="none")
@@ -1899,8 +1897,7 @@ def test_podman_serves_as_the_engine(tmp_path, monkeypatch):
             return await box.grade()
         assert in_sandbox(work, task=task, cfg=cfg).reward == 1
     finally:
-        for cached in (tmax.docker_client, tmax.docker_breaks):
-            cached.cache_clear()
+        tmax.docker_client.cache_clear()
 
 
 # Rows of (command, pattern of its whole text, exit code or None, seconds if its time is to run out).
@@ -2574,12 +2571,14 @@ def test_tiny_tasks_are_harbor_folders(tiny_model):
     _, folder, demonstrations = tiny_model
     tasks = tmax.load_tasks(folder, TINY)
     assert len(tasks) >= 100 and len({t.name.split("-")[0] for t in tasks}) >= 3
-    solution = lambda task: tmax.tiny_task(*task.name.split("-"))[-1]
-    assert not any((task.instruction, solution(task)) in demonstrations for task in tasks)
+    demonstration = lambda task: tmax.tiny_task(*task.name.split("-"))[-1]
+    assert not any(demonstration(task) in demonstrations for task in tasks)
 
     async def rewards(box):
         before = await box.grade()
-        for command, output in solution(box.task):
+        instruction, solution = demonstration(box.task)
+        assert instruction == box.task.instruction
+        for command, output in solution:
             assert (await box.run(command)).text == output
         return before.reward, (await box.grade()).reward
     assert [in_sandbox(rewards, tasks[i], TINY) for i in (0, 50, -1)] == [(0.0, 1.0)] * 3

