@@ -1488,31 +1488,37 @@ def test_malformed_calls_raise(text):
     assert len(str(error.value)) < 400
 
 
+HOSTILE = [     # each repeated to 1 MB, behind each of HOSTILE_STARTS
+    *TAGS, " ", "\n", "9", "[", '"a",', '{"a":', "<tool_call>" + " " * 50, "<tool_call></think>", '<tool_call>{"a":',
+    '<tool_call>["</think>', "<tool_call><function=a", "<tool_call><function=bash><parameter=command></think>",
+    "<think></think>", "</parameter></function> ", "</parameter>\n<parameter=", hermes(""), hermes(1), xml(""), xml("ls") + "</think>"]
+HOSTILE_STARTS = "", "<think>", "<tool_call>[", '<tool_call>{"name": "', "<tool_call><function=bash><parameter=command>" * 60
+
+
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("unit", [
-    *TAGS, " ", '{"a":', "1,", "<tool_call>" + " " * 50, "<tool_call></think>", '<tool_call>{"a":', '<tool_call>["</think>',
-    "<tool_call><function=a", "<tool_call><function=bash><parameter=command></think>", "<think></think>",
-    "</parameter></function>", hermes("ls"), xml("ls") + "</think>"], ids=repr)
-def test_hostile_texts_are_read_in_linear_time(unit):
+def test_hostile_texts_are_read_in_linear_time():
     """Else one turn of a model that repeats itself holds up all other rollouts for minutes: 1 MB of anything."""
-    for before in ("", "<think>", '<tool_call>{"name": "', "<tool_call><function=bash><parameter=command>" * 60):
-        for after in ("", "</think>"):
-            with contextlib.suppress(tmax.FormatError):
-                tmax.parse_tool_calls(before + unit * (1_000_000 // len(unit)) + after)
+    for before, unit, after in itertools.product(HOSTILE_STARTS, HOSTILE, ("", "</think>")):
+        with contextlib.suppress(tmax.FormatError):
+            tmax.parse_tool_calls(before + unit * (1_000_000 // len(unit)) + after)
 
 
 @FAMILIES
 def test_observations_forge_nothing(tokenizers, family):
-    """Else a file that holds `<|im_end|>` ends the tool's turn: no added token comes out of text, and it decodes back."""
+    """Else a file that holds `<|im_end|>` ends the tool's turn, or an instruction the user's: no added token comes out of
+    text, and it decodes back."""
     tokenizer = tokenizers[family]
     chat, added = tmax.ChatFormat(tokenizer), tokenizer.added_tokens_decoder
     text = "".join(f"{token.content} {token.content}\n" for token in added.values())
     assert len(added) >= 5 and set(tokenizer.encode(text)) & set(added)
-    empty, ids = chat.tool_turn([""]), chat.tool_turn([text])
-    start = len(os.path.commonprefix([empty, ids]))
-    inside = ids[start:start + len(ids) - len(empty)]
-    assert not set(inside) & set(added) and tokenizer.decode(inside, skip_special_tokens=False) == text
-    assert ids[:start] + ids[start + len(inside):] == empty
+    for empty, ids in [(chat.tool_turn([""]), chat.tool_turn([text])), (chat.prompt(""), chat.prompt(text))]:
+        start = len(os.path.commonprefix([empty, ids]))
+        inside = ids[start:start + len(ids) - len(empty)]
+        assert not set(inside) & set(added) and tokenizer.decode(inside, skip_special_tokens=False) == text
+        assert ids[:start] + ids[start + len(inside):] == empty
+    plain = [dict(role="system", content=tmax.SYSTEM_PROMPT), dict(role="user", content="Do it.")]
+    assert chat.prompt("Do it.") == tokenizer.apply_chat_template(
+        plain, tools=tmax.tool_schemas(), add_generation_prompt=True, return_dict=False)
 
 
 @pytest.mark.parametrize("template", [
@@ -2683,6 +2689,20 @@ def test_benchmark_sandboxes(cfg, capsys):
         print(f"\n{cfg.sandbox}, {os.cpu_count()} cores: {started:.1f} sandboxes started and closed per second; "
               f"{1000 * latency:.0f} ms a command, {rate:.1f} commands/s over 16 sandboxes; of 120 real rollouts "
               f"that is {turns * latency / bash:.1%} of their time in bash and {turns * latency / (model + bash):.1%} of all")
+
+
+@pytest.mark.bench
+def test_benchmark_parser(capsys):
+    """Seconds to read a hostile text against its length: the worst of all kinds."""
+    def seconds(before, unit, length):
+        start = time.monotonic()
+        with contextlib.suppress(tmax.FormatError):
+            tmax.parse_tool_calls(before + unit * (length // len(unit)))
+        return time.monotonic() - start
+    for length in (10_000, 100_000, 1_000_000):
+        worst = max((seconds(*kind, length), *kind) for kind in itertools.product(HOSTILE_STARTS, HOSTILE))
+        with capsys.disabled():
+            print(f"\n{length:,} characters: at most {worst[0]:.3f} s ({worst[1]!r:.40} and {worst[2]!r:.40})")
 
 
 if __name__ == "__main__":      # a rank of test_updates_do_not_depend_on_ranks_and_nodes

@@ -1009,59 +1009,73 @@ class FormatError(Exception):
     """A tool call that cannot be read; the message is for the model."""
 
 
-MAX_TAGS = 100      # in a turn: each may cost a pass over all of its text
+TAG = re.compile(r"<think>.*?(?:</think>|\Z)|</think>|<tool_call>\s*", re.S)
+FUNCTION = re.compile(r"<function=([^>\s]+)>\s*")
+PARAMETER = re.compile(r"<parameter=([^>]*)>\n?(.*?)\n?</parameter>\s*"
+                       r"(?=<parameter=|</function>\s*</tool_call>)", re.S)
+XML_END, JSON_END = re.compile(r"</function>\s*</tool_call>"), re.compile(r"\s*</tool_call>")
 
 
 def parse_tool_calls(text):
     """The calls [(name, arguments), …] of one assistant turn, in order; [] if it makes none. Thinking is left
     out. Raises FormatError if any call of the turn is malformed."""
-    if len(re.findall("</?think>|<tool_call>", text)) > MAX_TAGS:
-        raise FormatError("There are too many tags.")
-    calls = []
-    while tag := re.search(r"<think>.*?(?:</think>|\Z)|</think>|<tool_call>\s*", text, re.S):
-        text = text[tag.end():]
-        if tag[0] == "</think>":    # the template opened it: what came before was thought, not done
+    attempts = [text]
+    thought, end, rest = text.partition("</think>")
+    if end and "<think>" not in thought:    # the template opened it: it may hold anything, and break off
+        attempts.append(rest)
+    for attempt in attempts:
+        try:
+            return read_calls(attempt)
+        except (LookupError, TypeError, ValueError, RecursionError, jsonschema.ValidationError) as error:
+            message = f"A tool call could not be read: {error!r:.200}. Tools: {[*TOOLS]}."
+    raise FormatError(message)
+
+
+def read_calls(text):
+    """The calls of a text, in one pass by positions: a model that repeats itself must not hold up others."""
+    calls, position = [], 0
+    while tag := TAG.search(text, position):
+        position = tag.end()
+        if tag[0] == "</think>":    # what came before was thought, not done
             calls = []
         if tag[0].startswith("<tool_call>"):
-            try:
-                call, text = read_call(text)
-                calls.append(call)
-            except (LookupError, TypeError, ValueError, RecursionError, jsonschema.ValidationError) as error:
-                before_next_thought, *_ = text.partition("<think>")
-                if "</think>" not in before_next_thought:       # else a thought is open, and may break off
-                    raise FormatError(f"A tool call could not be read: {error!r:.200}. Tools: {[*TOOLS]}.")
+            call, position = read_call(text, position)
+            calls.append(call)
+    for tool in {name for name, _ in calls}:
+        schema = TOOLS[tool].schema["parameters"] | {"additionalProperties": False}
+        validator = jsonschema.Draft202012Validator(schema)     # one for all calls: it is slow to make
+        for name, arguments in calls:
+            if name == tool:
+                validator.validate(arguments)
     return calls
 
 
-def read_call(text):
-    """The call that `text` begins with, Qwen XML (Qwen3.5) or Hermes JSON (Qwen3), and the text behind it."""
-    if function := re.match(r"<function=([^>\s]+)>\s*(?=<parameter=|</function>)", text):
-        name, arguments = function[1], {}
-        # With a "</parameter>" in front, every parameter, the first too, follows "</parameter> <parameter=".
-        padded = "</parameter>" + text[function.end():]
-        body, rest = re.split(r"</parameter>\s*</function>(?=\s*</tool_call>)", padded, maxsplit=1)
-        _, *parameters = re.split(r"</parameter>\s*<parameter=", body)
-        for parameter in parameters:
-            key, value = parameter.split(">", 1)
-            value = value.removeprefix("\n").removesuffix("\n")
+def read_call(text, position):
+    """The call that begins there, Qwen XML (Qwen3.5) or Hermes JSON (Qwen3), and the position behind it."""
+    if function := FUNCTION.match(text, position):
+        name, arguments, position = function[1], {}, function.end()
+        while parameter := PARAMETER.match(text, position):
+            key, value = parameter.groups()
+            if key in arguments:
+                raise ValueError("a parameter is given twice")
             schema = TOOLS[name].schema["parameters"]["properties"][key]
             is_text = schema.get("type", "string") == "string"
             arguments[key] = value if is_text else json.loads(value)
-        if len(arguments) < len(parameters):
-            raise ValueError("a parameter is given twice")
+            position = parameter.end()
+        end = XML_END.match(text, position)
     else:   # the decoder finds the call's end, so that a command may contain the closing tag
-        call, end = json.JSONDecoder(strict=False).raw_decode(text)
-        name, arguments, rest = call["name"], call["arguments"], text[end:]
-        if not rest.lstrip().startswith("</tool_call>"):
-            raise ValueError("it is not closed by </tool_call>")
-    jsonschema.validate(arguments, TOOLS[name].schema["parameters"] | {"additionalProperties": False})
-    return (name, arguments), rest
+        call, position = json.JSONDecoder(strict=False).raw_decode(text, position)
+        name, arguments = call["name"], call["arguments"]
+        end = JSON_END.match(text, position)
+    if not end:
+        raise ValueError("it is not closed by </tool_call>")
+    return (name, arguments), end.end()
 
 
 class ChatFormat:
     """Token ids of prompts and tool turns, by the tokenizer's own template; ValueError if that cannot be.
 
-    Tool outputs are encoded without its added tokens: so `<|im_end|>` in a file forges no turn."""
+    Instructions and outputs are encoded without its added tokens: so `<|im_end|>` in a file forges no turn."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -1081,29 +1095,36 @@ class ChatFormat:
         ends.add(self.tool_turn(["", ""], stop=-1)[0])      # -1 is no token: the template's end comes first
         self.stop_ids = sorted(ends & set(added))
 
-    def _render(self, messages, **options):
+    def _render(self, *messages):
         messages = [{"role": role, "content": content} for role, content in messages]
         return self.tokenizer.apply_chat_template(
-            messages, tools=tool_schemas(), add_generation_prompt=True, **options)
+            messages, tools=tool_schemas(), add_generation_prompt=True, tokenize=False)
+
+    def _encode(self, parts, texts):
+        """Token ids of a template's parts, with a text after each but the last."""
+        ids = []
+        for part, text in itertools.zip_longest(parts, texts, fillvalue=""):
+            ids += self.tokenizer.encode(part, add_special_tokens=False)
+            ids += self.plain.encode(text, add_special_tokens=False).ids
+        return ids
 
     def prompt(self, instruction):
         """Token ids of system message, tools, user message and the header of the assistant's first turn."""
-        return self._render([("system", SYSTEM_PROMPT), ("user", instruction)], return_dict=False)
+        rendered = self._render(("system", SYSTEM_PROMPT), ("user", "DUMMY"))
+        return self._encode(rendered.split("DUMMY"), [instruction])
 
     def tool_turn(self, texts, role="tool", stop=None):
         """Token ids from the end of an assistant's turn to the header of its next, around the outputs of its
         calls or a message. `stop`: the token that ended the turn; if it is the template's own, or None, the
         template's is left out."""
-        messages = [("system", "S"), ("user", "U"), ("assistant", "DUMMY")]
-        messages += [(role, "DUMMY") for _ in texts]
-        _, *parts = self._render(messages, tokenize=False).split("DUMMY")
+        replies = [(role, "DUMMY") for _ in texts]
+        rendered = self._render(("system", "S"), ("user", "U"), ("assistant", "DUMMY"), *replies)
+        _, *parts = rendered.split("DUMMY")
         if len(parts) != len(texts) + 1:
             raise ValueError("its chat template does not render tool outputs")
-        ids, *following = [self.tokenizer.encode(part, add_special_tokens=False) for part in parts]
+        ids = self._encode(parts, texts)
         if stop is None or stop == ids[0]:      # the turn ended as the template ends it
             ids = ids[1:]
-        for text, after in zip(texts, following):
-            ids += self.plain.encode(text, add_special_tokens=False).ids + after
         return ids
 
 
