@@ -45,6 +45,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -253,12 +254,13 @@ class Rollout:
         self.transcript.append({"role": role, "content": content})
 
 
-async def rollout(engine, task, tokenizer, cfg, engine_rank=0):
+async def rollout(engine, task, tokenizer, cfg, engine_rank=0, tries=3):
     """Let the policy work on a task in a fresh sandbox, then grade it. Returns a Rollout.
 
     What was submitted or ran out of time is graded, in an evaluation every end. Else, also where the agent
-    ended its own sandbox, the reward is 0 and counts in the group's mean. A sandbox that was lost says
-    nothing of the model: the rollout is void and leaves its group."""
+    ended its own sandbox, the reward is 0 and counts in the group's mean. A sandbox that was lost, or what
+    nobody foresaw, says nothing of the model: the rollout is void and leaves its group. An evaluation tries
+    three times."""
     r = Rollout(task.name, [], [], [], [])
     try:
         async with Sandbox(task, cfg) as box:
@@ -273,9 +275,16 @@ async def rollout(engine, task, tokenizer, cfg, engine_rank=0):
     except KilledItself as reason:
         r.finish = "killed_itself"
         r.say("error", f"the sandbox ended: {reason}")
-    except (SandboxLost, OSError) as lost:      # an OSError: this machine has no more processes, files, …
-        r.finish = f"void:{getattr(lost, 'reason', 'host')}"
+    except SandboxLost as lost:
+        r.finish = f"void:{lost.reason}"
         r.say("error", str(lost))
+    except Exception as error:      # a task may hold anything
+        if type(error).__module__.startswith("vllm"):       # an engine that fails ends the run
+            raise
+        r.finish = f"void:{type(error).__name__}"
+        r.say("error", traceback.format_exc())
+    if r.void and cfg.eval and tries > 1:
+        return await rollout(engine, task, tokenizer, cfg, engine_rank, tries - 1)
     return r
 
 
@@ -836,6 +845,8 @@ class GeneratorClient:
             index, results[index], *_ = answer
             for run, r in enumerate(results[index]):
                 write_rollouts(self.log, [r], step=step, run=run)
+            if self.cfg.eval:
+                report_task(results[index], results)
         return results
 
     def reload(self, version):
@@ -896,7 +907,7 @@ class Generator:
 
     async def _group(self, index, task, cfg):
         """The rollouts of a task, all by the engine that has the fewest when the first may start: it caches
-        their prefix. An evaluation, where void counts as failed, tries three times."""
+        their prefix."""
         size = cfg.eval_runs if cfg.eval else cfg.samples_per_prompt
         async with self.load_falls:
             await self.load_falls.wait_for(lambda: min(self.load) < self.at_once)
@@ -905,10 +916,7 @@ class Generator:
 
         async def attempt():
             async with self.slots[rank]:
-                for _ in range(3 if cfg.eval else 1):
-                    r = await rollout(self.engine, task, self.tokenizer, cfg, rank)
-                    if not r.void:
-                        break
+                r = await rollout(self.engine, task, self.tokenizer, cfg, rank)
             async with self.load_falls:
                 self.load[rank] -= 1
                 self.load_falls.notify_all()
@@ -1010,29 +1018,27 @@ class FormatError(Exception):
 
 
 TAG = re.compile(r"<think>.*?(?:</think>|\Z)|</think>|<tool_call>\s*", re.S)
-FUNCTION = re.compile(r"<function=([^>\s]+)>\s*")
+FUNCTION = re.compile(r"<function=([^>\s]+)>\s*(?:</function>(?=\s*</tool_call>))?")
 PARAMETER = re.compile(r"<parameter=([^>]*)>\n?(.*?)\n?</parameter>\s*"
-                       r"(?=<parameter=|</function>\s*</tool_call>)", re.S)
-XML_END, JSON_END = re.compile(r"</function>\s*</tool_call>"), re.compile(r"\s*</tool_call>")
+                       r"(?:(?=<parameter=)|</function>(?=\s*</tool_call>))", re.S)
+END = re.compile(r"\s*</tool_call>")
 
 
 def parse_tool_calls(text):
-    """The calls [(name, arguments), …] of one assistant turn, in order; [] if it makes none. Thinking is left
-    out. Raises FormatError if any call of the turn is malformed."""
-    attempts = [text]
+    """The calls [(name, arguments), …] of one assistant turn, in order; [] if it makes none. Thinking is
+    left out. Raises FormatError if any call of the turn is malformed."""
     thought, end, rest = text.partition("</think>")
-    if end and "<think>" not in thought:    # the template opened it: it may hold anything, and break off
-        attempts.append(rest)
-    for attempt in attempts:
+    template_opened_it = end and "<think>" not in thought       # then it may hold anything
+    for attempt in [text, rest] if template_opened_it else [text]:
         try:
             return read_calls(attempt)
-        except (LookupError, TypeError, ValueError, RecursionError, jsonschema.ValidationError) as error:
+        except Exception as error:      # the model may write anything
             message = f"A tool call could not be read: {error!r:.200}. Tools: {[*TOOLS]}."
     raise FormatError(message)
 
 
 def read_calls(text):
-    """The calls of a text, in one pass by positions: a model that repeats itself must not hold up others."""
+    """The calls of a text, in one pass by positions: it may be a megabyte of anything."""
     calls, position = [], 0
     while tag := TAG.search(text, position):
         position = tag.end()
@@ -1043,10 +1049,8 @@ def read_calls(text):
             calls.append(call)
     for tool in {name for name, _ in calls}:
         schema = TOOLS[tool].schema["parameters"] | {"additionalProperties": False}
-        validator = jsonschema.Draft202012Validator(schema)     # one for all calls: it is slow to make
-        for name, arguments in calls:
-            if name == tool:
-                validator.validate(arguments)
+        of_tool = [arguments for name, arguments in calls if name == tool]
+        jsonschema.validate(of_tool, {"items": schema})     # at once: a validator is slow to make
     return calls
 
 
@@ -1062,20 +1066,18 @@ def read_call(text, position):
             is_text = schema.get("type", "string") == "string"
             arguments[key] = value if is_text else json.loads(value)
             position = parameter.end()
-        end = XML_END.match(text, position)
     else:   # the decoder finds the call's end, so that a command may contain the closing tag
         call, position = json.JSONDecoder(strict=False).raw_decode(text, position)
         name, arguments = call["name"], call["arguments"]
-        end = JSON_END.match(text, position)
-    if not end:
+    if not END.match(text, position):
         raise ValueError("it is not closed by </tool_call>")
-    return (name, arguments), end.end()
+    return (name, arguments), position
 
 
 class ChatFormat:
     """Token ids of prompts and tool turns, by the tokenizer's own template; ValueError if that cannot be.
 
-    Instructions and outputs are encoded without its added tokens: so `<|im_end|>` in a file forges no turn."""
+    Instructions and outputs are encoded without its added tokens: `<|im_end|>` in a file forges no turn."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -1100,29 +1102,28 @@ class ChatFormat:
         return self.tokenizer.apply_chat_template(
             messages, tools=tool_schemas(), add_generation_prompt=True, tokenize=False)
 
-    def _encode(self, parts, texts):
-        """Token ids of a template's parts, with a text after each but the last."""
-        ids = []
-        for part, text in itertools.zip_longest(parts, texts, fillvalue=""):
-            ids += self.tokenizer.encode(part, add_special_tokens=False)
+    def _encode(self, rendered, texts):
+        """Token ids of a rendered template with a text in place of each DUMMY."""
+        start, *parts = rendered.split("DUMMY")
+        if len(parts) != len(texts):
+            raise ValueError("its chat template does not render tool outputs")
+        ids = self.tokenizer.encode(start, add_special_tokens=False)
+        for text, part in zip(texts, parts):
             ids += self.plain.encode(text, add_special_tokens=False).ids
+            ids += self.tokenizer.encode(part, add_special_tokens=False)
         return ids
 
     def prompt(self, instruction):
         """Token ids of system message, tools, user message and the header of the assistant's first turn."""
-        rendered = self._render(("system", SYSTEM_PROMPT), ("user", "DUMMY"))
-        return self._encode(rendered.split("DUMMY"), [instruction])
+        return self._encode(self._render(("system", SYSTEM_PROMPT), ("user", "DUMMY")), [instruction])
 
     def tool_turn(self, texts, role="tool", stop=None):
         """Token ids from the end of an assistant's turn to the header of its next, around the outputs of its
         calls or a message. `stop`: the token that ended the turn; if it is the template's own, or None, the
         template's is left out."""
         replies = [(role, "DUMMY") for _ in texts]
-        rendered = self._render(("system", "S"), ("user", "U"), ("assistant", "DUMMY"), *replies)
-        _, *parts = rendered.split("DUMMY")
-        if len(parts) != len(texts) + 1:
-            raise ValueError("its chat template does not render tool outputs")
-        ids = self._encode(parts, texts)
+        rendered = self._render(("system", "S"), ("user", "U"), ("assistant", "TURN"), *replies)
+        ids = self._encode(rendered.partition("TURN")[2], texts)
         if stop is None or stop == ids[0]:      # the turn ended as the template ends it
             ids = ids[1:]
         return ids
@@ -1205,7 +1206,7 @@ class Sandbox:
             folder = self.task.workdir or folder or "/"
             self.directory = "/app" if folder == "/" else folder    # if it is there: TMax tasks expect it
             seeds = self.task.path / "environment/seeds"
-            if seeds.is_dir():
+            if os.path.lexists(seeds):
                 await self.upload(seeds, "/workspace")
         except BaseException as error:
             await self.__aexit__()
@@ -1300,7 +1301,7 @@ def read_reward(rewards):
             if isinstance(reward, (int, float)):
                 return float(reward)
         return float(from_text[1:])
-    except (ValueError, AttributeError, OverflowError, RecursionError):
+    except Exception:       # the tests may write anything
         return math.nan
 
 
@@ -1551,6 +1552,7 @@ class Task:
     agent_timeout: float = 3600.0    # seconds of bash in one rollout
     verifier_timeout: float = 600.0  # seconds for tests/test.sh
     verifier_env: tuple = ()         # ((name, value), …) for tests/test.sh
+    solution_env: tuple = ()         # for solution/solve.sh
     memory_mb: int = 2048
     cpus: float = 1.0
     network: str = "public"          # public | no-network
@@ -1567,9 +1569,10 @@ TASK_TOML = dict(pair.split("=") for pair in """
     environment.cpus=cpus environment.network_mode=network environment.workdir=workdir
     environment.build_timeout_sec=build_timeout""".split())
 # KEY=VALUE that leaves out a task. Harbor would fill ${…} from the host's environment.
-NOT_SUPPORTED = re.compile(r"""(schema_)?version=(?!1) | steps= | \w+\.allowed_hosts=
+NOT_SUPPORTED = re.compile(r"""(schema_)?version=(?![01]\b) | steps= | \w+\.allowed_hosts=
     | environment\.(env|gpus|tpu|mcp_servers|healthcheck)= | environment\.network_mode=(?!public|no-network)
-    | environment\.os=(?!linux) | verifier\.environment= | verifier\.environment_mode=(?!shared)
+    | environment\.os=(?!linux) | environment\.allow_internet=(?!True)
+    | verifier\.environment= | verifier\.environment_mode=(?!shared)
     | (agent|verifier)\.network_mode= | (verifier|solution)\.env=.*\$\{""", re.X)
 
 
@@ -1594,16 +1597,17 @@ def load_task(path, image=""):
             environment["memory_mb"] = docker.utils.parse_bytes(environment["memory"]) >> 20
         values = spec | {f"{part}.{key}": value for part in ("agent", "verifier", "environment", "solution")
                          for key, value in spec.get(part, {}).items()}
-        fields = dict(verifier_env=tuple(values.get("verifier.env", {}).items()))
+        fields = {f"{part}_env": tuple(values.get(f"{part}.env", {}).items())
+                  for part in ("verifier", "solution")}
         for key, value in values.items():
             said = f"{key}={value}"
-            require(not value or not NOT_SUPPORTED.match(said), f"not supported: {said:.80}")
+            require(not value or not NOT_SUPPORTED.match(said), f"not supported: {said!r:.80}")
             if name := TASK_TOML.get(key):
                 kind = type(getattr(Task, name))
-                require(type(value) in (kind, int), f"{said} is not possible")
-                require(kind is str or 0 < value < math.inf, f"{said} is not possible")
+                require(type(value) in (kind, int), f"{said!r:.80} is not possible")
+                require(kind is str or 0 < value < 2**31, f"{said!r:.80} is not possible")
                 fields[name] = kind(value)
-    require(not any(path.glob("environment/docker-compose.y*ml")), "not supported: compose services")
+    require(not any(path.glob("environment/docker-compose.y*ml")), "not supported: docker-compose.yaml")
     require((path / "tests/test.sh").is_file(), "there is no tests/test.sh")
     require(instruction := text("instruction.md"), "there is no instruction.md, or it is empty")
     image = fields.pop("image", "") or image or text("image.txt")
@@ -1628,12 +1632,10 @@ def load_tasks(source, cfg):
     if {"instruction.md", "task.toml", "tests"} & set(os.listdir(root)):
         root, folders = root.parent, {root.name}
     names, tasks, refused = images or folders, [], defaultdict(list)
-
-    def matches(name, patterns):
-        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-    for name in sorted(names):
-        if matches(name, cfg.exclude) or not matches(name, cfg.include or ["*"]):
-            continue
+    chosen = {name for pattern in cfg.include or ["*"] for name in fnmatch.filter(names, pattern)}
+    for pattern in cfg.exclude:
+        chosen -= set(fnmatch.filter(names, pattern))
+    for name in sorted(chosen):
         try:
             require(name in folders, "its row has no folder")   # and so leads nowhere else
             task = load_task(root / name, images.get(name, ""))
@@ -1644,9 +1646,10 @@ def load_tasks(source, cfg):
             tasks.append(task)
         except Exception as reason:     # task.toml may hold anything
             refused[str(reason)].append(name)
-    print(f"{source}: {len(tasks)} of {len(names)} tasks taken")
+    print(f"{source}: {len(tasks)} of {len(names)} tasks taken, "
+          f"{len(names) - len(chosen)} left out by --include and --exclude")
     for reason, left_out in refused.items():
-        print(f"  {len(left_out)} left out: {reason} ({', '.join(left_out[:3])})")
+        print(f"  {len(left_out)} left out: {reason} ({left_out[:3]})")
     require(tasks or not refused, f"no task can be used: {', '.join(refused)}")
     return tasks
 
@@ -1664,6 +1667,7 @@ def all_tasks(sources, cfg, flag="--tasks"):
 def find_source(source):
     """The folder that a --tasks value means: one here, or the Hugging Face data set OWNER/NAME[@REVISION]."""
     root = Path(source).absolute()
+    require(not root.is_file(), "is a file, not a folder")
     if not root.is_dir():
         name, _, revision = source.partition("@")
         # Copies, not links into a cache: sandboxes and image builds need the files themselves.
@@ -1678,17 +1682,16 @@ def unpacked(archive):
     """The folder that an archive is unpacked into, once for each content, whole or not at all.
 
     Members that are no file and no folder leave out their task; tarfile refuses what leads outside."""
-    key = hashlib.sha256(archive.read_bytes()).hexdigest()
-    folder = huggingface_hub.cached_assets_path("tmax", "tasks", key)
-    tasks = folder / "tasks"
+    folder = huggingface_hub.cached_assets_path("tmax", "tasks")
+    tasks = folder / hashlib.sha256(archive.read_bytes()).hexdigest()
     with reading(archive, ""), tarfile.open(archive) as tar:
         if not tasks.is_dir():
             tops = {member: Path(member.name).parts[:1] for member in tar}
-            odd = {top for member, top in tops.items()
-                   if not (member.isfile() or member.isdir())}
+            odd = {top for member, top in tops.items() if not (member.isfile() or member.isdir())}
             members = [member for member, top in tops.items() if top not in odd]
             with tempfile.TemporaryDirectory(dir=folder) as partial:
                 tar.extractall(f"{partial}/tasks", members, filter="data")
+                tar.fileobj.read()      # gzip's checksum is at the end
                 with contextlib.suppress(OSError):      # another start was faster
                     os.rename(f"{partial}/tasks", tasks)
     return tasks
@@ -1705,10 +1708,11 @@ def drop_long_prompts(tasks, tokenizer, cfg):
     one is dropped: its mean would be over other tasks."""
     limit, prompt = cfg.max_prompt_tokens, chat_format(tokenizer).prompt
     kept = [task for task in tasks if len(prompt(task.instruction)) <= limit]
-    if dropped := len(tasks) - len(kept):
-        text = f"the prompts of {dropped} of {len(tasks)} tasks are longer than {limit} tokens"
+    if len(kept) < len(tasks):
+        dropped = sorted({task.name for task in tasks} - {task.name for task in kept})
+        text = f"prompts are longer than {limit} tokens: {dropped}"
         require(kept and not cfg.eval, f"--max_prompt_tokens: {text}")
-        print(f"dropped: {text}")
+        print(f"{len(dropped)} tasks dropped, whose {text}")
     return kept
 
 
@@ -1823,18 +1827,25 @@ def score(results):
 
 
 def report_scores(scores, model, run_dir):
-    """Print the table and write eval.json."""
+    """Print the figures and write eval.json."""
     with (run_dir / "eval.json").open("w") as file:
         json.dump(dict(model=model, **scores), file, indent=1)
-    for t in scores["tasks"]:
-        print(f"{t['task']:40}  {t['pass_rate']:.2f}  {', '.join(t['finish'])}")
     runs = len(scores["run_means"])
     error = f" ± {100 * scores['stderr']:.1f}" if runs > 1 else ""
-    print(f"\n{len(scores['tasks'])} tasks / {100 * scores['mean']:.1f}{error} % over {runs} run(s)   "
-          "(± is the standard deviation, n - 1, of the runs' means / sqrt(runs))")
+    print(f"\n{len(scores['tasks'])} tasks / {100 * scores['mean']:.1f}{error} % over {runs} run(s)")
     for key in ("pass_at_k", "finish", "no_reward", "clipped", "void"):     # those in void count as 0
         print(f"{key:12} {scores[key]}")
     print(f"figures      {run_dir}/eval.json")
+
+
+def report_task(rollouts, results):
+    """Print a finished task's line, the mean so far, and last words where there is no reward."""
+    [row], so_far = score([rollouts])["tasks"], score([*filter(None, results)])
+    print(f"{row['task']!r:40}  {row['pass_rate']:.2f}  {', '.join(row['finish'])}   "
+          f"({len(so_far['tasks'])} of {len(results)} tasks, mean {so_far['mean']:.3f})")
+    for r in rollouts:
+        if r.void or r.problem == "no_reward":
+            print(f"    {r.transcript[-1]['content'][-300:]!r}")
 
 
 def evaluate_step(generator, cfg, tasks, step):
@@ -1850,14 +1861,16 @@ def evaluate_step(generator, cfg, tasks, step):
 async def oracle(cfg, tasks, run_dir):
     """--eval --oracle: score the tasks' own solutions, to find broken tasks. No model is loaded."""
     slots = asyncio.Semaphore(cfg.max_concurrent_rollouts or os.cpu_count())
+    results = [[] for _ in tasks]
 
-    async def one(task):
+    async def one(task, rollouts):
         async with slots:
-            r = await rollout(None, task, None, cfg)
-        write_rollouts(log, [r])
-        return [r]
+            rollouts.append(await rollout(None, task, None, cfg))
+        write_rollouts(log, rollouts)
+        report_task(rollouts, results)
     with (run_dir / "rollouts.jsonl").open("a") as log:
-        report_scores(score(await asyncio.gather(*map(one, tasks))), "oracle", run_dir)
+        await asyncio.gather(*map(one, tasks, results))
+    report_scores(score(results), "oracle", run_dir)
 
 
 async def run_solution(box, r):
@@ -1865,7 +1878,8 @@ async def run_solution(box, r):
     if not (box.task.path / "solution/solve.sh").is_file():
         return "no_solution"
     await box.upload(box.task.path / "solution", "/solution")
-    output = await box.run("bash /solution/solve.sh", box.task.agent_timeout)
+    variables = shlex.join(f"{name}={value}" for name, value in box.task.solution_env)
+    output = await box.run(f"env {variables} bash /solution/solve.sh", box.task.agent_timeout)
     r.say("tool", render_observation(output.text, output.exit_code))
     return "timeout" if output.timed_out else "submitted"
 
@@ -2269,19 +2283,28 @@ def share(cell, packs, counts, failure):
     for part in all_counts:
         total.update(part)
     graded = total["rollouts_graded"]
+    if total["groups_tried"] and not graded:
+        ends = Counter({name: n for name, n in total.items() if name.startswith("finish")})
+        raise RunFailed(f"all rollouts of a step are void: {ends}")
     total = dict(total, reward=total["reward"] / graded if graded else None)
     missing = max(lengths) - len(packs)
     return packs + [build_pack([])] * missing, total
 
 
+SHOWN = set()   # ends of void rollouts
+
+
 def write_rollouts(file, rollouts, **extra):
-    """Append rollouts to an open rollouts.jsonl, one object each."""
+    """Append rollouts to an open rollouts.jsonl, one object each. Shows the first void one of each kind."""
     names = "task reward finish problem touches_grader steps seconds_bash transcript".split()
     for r in rollouts:
         line = extra | {name: getattr(r, name) for name in names}
         line |= dict(tokens=len(r.tokens), sampled=sum(r.mask))
         line["versions"] = sorted(set(r.versions) - {-1})
         file.write(json.dumps(line) + "\n")
+        if r.void and r.finish not in SHOWN:
+            SHOWN.add(r.finish)
+            tqdm.write(f"{r.task!r} is {r.finish}: {r.transcript[-1]['content']}")
     file.flush()
 
 
@@ -2500,7 +2523,7 @@ def run(cfg):
 
 
 def main():
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     transformers.utils.logging.disable_progress_bar()
     # vLLM's processes are ended by force; who then frees their semaphores need not say so.
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
