@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import pydoc
 import random
 import re
 import resource
@@ -768,18 +769,59 @@ def test_a_rollout_is_told_of_a_stopped_command(tmp_path, tokenizers):
     assert r.touches_grader
 
 
+@pytest.mark.parametrize("error, finish", [
+    ("builtins.ValueError", "void:ValueError"), ("asyncio.CancelledError", ""), ("vllm.v1.engine.exceptions.EngineDeadError", "")])
+def test_what_ends_a_rollout_and_what_the_run(tmp_path, tokenizers, error, finish):
+    """Else an engine that died leaves a run of voids, or an error that nobody foresaw ends it; the end of a run must pass."""
+    error = pydoc.locate(error)
+
+    class Failing(Script):
+        async def generate(self, *args):
+            raise error("reason")
+    task = tmax.load_task(make_task(tmp_path / "t"))
+    with contextlib.nullcontext() if finish else pytest.raises(error):
+        r = asyncio.run(tmax.rollout(Failing(None), task, tokenizers["tiny"], CFG))
+        assert r.finish == finish and re.search("Traceback.*generate.*reason", told(r, "error")[0], re.S)
+
+
+BROKEN = {  # a name -> what its folder holds, end, problem, and a part of what is printed
+    "nul in env": (dict(toml='verifier.env = {A = "\\u0000"}'), "void:ValueError", "", "null byte"),
+    "deep": (dict(seeds={"a": ""}), "void:upload", "", "/workspace.*name too long"),
+    "loop": (dict(), "void:upload", "", "environment/seeds"),
+    "nothing": (dict(test="echo last \x1b[31m words"), "submitted", "no_reward", r"last \\x1b\[31m words.*no reward"),
+    "a\x1b\n\udcff": (dict(), "submitted", "", r"'a\\x1b\\n\\udcff' +1.00  submitted")}
+
+
 def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
-    """Else a task that its own solution cannot solve goes unnoticed: where the agent would work, files beside it, no model."""
+    """Else a task that its own solution cannot solve goes unnoticed: where the agent would work, files beside it, no model.
+    A broken task, whatever it holds, ends no run: it is left out, void or without a reward, and the reason is printed."""
     test = "[ ! -e /app/done ] || { grep yes /app/done && echo 1 || echo 0.5; } | tail -n 1 >/logs/verifier/reward.txt"
-    right = "cp /solution/data done"
+    right = '[ "$A" = "b c" ] && cp /solution/data done'
     for name, solution in {"right": right, "wrong": "echo no >done", "slow": f"{right}; sleep 60", "none": None}.items():
         files = {"solution/solve.sh": solution, "solution/data": "yes"} if solution else {}
-        make_task(tmp_path / "tasks" / name, test, toml=f"[agent]\ntimeout_sec = {4 if name == 'slow' else 60}", files=files)
+        toml = f"agent.timeout_sec = {4 if name == 'slow' else 60}\nsolution.env = {{A = 'b c'}}"
+        make_task(tmp_path / "tasks" / name, test, toml=toml, files=files)
+    for i, (holds, _) in enumerate(LEFT_OUT):
+        make_task(tmp_path / f"tasks/{i}", **holds)
+    for name, (holds, *_) in BROKEN.items():
+        make_task(tmp_path / "tasks" / name, **holds | dict(files={"solution/solve.sh": "true"}))
+    deep = "import os\nfor _ in range(300): os.mkdir('d' * 20); os.chdir('d' * 20)"
+    subprocess.run([sys.executable, "-c", deep], cwd=tmp_path / "tasks/deep/environment/seeds", check=True)
+    (tmp_path / "tasks/loop/environment").mkdir()
+    (tmp_path / "tasks/loop/environment/seeds").symlink_to("seeds")
     flags = "--oracle --sandbox bwrap --model /nowhere --name o --tasks tasks"
-    assert start([sys.executable, tmax.__file__, *flags.split()], cwd=tmp_path).wait(100) == 0
-    scores = json.loads((tmp_path / "runs/o/eval.json").read_text())
-    assert scores["mean"] == 0.625 and {t["task"]: (*t["rewards"], *t["finish"]) for t in scores["tasks"]} == {
+    run = start([sys.executable, tmax.__file__, *flags.split()], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    said = run.communicate(timeout=200)[0]
+    assert run.returncode == 0 and len(LEFT_OUT) + len(BROKEN) > 40
+    for i, (_, reason) in enumerate(LEFT_OUT):
+        assert re.search(rf"left out: .*{reason}.*\(\[.*'{i}'.*\]\)\n", said), (reason, said)
+    lines = {line["task"]: line for line in json_lines(tmp_path / "runs/o/rollouts.jsonl")}
+    for name, (_, finish, problem, printed) in BROKEN.items():
+        line = lines.pop(name)
+        assert (line["finish"], line["problem"]) == (finish, problem) and re.search(printed, said), said
+    assert {name: (line["reward"], line["finish"]) for name, line in lines.items()} == {
         "right": (1.0, "submitted"), "wrong": (0.5, "submitted"), "slow": (1.0, "timeout"), "none": (0.0, "no_solution")}
+    assert f"({4 + len(BROKEN)} of {4 + len(BROKEN)} tasks, mean {3.5 / (4 + len(BROKEN)):.3f})" in said and "Traceback" in said
 
 
 # -----------------------------------------------------------------------------
@@ -1358,7 +1400,7 @@ def test_settings_of_vllm(tiny_model, tmp_path, monkeypatch):
     for value in ("3", "[", *(json.dumps({name: 1}) for name in owned)):
         with pytest.raises(tmax.UserError, match="--vllm: "):
             tmax.parse_config(["--vllm", value])
-    Qwen3Config(**QWEN3_8B).save_pretrained(tmp_path)
+    Qwen3Config(**QWEN3_8B, max_position_embeddings=40_960).save_pretrained(tmp_path)
     with monkeypatch.context() as gpus:
         gpus.setattr(torch.cuda, "is_available", lambda: True)
         args = tmax.engine_args(tmp_path, tmax.Config(num_learners=2, num_engines=6, vllm='{"kv_cache_dtype": "fp8"}'))
@@ -1447,7 +1489,9 @@ def replay(tmp_path, tiny_model, process_group, monkeypatch):
         monkeypatch.setenv("TMAX_REPLAY", json.dumps(times))
         small = dict(max_total_tokens=1024, prompts_per_step=2, samples_per_prompt=4, max_concurrent_rollouts=1000)
         cfg, cell = replace(TINY, **small | changes), ALONE._replace(memory=tmax.make_memory())
-        tmax.train(cfg, cell, tmp_path, model, [tmax.load_task(tmp_path / "t")], [])
+        generator = tmax.GeneratorClient(cfg, cell, model, [tmax.load_task(tmp_path / "t")], tmp_path)
+        with contextlib.closing(generator):
+            tmax.train(cfg, cell, tmp_path, model, generator, [])
         return json_lines(tmp_path / "metrics.jsonl")
     return run
 
@@ -1540,31 +1584,41 @@ def test_malformed_calls_raise(text):
     assert len(str(error.value)) < 400
 
 
+HOSTILE = [     # each repeated to 1 MB, behind each of HOSTILE_STARTS
+    *TAGS, " ", "\n", "9", "[", '"a",', '{"a":', "<tool_call>" + " " * 50, "<tool_call></think>", '<tool_call>{"a":',
+    '<tool_call>["</think>', "<tool_call><function=a", "<tool_call><function=bash><parameter=command></think>",
+    "<think></think>", "</parameter></function> ", "</parameter>\n<parameter=", hermes(""), hermes(1), xml("") + "</think>"]
+HOSTILE_STARTS = "", "<think>", "<tool_call>[", '<tool_call>{"name": "', "<tool_call><function=bash><parameter=command>" * 60
+
+
+def read_hostile(length, starts=HOSTILE_STARTS):
+    for before, unit, after in itertools.product(starts, HOSTILE, ("", "</think>")):
+        with contextlib.suppress(tmax.FormatError):
+            tmax.parse_tool_calls(before + unit * (length // len(unit)) + after)
+
+
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("unit", [
-    *TAGS, " ", '{"a":', "1,", "<tool_call>" + " " * 50, "<tool_call></think>", '<tool_call>{"a":', '<tool_call>["</think>',
-    "<tool_call><function=a", "<tool_call><function=bash><parameter=command></think>", "<think></think>",
-    "</parameter></function>", hermes("ls"), xml("ls") + "</think>"], ids=repr)
-def test_hostile_texts_are_read_in_linear_time(unit):
+def test_hostile_texts_are_read_in_linear_time():
     """Else one turn of a model that repeats itself holds up all other rollouts for minutes: 1 MB of anything."""
-    for before in ("", "<think>", '<tool_call>{"name": "', "<tool_call><function=bash><parameter=command>" * 60):
-        for after in ("", "</think>"):
-            with contextlib.suppress(tmax.FormatError):
-                tmax.parse_tool_calls(before + unit * (1_000_000 // len(unit)) + after)
+    read_hostile(1_000_000)
 
 
 @FAMILIES
 def test_observations_forge_nothing(tokenizers, family):
-    """Else a file that holds `<|im_end|>` ends the tool's turn: no added token comes out of text, and it decodes back."""
+    """Else a file that holds `<|im_end|>` ends the tool's turn, or an instruction the user's: no added token comes out of
+    text, and it decodes back."""
     tokenizer = tokenizers[family]
     chat, added = tmax.ChatFormat(tokenizer), tokenizer.added_tokens_decoder
     text = "".join(f"{token.content} {token.content}\n" for token in added.values())
     assert len(added) >= 5 and set(tokenizer.encode(text)) & set(added)
-    empty, ids = chat.tool_turn([""]), chat.tool_turn([text])
-    start = len(os.path.commonprefix([empty, ids]))
-    inside = ids[start:start + len(ids) - len(empty)]
-    assert not set(inside) & set(added) and tokenizer.decode(inside, skip_special_tokens=False) == text
-    assert ids[:start] + ids[start + len(inside):] == empty
+    for empty, ids in [(chat.tool_turn([""]), chat.tool_turn([text])), (chat.prompt(""), chat.prompt(text))]:
+        start = len(os.path.commonprefix([empty, ids]))
+        inside = ids[start:start + len(ids) - len(empty)]
+        assert not set(inside) & set(added) and tokenizer.decode(inside, skip_special_tokens=False) == text
+        assert ids[:start] + ids[start + len(inside):] == empty
+    plain = [dict(role="system", content=tmax.SYSTEM_PROMPT), dict(role="user", content="Do it.")]
+    assert chat.prompt("Do it.") == tokenizer.apply_chat_template(
+        plain, tools=tmax.tool_schemas(), add_generation_prompt=True, return_dict=False)
 
 
 @pytest.mark.parametrize("template", [
@@ -2044,7 +2098,7 @@ PROBES = CONTAINER_PROBES | {
 # -----------------------------------------------------------------------------
 
 DOCKER = replace(CFG, sandbox="docker", image="any", network="none")
-FULL = """schema_version = "1.4"\n[metadata]\nos = "any"\n[agent]\ntimeout_sec = 7\nuser = 1000
+FULL = """schema_version = "0.4"\n[metadata]\nos = "any"\n[agent]\ntimeout_sec = 7\nuser = 1000
 [verifier]\ntimeout_sec = 8.5\nuser = "root"\nenvironment_mode = "shared"\nenv.KEY = "a b"\nenv.N = 3\n[solution.env]\nA = "b"
 [environment]\nbuild_timeout_sec = 9\ndocker_image = "image:1"\nos = "linux"\ncpus = 0.5\nmemory_mb = 99\nworkdir = "/srv"
 gpus = 0\nnetwork_mode = "no-network"\nmcp_servers = []\nunknown = 1\n[environment.env]\n"""
@@ -2052,8 +2106,8 @@ TAKEN = [   # what a task folder holds -> the fields that differ from a Task's d
     (dict(seeds={"a": "x"}, toml='version = "1.0"'), {}),
     (dict(instruction="\n Grüße \n", toml=FULL), dict(
         instruction="Grüße", image="image:1", agent_timeout=7.0, verifier_timeout=8.5, cpus=0.5, memory_mb=99,
-        verifier_env=(("KEY", "a b"), ("N", 3)), network="no-network", workdir="/srv", user="1000", verifier_user="root",
-        build_timeout=9.0)),
+        verifier_env=(("KEY", "a b"), ("N", 3)), solution_env=(("A", "b"),), network="no-network", workdir="/srv", user="1000",
+        verifier_user="root", build_timeout=9.0)),
     (dict(toml='environment.memory = "3G"'), dict(memory_mb=3072)),
     (dict(toml="environment.allow_internet = false"), dict(network="no-network")),
     (dict(toml='environment.allow_internet = false\nenvironment.network_mode = "public"'), {}),
@@ -2063,16 +2117,19 @@ NOT_SUPPORTED = """schema_version = "2.0"\nsteps = [{name = "a"}]\nenvironment.g
 environment.os = "windows"\nenvironment.env = {A = "1"}\nenvironment.network_mode = "allowlist"
 environment.allowed_hosts = ["a.b"]\nenvironment.mcp_servers = [{name = "m"}]\nenvironment.healthcheck = {command = "a"}
 agent.network_mode = "no-network"\nverifier.environment = {cpus = 1}\nverifier.environment_mode = "separate"
-verifier.env = {A = "x${A}"}""".splitlines()
-IMPOSSIBLE = """agent.timeout_sec = "soon"\nagent.timeout_sec = 0\nverifier.timeout_sec = nan\nenvironment.cpus = true
-environment.workdir = []""".splitlines()
-NO_TOML = b"\xff", "[agent\n", f"a = {'[' * 9000}", 'agent = "x"', 'environment.memory = "5X"'
-LEFT_OUT = [    # what a task folder holds -> a part of the reason against it
-    *((dict(toml=line), f"task.toml: not supported: {line.split()[0]}=") for line in NOT_SUPPORTED),
-    *((dict(toml=line), f"task.toml: {line.split()[0]}=") for line in IMPOSSIBLE),
+verifier.env = {A = "x${A}"}\nsolution.env = {A = "x${A}"}\nenvironment.allow_internet = "no"
+version = "10.0"\nenvironment.os = "\\u001b[31m" """.splitlines()
+IMPOSSIBLE = f"""agent.timeout_sec = "soon"\nagent.timeout_sec = 0\nverifier.timeout_sec = nan\nenvironment.cpus = true
+environment.workdir = []\nagent.timeout_sec = 1e999\nenvironment.memory_mb = {10 ** 20}\nagent.user = true""".splitlines()
+NO_TOML = (b"\xff", "[agent\n", f"a = {'[' * 9000}", 'agent = "x"', 'environment.memory = "5X"', f"a = 1{'0' * 5000}",
+           f"agent.timeout_sec = 1{'0' * 400}", "verifier.env = 3", "a = 1\na = 2")
+LEFT_OUT = [    # what a task folder holds -> a pattern of the reason against it
+    *((dict(toml=line), f"task.toml: not supported: .{line.split()[0]}=") for line in NOT_SUPPORTED),
+    *((dict(toml=line), f"task.toml: .{line.split()[0]}=") for line in IMPOSSIBLE),
     *((dict(toml=text), "task.toml: ") for text in NO_TOML),
-    (dict(files={"environment/docker-compose.yaml": ""}), "compose"),
-    (dict(test=None), "no tests/test.sh"), *((dict(instruction=text), "instruction.md") for text in (None, " \n", b"\xe9"))]
+    *((dict(files={name: b"\xff"}), Path(name).name) for name in ("environment/docker-compose.yaml", "image.txt")),
+    *((dict(test=None, files=files), "no tests/test.sh") for files in ({}, {"tests/test.sh/a": ""})),
+    *((dict(instruction=text), "instruction.md") for text in (None, " \n", b"\xe9"))]
 
 
 def test_zoo_of_task_folders(tmp_path, capsys):
@@ -2082,9 +2139,11 @@ def test_zoo_of_task_folders(tmp_path, capsys):
     wanted = [replace(tmax.Task(f"{i:02}", tmp_path / f"{i:02}", "Do it."), **fields)
               for i, (_, fields) in enumerate(TAKEN)]
     assert tmax.load_tasks(str(tmp_path), DOCKER) == tmax.all_tasks([str(task.path) for task in wanted], DOCKER) == wanted
-    assert f"{len(TAKEN)} of {len(TAKEN + LEFT_OUT)} tasks taken\n" in capsys.readouterr().out
+    assert f"{len(TAKEN)} of {len(TAKEN + LEFT_OUT)} tasks taken, 0 left" in capsys.readouterr().out
+    with pytest.raises(tmax.UserError, match=r"test\.sh: is a file"):
+        tmax.all_tasks([f"{tmp_path}/00/tests/test.sh"], DOCKER)
     for i, (_, reason) in enumerate(LEFT_OUT, len(TAKEN)):
-        with pytest.raises(tmax.UserError, match=f"^--tasks: {tmp_path}/{i:02}: .*{re.escape(reason)}.*$"):
+        with pytest.raises(tmax.UserError, match=f"^--tasks: {tmp_path}/{i:02}: .*{reason}.*$"):
             tmax.all_tasks([f"{tmp_path}/{i:02}"], DOCKER)
 
 
@@ -2097,8 +2156,9 @@ OFFERED = dict(
 @pytest.mark.parametrize("changes, left, said", [
     (dict(), ["plain"], "4 left out: .*--sandbox docker"),
     (dict(sandbox="docker"), ["file", "toml", "txt"], "2 left out: .*--image"),
-    (dict(sandbox="docker", image="i", include=["t*", "user", "broken"], exclude=["*xt", "b*"]), ["toml", "user"], "2 of 6"),
-    (dict(exclude=["*"]), [], "0 of 6")])
+    (dict(sandbox="docker", image="i", include=["t*", "user", "broken"], exclude=["*xt", "b*"]), ["toml", "user"],
+     "2 of 6 tasks taken, 4 left out by --include"),
+    (dict(exclude=["*"]), [], "0 of 6 tasks taken, 6 left out")])
 def test_which_tasks_are_taken(tmp_path, monkeypatch, capsys, changes, left, said):
     """Else bubblewrap runs a task that needs an image as root among the host's programs, or flags choose other tasks."""
     for name, holds in OFFERED.items():
@@ -2109,6 +2169,15 @@ def test_which_tasks_are_taken(tmp_path, monkeypatch, capsys, changes, left, sai
     with contextlib.nullcontext() if left else pytest.raises(tmax.UserError, match="--tasks.*--include"):
         assert [t.name for t in tmax.all_tasks([".", str(tmp_path)], replace(CFG, **changes))] == left * 2
     assert len(re.findall(said, capsys.readouterr().out)) == 2
+
+
+def test_long_prompts_are_dropped_by_name(tokenizers, capsys):
+    """Else nobody learns which tasks are missing, or an evaluation is a mean over other tasks."""
+    tasks = [replace(NO_TASK, name=name, instruction="x" * n) for name, n in [("long\x1b", 9000), ("short", 9)]]
+    assert tmax.drop_long_prompts(tasks, tokenizers["tiny"], CFG) == tasks[1:] and "['long\\x1b']" in capsys.readouterr().out
+    for tasks, cfg in [(tasks, replace(CFG, eval=True)), (tasks[:1], CFG)]:
+        with pytest.raises(tmax.UserError, match="--max_prompt_tokens: .*'long"):
+            tmax.drop_long_prompts(tasks, tokenizers["tiny"], cfg)
 
 
 def test_task_order():
@@ -2168,15 +2237,19 @@ def test_datasets(hub, tmp_path, capsys):
             tmax.all_tasks([source], DOCKER)
 
 
-@pytest.mark.parametrize("fault", [lambda data: b"<html>", lambda data: data[:-100], lambda data: data])
+@pytest.mark.parametrize("fault", [
+    lambda data: b"<html>", lambda data: data[:-100], lambda data: data[:-4], lambda data: data[:-8] + bytes(8), None])
 def test_a_broken_archive_is_refused(hub, tmp_path, fault):
-    """No archive, half a download, a path that leads out: named, and not taken for whole by the next start."""
-    archive = make_dataset(tmp_path / "d", "t1", ("../out", tarfile.REGTYPE, ""), "t2") / "task-data.tar.gz"
+    """No archive, part of a download, a wrong checksum, a path that leads out: named, not taken for whole by the next start,
+    and nothing is left of it."""
+    odd, fault = [] if fault else [("../out", tarfile.REGTYPE, "")], fault or (lambda data: data)
+    archive = make_dataset(tmp_path / "d", "t1", *odd, "t2") / "task-data.tar.gz"
     archive.write_bytes(fault(archive.read_bytes()))
     for _ in range(2):
         with pytest.raises(tmax.UserError, match=r"task-data\.tar\.gz: .+$"):
             tmax.all_tasks([str(tmp_path / "d")], DOCKER)
     assert not list(tmp_path.rglob("out"))
+    assert [path.name for path in (tmp_path / "assets/tmax/tasks").rglob("*")] == ["default"]
 
 
 def test_an_archive_is_extracted_once(hub, tmp_path, monkeypatch):
@@ -2528,7 +2601,7 @@ def test_printed_table_equals_the_transcripts(evaluation):
     assert scores["model"].endswith("checkpoint-6") and scores["void"] == ["never"]
     assert f"5 tasks / {100 * scores['mean']:.1f} ± {100 * scores['stderr']:.1f} % over 3 run" in said
     for row in scores["tasks"]:
-        assert re.search(rf"^{row['task']} +{row['pass_rate']:.2f}  {', '.join(row['finish'])}$", said, re.M)
+        assert re.search(rf"^'{row['task']}' +{row['pass_rate']:.2f}  {', '.join(row['finish'])}   \(\d of 5 ", said, re.M)
     for line in lines:      # the tests ran, whatever the end
         assert line["finish"].startswith("void") or line["transcript"][-1]["role"] == "verifier"
         assert line["versions"] in ([0], []) and "no_call" not in line["finish"]
@@ -2750,11 +2823,23 @@ def test_errors_are_one_line(tmp_path, tiny_model):
     assert sorted(os.listdir(tmp_path / "runs")) == ["ended", "taken"] and os.listdir(taken) == ["config.json"]
 
 
+def test_a_step_of_void_rollouts_ends_the_run(process_group, tmp_path, capsys):
+    """Else a run whose sandboxes all fail goes on for days, or nobody sees why: the first of each kind is shown."""
+    group = [outcome(0.0, f"void:{reason}") for reason in ("a", "test", "test")]
+    for r in group:
+        r.transcript = [dict(content="because")]
+    with (tmp_path / "rollouts.jsonl").open("w") as log:
+        tmax.write_rollouts(log, group)
+    assert re.findall(r"void:(\w+): because\n", capsys.readouterr().out) == ["a", "test"]
+    with pytest.raises(tmax.RunFailed, match="void.*{'finish_void:test': 2, 'finish_void:a': 1}"):
+        tmax.share(ALONE, [[]], tmax.tally([group]), None)
+
+
 def test_commands_of_the_readme_are_understood():
     """Else a page shows a flag or a command that is no more."""
     text = (Path(tmax.__file__).parent / "README.md").read_text()
     text = re.sub(r"(?<!`)`[^`\n]+\n[^`\n]+`", lambda span: span[0].replace("\n", " "), text)     # wrapped
-    flags = re.findall(r"(?<![\w-])--([a-z]\w*)(?![\w-])", re.sub(r"torchrun .* tmax\.py", "", text))
+    flags = re.findall(r"(?<![\w-])--([a-z]\w*)(?![\w-])", re.sub(r"torchrun .* tmax\.py|harbor [^`]*", "", text))
     assert set(flags) - {"help"} <= set(FIELDS)
     commands = re.findall(r"(?:bash run\.sh|python tmax\.py|torchrun .* tmax\.py)((?: [^`#\s]+)*)", text + tmax.__doc__)
     assert len(commands) > 8
@@ -2925,6 +3010,16 @@ def test_benchmark_node(monkeypatch, capsys):
     with capsys.disabled():
         print(f"\nmodelled node: {scale * seconds / 20:.0f} s a step, {done['rollouts'] / seconds / scale:.3f} rollouts/s, learners "
               f"wait {waited / seconds:.0%}, rollouts of an engine, fewest to most: {np.mean(figures, axis=0).round(1)}")
+
+
+@pytest.mark.bench
+def test_benchmark_parser(capsys):
+    """Seconds to read hostile texts against their length."""
+    for length, before in itertools.product((10_000, 100_000, 1_000_000), HOSTILE_STARTS):
+        start = time.monotonic()
+        read_hostile(length, [before])
+        with capsys.disabled():
+            print(f"\n{length:9,} characters after {before!r:.30}: {(time.monotonic() - start) / 2 / len(HOSTILE):.4f} s")
 
 
 if __name__ == "__main__":      # a rank of test_updates_do_not_depend_on_ranks_and_nodes

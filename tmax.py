@@ -46,6 +46,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -170,57 +171,54 @@ EVAL = dict(eval=True, temperature=0.7, top_p=0.95, max_total_tokens=38912)
 # Train: the loop reads like the recipe.
 # ------------------------------------------------------------------------------------------------------------
 
-def train(cfg, cell, run_dir, model, tasks, eval_tasks):
-    """The recipe, on every learner rank. The first rank of a node owns the generator and packs its groups."""
+def train(cfg, cell, run_dir, model, generator, eval_tasks):
+    """The recipe, on every learner rank. The first rank of a node has its generator and packs its groups."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    is_owner = cell.rank == 0
-    owned = GeneratorClient(cfg, cell, model, tasks, run_dir) if is_owner else contextlib.nullcontext()
-    with owned as generator:
-        learner = Learner(cfg, model, cell)
-        done = load_state(learner, generator, run_dir)      # steps, of --resume
-        for step in range(done + 1, cfg.training_steps + 1):
-            clock = [time.monotonic()]
-            packs, counts, failure = [[]] * cell.ranks, {}, None
-            if is_owner:
-                finished = generator.collect(step, learner.version)     # until prompts_per_step are useful
-                groups, counts = select_groups(finished, learner.version, cfg)
-                for group in groups:
-                    values = advantages([r.reward for r in group], cfg.advantage)
-                    for r, value in zip(group, values):
-                        r.advantage = float(value)
-                if groups:
-                    packs = pack(sum(groups, []), cfg.pack_length, cell.ranks)
-                counts, failure = counts | tally(finished), generator.failure
-            packs, counts = share(cell, packs, counts, failure)
-            clock.append(time.monotonic())
-            update = learner.update(packs) if packs else dict.fromkeys(UPDATE_METRICS)      # no useful group
-            clock.append(time.monotonic())
-            if is_owner:    # the engines may still be reading the weights before
-                generator.finish_reload()
-            clock.append(time.monotonic())
-            if packs:
-                learner.save_weights(cell.memory / "weights")       # in /dev/shm
-                if is_owner:
-                    generator.reload(learner.version)
-            clock.append(time.monotonic())
-            evaluates = cfg.eval_every and step % cfg.eval_every == 0
-            if evaluates or step % cfg.save_every == 0 or step == cfg.training_steps:
-                save_checkpoint(learner, tokenizer, run_dir, step)
-            if dist.get_rank() == 0:
-                generate, compute, wait, write = np.diff(clock).tolist()
-                metrics = dict(
-                    step=step, **counts, **update, **generator.waiting, updated=bool(packs),
-                    version=learner.version, seconds_generate=generate, seconds_train=compute,
-                    seconds_gather_write=write, seconds_reload=generator.reload_seconds,
-                    learners_waited=(generate + wait) / (clock[-1] - clock[0]),
-                    engine_tokens_per_second=counts["tokens_sampled"] / (clock[-1] - clock[0]),
-                    learner_tokens_per_second=(update["tokens"] or 0) / compute,
-                    seconds_state=learner.state_seconds)
-                if evaluates:
-                    metrics |= evaluate_step(generator, cfg, eval_tasks, step)
-                report(metrics, run_dir)
-            if cfg.state_every and step % cfg.state_every == 0:
-                save_state(learner, generator, run_dir, step)
+    learner = Learner(cfg, model, cell)
+    done = load_state(learner, generator, run_dir)      # steps, of --resume
+    for step in range(done + 1, cfg.training_steps + 1):
+        clock = [time.monotonic()]
+        packs, counts, failure = [[]] * cell.ranks, {}, None
+        if generator:
+            finished = generator.collect(step, learner.version)     # until prompts_per_step are useful
+            groups, counts = select_groups(finished, learner.version, cfg)
+            for group in groups:
+                values = advantages([r.reward for r in group], cfg.advantage)
+                for r, value in zip(group, values):
+                    r.advantage = float(value)
+            if groups:
+                packs = pack(sum(groups, []), cfg.pack_length, cell.ranks)
+            counts, failure = counts | tally(finished), generator.failure
+        packs, counts = share(cell, packs, counts, failure)
+        clock.append(time.monotonic())
+        update = learner.update(packs) if packs else dict.fromkeys(UPDATE_METRICS)      # no useful group
+        clock.append(time.monotonic())
+        if generator:   # the engines may still be reading the weights before
+            generator.finish_reload()
+        clock.append(time.monotonic())
+        if packs:
+            learner.save_weights(cell.memory / "weights")       # in /dev/shm
+            if generator:
+                generator.reload(learner.version)
+        clock.append(time.monotonic())
+        evaluates = cfg.eval_every and step % cfg.eval_every == 0
+        if evaluates or step % cfg.save_every == 0 or step == cfg.training_steps:
+            save_checkpoint(learner, tokenizer, run_dir, step)
+        if dist.get_rank() == 0:
+            generate, compute, wait, write = np.diff(clock).tolist()
+            metrics = dict(
+                step=step, **counts, **update, **generator.waiting, updated=bool(packs),
+                version=learner.version, seconds_generate=generate, seconds_train=compute,
+                seconds_gather_write=write, seconds_reload=generator.reload_seconds,
+                learners_waited=(generate + wait) / (clock[-1] - clock[0]),
+                engine_tokens_per_second=counts["tokens_sampled"] / (clock[-1] - clock[0]),
+                learner_tokens_per_second=(update["tokens"] or 0) / compute,
+                seconds_state=learner.state_seconds)
+            if evaluates:
+                metrics |= evaluate_step(generator, cfg, eval_tasks, step)
+            report(metrics, run_dir)
+        if cfg.state_every and step % cfg.state_every == 0:
+            save_state(learner, generator, run_dir, step)
     if dist.get_rank() == 0:
         summarize(run_dir)
 
@@ -261,12 +259,13 @@ class Rollout:
         self.transcript.append({"role": role, "content": content})
 
 
-async def rollout(engine, task, tokenizer, cfg, engine_rank=0):
+async def rollout(engine, task, tokenizer, cfg, engine_rank=0, tries=3):
     """Let the policy work on a task in a fresh sandbox, then grade it. Returns a Rollout.
 
     What was submitted or ran out of time is graded, in an evaluation every end. Else, also where the agent
-    ended its own sandbox, the reward is 0 and counts in the group's mean. A sandbox that was lost says
-    nothing of the model: the rollout is void and leaves its group."""
+    ended its own sandbox, the reward is 0 and counts in the group's mean. A sandbox that was lost, or what
+    nobody foresaw, says nothing of the model: the rollout is void and leaves its group. An evaluation tries
+    three times."""
     r = Rollout(task.name, [], [], [], [])
     try:
         async with Sandbox(task, cfg) as box:
@@ -281,9 +280,16 @@ async def rollout(engine, task, tokenizer, cfg, engine_rank=0):
     except KilledItself as reason:
         r.finish = "killed_itself"
         r.say("error", f"the sandbox ended: {reason}")
-    except (SandboxLost, OSError) as lost:      # an OSError: this machine has no more processes, files, …
-        r.finish = f"void:{getattr(lost, 'reason', 'host')}"
+    except SandboxLost as lost:
+        r.finish = f"void:{lost.reason}"
         r.say("error", str(lost))
+    except Exception as error:      # a task may hold anything
+        if type(error).__module__.startswith("vllm"):       # an engine that fails ends the run
+            raise
+        r.finish = f"void:{type(error).__name__}"
+        r.say("error", traceback.format_exc())
+    if r.void and cfg.eval and tries > 1:
+        return await rollout(engine, task, tokenizer, cfg, engine_rank, tries - 1)
     return r
 
 
@@ -371,11 +377,6 @@ TOOLS = {"bash": Tool({
     "parameters": {
         "type": "object", "properties": {"command": {"type": "string", "description": "The bash command."}},
         "required": ["command"]}}, bash)}
-
-
-def tool_schemas():
-    """The tools in the form of chat templates."""
-    return [{"type": "function", "function": tool.schema} for tool in TOOLS.values()]
 
 
 def render_observation(output, exit_code):
@@ -764,7 +765,7 @@ class Learner:
 # ------------------------------------------------------------------------------------------------------------
 
 class GeneratorClient:
-    """The learner's end of the pipe. Leaving it ends the generator with all that it started."""
+    """The learner's end of the pipe. close() ends the generator with all that it started."""
 
     def __init__(self, cfg, cell, model, tasks, run_dir):
         suffix = f"-{cell.node}" if cell.node else ""       # the first node's files have plain names
@@ -784,14 +785,11 @@ class GeneratorClient:
         self.process.start()
         other_end.close()
 
-    def __enter__(self):
-        return self
-
-    def _send(self, *request):
-        with contextlib.suppress(OSError):      # if the generator is gone, _next says so
+    def send(self, *request):
+        with contextlib.suppress(OSError):      # if the generator is gone, receive says so
             self.pipe.send(request)
 
-    def _next(self, kind):
+    def receive(self, kind):
         """The next answer of this kind, which is waited for; None, and `failure` is set, if none can come."""
         while not self.received[kind]:
             if self.failure:
@@ -819,9 +817,9 @@ class GeneratorClient:
                 while self.started - self.trained_or_rejected < (self.cfg.async_steps + 1) * wanted:
                     index = next(self.indices)
                     task = task_at(self.tasks, index, self.cfg.seed)
-                    self._send("train", index, task, self.cfg)
+                    self.send("train", index, task, self.cfg)
                     self.started += 1
-                answer = self._next("train")
+                answer = self.receive("train")
                 if answer is None:
                     break
                 index, group, waits_now, load = answer
@@ -834,39 +832,23 @@ class GeneratorClient:
                 self.training += useful
                 self.trained_or_rejected += 1 - useful
                 bar.update(useful)
-        count = max(1, len(finished))
-        self.waiting = {f"waiting_{what}": waits[what] / count for what in WAITING}
-        if loads:
+        if finished:
+            self.waiting = {f"waiting_{what}": waits[what] / len(finished) for what in WAITING}
             self.waiting["rollouts_by_engine"] = np.mean(loads, axis=0).tolist()
         return finished
 
-    def evaluate(self, tasks, cfg, step=0):
-        """Rollouts [task][run] by the engines with the newest weights. Raises RunFailed."""
-        self.finish_reload()
-        for index, task in enumerate(tasks):
-            self._send("eval", index, task, cfg)
-        results = [None] * len(tasks)
-        for _ in tqdm(tasks, desc="evaluation: tasks", leave=False, disable=None):
-            answer = self._next("eval")
-            if answer is None:
-                raise RunFailed(self.failure)
-            index, results[index], *_ = answer
-            for run, r in enumerate(results[index]):
-                write_rollouts(self.log, [r], step=step, run=run)
-        return results
-
     def reload(self, version):
         """Have the engines take over the weights in memory; returns at once."""
-        self._send("reload", self.cell.memory / "weights", version)
+        self.send("reload", self.cell.memory / "weights", version)
         self.reloading = True
 
     def finish_reload(self):
         """Return when the engines have read the weights, which may then be written anew."""
         if self.reloading:
-            self.reload_seconds = self._next("reload")
+            self.reload_seconds = self.receive("reload")
         self.reloading = False
 
-    def __exit__(self, *_):
+    def close(self):
         with contextlib.suppress(ProcessLookupError):       # it had no group yet
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
@@ -913,7 +895,7 @@ class Generator:
 
     async def _group(self, index, task, cfg):
         """The rollouts of a task, all by the engine that has the fewest when the first may start: it caches
-        their prefix. An evaluation, where void counts as failed, tries three times."""
+        their prefix."""
         size = cfg.eval_runs if cfg.eval else cfg.samples_per_prompt
         async with self.load_falls:
             await self.load_falls.wait_for(lambda: min(self.load) < self.at_once)
@@ -922,10 +904,7 @@ class Generator:
 
         async def attempt():
             async with self.slots[rank]:
-                for _ in range(3 if cfg.eval else 1):
-                    r = await rollout(self.engine, task, self.tokenizer, cfg, rank)
-                    if not r.void:
-                        break
+                r = await rollout(self.engine, task, self.tokenizer, cfg, rank)
             async with self.load_falls:
                 self.load[rank] -= 1
                 self.load_falls.notify_all()
@@ -1026,59 +1005,72 @@ class FormatError(Exception):
     """A tool call that cannot be read; the message is for the model."""
 
 
-MAX_TAGS = 100      # in a turn: each may cost a pass over all of its text
+TAG = re.compile(r"<think>.*?(?:</think>|\Z)|</think>|<tool_call>\s*", re.S)
+FUNCTION = re.compile(r"<function=([^>\s]+)>\s*(?:</function>(?=\s*</tool_call>))?")
+PARAMETER = re.compile(r"<parameter=([^>]*)>\n?(.*?)\n?</parameter>\s*"
+                       r"(?:(?=<parameter=)|</function>(?=\s*</tool_call>))", re.S)
+END = re.compile(r"\s*</tool_call>")
 
 
 def parse_tool_calls(text):
-    """The calls [(name, arguments), …] of one assistant turn, in order; [] if it makes none. Thinking is left
-    out. Raises FormatError if any call of the turn is malformed."""
-    if len(re.findall("</?think>|<tool_call>", text)) > MAX_TAGS:
-        raise FormatError("There are too many tags.")
-    calls = []
-    while tag := re.search(r"<think>.*?(?:</think>|\Z)|</think>|<tool_call>\s*", text, re.S):
-        text = text[tag.end():]
-        if tag[0] == "</think>":    # the template opened it: what came before was thought, not done
+    """The calls [(name, arguments), …] of one assistant turn, in order; [] if it makes none. Thinking is
+    left out. Raises FormatError if any call of the turn is malformed."""
+    thought, end, rest = text.partition("</think>")
+    template_opened_it = end and "<think>" not in thought       # then it may hold anything
+    for attempt in [text, rest] if template_opened_it else [text]:
+        try:
+            return read_calls(attempt)
+        except Exception as error:      # the model may write anything
+            message = f"A tool call could not be read: {error!r:.200}. Tools: {[*TOOLS]}."
+    raise FormatError(message)
+
+
+def read_calls(text):
+    """The calls of a text, in one pass by positions: it may be a megabyte of anything."""
+    calls, position = [], 0
+    while tag := TAG.search(text, position):
+        position = tag.end()
+        if tag[0] == "</think>":    # what came before was thought, not done
             calls = []
         if tag[0].startswith("<tool_call>"):
-            try:
-                call, text = read_call(text)
-                calls.append(call)
-            except (LookupError, TypeError, ValueError, RecursionError, jsonschema.ValidationError) as error:
-                before_next_thought, *_ = text.partition("<think>")
-                if "</think>" not in before_next_thought:       # else a thought is open, and may break off
-                    raise FormatError(f"A tool call could not be read: {error!r:.200}. Tools: {[*TOOLS]}.")
+            call, position = read_call(text, position)
+            calls.append(call)
+    for tool in {name for name, _ in calls}:
+        schema = TOOLS[tool].schema["parameters"] | {"additionalProperties": False}
+        of_tool = [arguments for name, arguments in calls if name == tool]
+        jsonschema.validate(of_tool, {"items": schema})     # at once: a validator is slow to make
     return calls
 
 
-def read_call(text):
-    """The call that `text` begins with, Qwen XML (Qwen3.5) or Hermes JSON (Qwen3), and the text behind it."""
-    if function := re.match(r"<function=([^>\s]+)>\s*(?=<parameter=|</function>)", text):
-        name, arguments = function[1], {}
-        # With a "</parameter>" in front, every parameter, the first too, follows "</parameter> <parameter=".
-        padded = "</parameter>" + text[function.end():]
-        body, rest = re.split(r"</parameter>\s*</function>(?=\s*</tool_call>)", padded, maxsplit=1)
-        _, *parameters = re.split(r"</parameter>\s*<parameter=", body)
-        for parameter in parameters:
-            key, value = parameter.split(">", 1)
-            value = value.removeprefix("\n").removesuffix("\n")
+def read_call(text, position):
+    """The call that begins there, Qwen XML (Qwen3.5) or Hermes JSON (Qwen3), and the position behind it."""
+    if function := FUNCTION.match(text, position):
+        name, arguments, position = function[1], {}, function.end()
+        while parameter := PARAMETER.match(text, position):
+            key, value = parameter.groups()
+            if key in arguments:
+                raise ValueError("a parameter is given twice")
             schema = TOOLS[name].schema["parameters"]["properties"][key]
             is_text = schema.get("type", "string") == "string"
             arguments[key] = value if is_text else json.loads(value)
-        if len(arguments) < len(parameters):
-            raise ValueError("a parameter is given twice")
+            position = parameter.end()
     else:   # the decoder finds the call's end, so that a command may contain the closing tag
-        call, end = json.JSONDecoder(strict=False).raw_decode(text)
-        name, arguments, rest = call["name"], call["arguments"], text[end:]
-        if not rest.lstrip().startswith("</tool_call>"):
-            raise ValueError("it is not closed by </tool_call>")
-    jsonschema.validate(arguments, TOOLS[name].schema["parameters"] | {"additionalProperties": False})
-    return (name, arguments), rest
+        call, position = json.JSONDecoder(strict=False).raw_decode(text, position)
+        name, arguments = call["name"], call["arguments"]
+    if not END.match(text, position):
+        raise ValueError("it is not closed by </tool_call>")
+    return (name, arguments), position
+
+
+def tool_schemas():
+    """The tools in the form of chat templates."""
+    return [{"type": "function", "function": tool.schema} for tool in TOOLS.values()]
 
 
 class ChatFormat:
     """Token ids of prompts and tool turns, by the tokenizer's own template; ValueError if that cannot be.
 
-    Tool outputs are encoded without its added tokens: so `<|im_end|>` in a file forges no turn."""
+    Instructions and outputs are encoded without its added tokens: `<|im_end|>` in a file forges no turn."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -1098,29 +1090,35 @@ class ChatFormat:
         ends.add(self.tool_turn(["", ""], stop=-1)[0])      # -1 is no token: the template's end comes first
         self.stop_ids = sorted(ends & set(added))
 
-    def _render(self, messages, **options):
+    def _render(self, *messages):
         messages = [{"role": role, "content": content} for role, content in messages]
         return self.tokenizer.apply_chat_template(
-            messages, tools=tool_schemas(), add_generation_prompt=True, **options)
+            messages, tools=tool_schemas(), add_generation_prompt=True, tokenize=False)
+
+    def _encode(self, rendered, texts):
+        """Token ids of a rendered template with a text in place of each DUMMY."""
+        start, *parts = rendered.split("DUMMY")
+        if len(parts) != len(texts):
+            raise ValueError("its chat template does not render tool outputs")
+        ids = self.tokenizer.encode(start, add_special_tokens=False)
+        for text, part in zip(texts, parts):
+            ids += self.plain.encode(text, add_special_tokens=False).ids
+            ids += self.tokenizer.encode(part, add_special_tokens=False)
+        return ids
 
     def prompt(self, instruction):
         """Token ids of system message, tools, user message and the header of the assistant's first turn."""
-        return self._render([("system", SYSTEM_PROMPT), ("user", instruction)], return_dict=False)
+        return self._encode(self._render(("system", SYSTEM_PROMPT), ("user", "DUMMY")), [instruction])
 
     def tool_turn(self, texts, role="tool", stop=None):
         """Token ids from the end of an assistant's turn to the header of its next, around the outputs of its
         calls or a message. `stop`: the token that ended the turn; if it is the template's own, or None, the
         template's is left out."""
-        messages = [("system", "S"), ("user", "U"), ("assistant", "DUMMY")]
-        messages += [(role, "DUMMY") for _ in texts]
-        _, *parts = self._render(messages, tokenize=False).split("DUMMY")
-        if len(parts) != len(texts) + 1:
-            raise ValueError("its chat template does not render tool outputs")
-        ids, *following = [self.tokenizer.encode(part, add_special_tokens=False) for part in parts]
+        replies = [(role, "DUMMY") for _ in texts]
+        rendered = self._render(("system", "S"), ("user", "U"), ("assistant", "TURN"), *replies)
+        ids = self._encode(rendered.partition("TURN")[2], texts)
         if stop is None or stop == ids[0]:      # the turn ended as the template ends it
             ids = ids[1:]
-        for text, after in zip(texts, following):
-            ids += self.plain.encode(text, add_special_tokens=False).ids + after
         return ids
 
 
@@ -1150,8 +1148,9 @@ RUN_COMMAND = """cd -- "$2" 2>/dev/null; LC_ALL=C IFS= read -rN "$1" __command; 
 UPLOAD = 'mkdir -p "$2" && head -c "$1" | tar -xof - -C "$2"'
 UPLOAD_TESTS = f"""rm -rf /tests /logs/verifier; mkdir -pm 777 /logs/verifier /logs/agent /logs/artifacts
 {UPLOAD} && chmod +x /tests/test.sh"""
-# Before what is in a file, `head -v` writes `==> NAME <==`; a file that is not there leaves no trace.
-READ_REWARDS = "cd /logs/verifier && head -v -c 1000000 reward.json reward.txt 2>/dev/null"
+# `head -v` writes `==> NAME <==` before what is in a file.
+READ_REWARDS = """cd /logs/verifier && for name in reward.json reward.txt; do
+[ -f $name ] && [ ! -L $name ] && head -v -c 1000000 $name; done"""
 
 
 class Output(NamedTuple):
@@ -1198,7 +1197,7 @@ class Sandbox:
             folder = self.task.workdir or folder or "/"
             self.directory = "/app" if folder == "/" else folder    # if it is there: TMax tasks expect it
             seeds = self.task.path / "environment/seeds"
-            if seeds.is_dir():
+            if os.path.lexists(seeds):
                 await self.upload(seeds, "/workspace")
         except BaseException as error:
             await self.__aexit__()
@@ -1289,7 +1288,7 @@ def read_reward(rewards):
             if isinstance(reward, (int, float)):
                 return float(reward)
         return float(from_text)
-    except Exception:   # the files may hold anything
+    except Exception:       # the tests may write anything
         return math.nan
 
 
@@ -1515,6 +1514,7 @@ class Task:
     agent_timeout: float = 3600.0    # seconds of bash in one rollout
     verifier_timeout: float = 600.0  # seconds for tests/test.sh
     verifier_env: tuple = ()         # ((name, value), …) for tests/test.sh
+    solution_env: tuple = ()         # for solution/solve.sh
     memory_mb: int = 2048
     cpus: float = 1.0
     network: str = "public"          # public | no-network
@@ -1531,9 +1531,10 @@ TASK_TOML = dict(pair.split("=") for pair in """
     environment.cpus=cpus environment.network_mode=network environment.workdir=workdir
     environment.build_timeout_sec=build_timeout""".split())
 # KEY=VALUE that leaves out a task. Harbor would fill ${…} from the host's environment.
-NOT_SUPPORTED = re.compile(r"""(schema_)?version=(?!1) | steps= | \w+\.allowed_hosts=
+NOT_SUPPORTED = re.compile(r"""(schema_)?version=(?![01]\b) | steps= | \w+\.allowed_hosts=
     | environment\.(env|gpus|tpu|mcp_servers|healthcheck)= | environment\.network_mode=(?!public|no-network)
-    | environment\.os=(?!linux) | verifier\.environment= | verifier\.environment_mode=(?!shared)
+    | environment\.os=(?!linux) | environment\.allow_internet=(?!True)
+    | verifier\.environment= | verifier\.environment_mode=(?!shared)
     | (agent|verifier)\.network_mode= | (verifier|solution)\.env=.*\$\{""", re.X)
 
 
@@ -1558,16 +1559,17 @@ def load_task(path, image=""):
             environment["memory_mb"] = docker.utils.parse_bytes(environment["memory"]) >> 20
         values = spec | {f"{part}.{key}": value for part in ("agent", "verifier", "environment", "solution")
                          for key, value in spec.get(part, {}).items()}
-        fields = dict(verifier_env=tuple(values.get("verifier.env", {}).items()))
+        fields = {f"{part}_env": tuple(values.get(f"{part}.env", {}).items())
+                  for part in ("verifier", "solution")}
         for key, value in values.items():
             said = f"{key}={value}"
-            require(not value or not NOT_SUPPORTED.match(said), f"not supported: {said:.80}")
+            require(not value or not NOT_SUPPORTED.match(said), f"not supported: {said!r:.80}")
             if name := TASK_TOML.get(key):
                 kind = type(getattr(Task, name))
-                require(type(value) in (kind, int), f"{said} is not possible")
-                require(kind is str or 0 < value < math.inf, f"{said} is not possible")
+                require(type(value) in (kind, int), f"{said!r:.80} is not possible")
+                require(kind is str or 0 < value < 2**31, f"{said!r:.80} is not possible")
                 fields[name] = kind(value)
-    require(not any(path.glob("environment/docker-compose.y*ml")), "not supported: compose services")
+    require(not any(path.glob("environment/docker-compose.y*ml")), "not supported: docker-compose.yaml")
     require((path / "tests/test.sh").is_file(), "there is no tests/test.sh")
     require(instruction := text("instruction.md"), "there is no instruction.md, or it is empty")
     image = fields.pop("image", "") or image or text("image.txt")
@@ -1592,12 +1594,10 @@ def load_tasks(source, cfg):
     if {"instruction.md", "task.toml", "tests"} & set(os.listdir(root)):
         root, folders = root.parent, {root.name}
     names, tasks, refused = images or folders, [], defaultdict(list)
-
-    def matches(name, patterns):
-        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-    for name in sorted(names):
-        if matches(name, cfg.exclude) or not matches(name, cfg.include or ["*"]):
-            continue
+    chosen = {name for pattern in cfg.include or ["*"] for name in fnmatch.filter(names, pattern)}
+    for pattern in cfg.exclude:
+        chosen -= set(fnmatch.filter(names, pattern))
+    for name in sorted(chosen):
         try:
             require(name in folders, "its row has no folder")   # and so leads nowhere else
             task = load_task(root / name, images.get(name, ""))
@@ -1608,9 +1608,10 @@ def load_tasks(source, cfg):
             tasks.append(task)
         except Exception as reason:     # task.toml may hold anything
             refused[str(reason)].append(name)
-    print(f"{source}: {len(tasks)} of {len(names)} tasks taken")
+    print(f"{source}: {len(tasks)} of {len(names)} tasks taken, "
+          f"{len(names) - len(chosen)} left out by --include and --exclude")
     for reason, left_out in refused.items():
-        print(f"  {len(left_out)} left out: {reason} ({', '.join(left_out[:3])})")
+        print(f"  {len(left_out)} left out: {reason} ({left_out[:3]})")
     require(tasks or not refused, f"no task can be used: {', '.join(refused)}")
     return tasks
 
@@ -1628,6 +1629,7 @@ def all_tasks(sources, cfg, flag="--tasks"):
 def find_source(source):
     """The folder that a --tasks value means: one here, or the Hugging Face data set OWNER/NAME[@REVISION]."""
     root = Path(source).absolute()
+    require(not root.is_file(), "is a file, not a folder")
     if not root.is_dir():
         name, _, revision = source.partition("@")
         # Copies, not links into a cache: sandboxes and image builds need the files themselves.
@@ -1642,17 +1644,16 @@ def unpacked(archive):
     """The folder that an archive is unpacked into, once for each content, whole or not at all.
 
     Members that are no file and no folder leave out their task; tarfile refuses what leads outside."""
-    key = hashlib.sha256(archive.read_bytes()).hexdigest()
-    folder = huggingface_hub.cached_assets_path("tmax", "tasks", key)
-    tasks = folder / "tasks"
+    folder = huggingface_hub.cached_assets_path("tmax", "tasks")
+    tasks = folder / hashlib.sha256(archive.read_bytes()).hexdigest()
     with reading(archive, ""), tarfile.open(archive) as tar:
         if not tasks.is_dir():
             tops = {member: Path(member.name).parts[:1] for member in tar}
-            odd = {top for member, top in tops.items()
-                   if not (member.isfile() or member.isdir())}
+            odd = {top for member, top in tops.items() if not (member.isfile() or member.isdir())}
             members = [member for member, top in tops.items() if top not in odd]
             with tempfile.TemporaryDirectory(dir=folder) as partial:
                 tar.extractall(f"{partial}/tasks", members, filter="data")
+                tar.fileobj.read()      # gzip's checksum is at the end
                 with contextlib.suppress(OSError):      # another start was faster
                     os.rename(f"{partial}/tasks", tasks)
     return tasks
@@ -1669,10 +1670,11 @@ def drop_long_prompts(tasks, tokenizer, cfg):
     one is dropped: its mean would be over other tasks."""
     limit, prompt = cfg.max_prompt_tokens, chat_format(tokenizer).prompt
     kept = [task for task in tasks if len(prompt(task.instruction)) <= limit]
-    if dropped := len(tasks) - len(kept):
-        text = f"the prompts of {dropped} of {len(tasks)} tasks are longer than {limit} tokens"
+    if len(kept) < len(tasks):
+        dropped = sorted({task.name for task in tasks} - {task.name for task in kept})
+        text = f"prompts are longer than {limit} tokens: {dropped}"
         require(kept and not cfg.eval, f"--max_prompt_tokens: {text}")
-        print(f"dropped: {text}")
+        print(f"{len(dropped)} tasks dropped, whose {text}")
     return kept
 
 
@@ -1846,6 +1848,24 @@ def load_state(learner, generator, run_dir):
 # Evaluate: every task several times, by the rollout code that trains.
 # ------------------------------------------------------------------------------------------------------------
 
+def evaluate(generator, tasks, cfg, step=0):
+    """Rollouts [task][run] by the engines with the newest weights. Raises RunFailed."""
+    generator.finish_reload()
+    for index, task in enumerate(tasks):
+        generator.send("eval", index, task, cfg)
+    results = [None] * len(tasks)
+    for _ in tqdm(tasks, desc="evaluation: tasks", leave=False, disable=None):
+        answer = generator.receive("eval")
+        if answer is None:
+            raise RunFailed(generator.failure)
+        index, results[index], *_ = answer
+        for run, r in enumerate(results[index]):
+            write_rollouts(generator.log, [r], step=step, run=run)
+        if generator.cfg.eval:
+            report_task(results[index], results)
+    return results
+
+
 def score(results):
     """Figures of rollouts [task][run]. A void rollout counts 0; a reward of 1 is a pass.
 
@@ -1875,18 +1895,26 @@ def score(results):
 
 
 def report_scores(scores, model, run_dir):
-    """Print the table and write eval.json."""
+    """Print the figures and write eval.json."""
     with (run_dir / "eval.json").open("w") as file:
         json.dump(dict(model=model, **scores), file, indent=1)
-    for t in scores["tasks"]:
-        print(f"{t['task']:40}  {t['pass_rate']:.2f}  {', '.join(t['finish'])}")
     runs = len(scores["run_means"])
     error = f" ± {100 * scores['stderr']:.1f}" if runs > 1 else ""
-    print(f"\n{len(scores['tasks'])} tasks / {100 * scores['mean']:.1f}{error} % over {runs} run(s)   "
-          "(± is the standard deviation, n - 1, of the runs' means / sqrt(runs))")
+    print(f"\n{len(scores['tasks'])} tasks / {100 * scores['mean']:.1f}{error} % over {runs} run(s)")
     for key in ("pass_at_k", "finish", "no_reward", "clipped", "void"):     # those in void count as 0
         print(f"{key:12} {scores[key]}")
     print(f"figures      {run_dir}/eval.json")
+
+
+def report_task(rollouts, results):
+    """Print a finished task's line, the mean so far, and last words where there is no reward."""
+    [row], finished = score([rollouts])["tasks"], [r for group in results if group for r in group]
+    so_far = len(finished) // len(rollouts)
+    print(f"{row['task']!r:40}  {row['pass_rate']:.2f}  {', '.join(row['finish'])}   "
+          f"({so_far} of {len(results)} tasks, mean {np.mean([r.reward for r in finished]):.3f})")
+    for r in rollouts:
+        if r.void or r.problem == "no_reward":
+            print(f"    {r.transcript[-1]['content'][-300:]!r}")
 
 
 def evaluate_step(generator, cfg, tasks, step):
@@ -1894,7 +1922,7 @@ def evaluate_step(generator, cfg, tasks, step):
     Training waits."""
     start = time.monotonic()
     cfg = replace(cfg, eval=True, temperature=EVAL["temperature"], top_p=EVAL["top_p"])
-    scores = score(generator.evaluate(tasks, cfg, step))
+    scores = score(evaluate(generator, tasks, cfg, step))
     return dict(eval_mean=scores["mean"], eval_stderr=scores["stderr"], eval_void=scores["void"],
                 seconds_eval=time.monotonic() - start)
 
@@ -1902,14 +1930,16 @@ def evaluate_step(generator, cfg, tasks, step):
 async def oracle(cfg, tasks, run_dir):
     """--eval --oracle: score the tasks' own solutions, to find broken tasks. No model is loaded."""
     slots = asyncio.Semaphore(cfg.max_concurrent_rollouts or os.cpu_count())
+    results = [[] for _ in tasks]
 
-    async def one(task):
+    async def one(task, rollouts):
         async with slots:
-            r = await rollout(None, task, None, cfg)
-        write_rollouts(log, [r])
-        return [r]
+            rollouts.append(await rollout(None, task, None, cfg))
+        write_rollouts(log, rollouts)
+        report_task(rollouts, results)
     with (run_dir / "rollouts.jsonl").open("a") as log:
-        report_scores(score(await asyncio.gather(*map(one, tasks))), "oracle", run_dir)
+        await asyncio.gather(*map(one, tasks, results))
+    report_scores(score(results), "oracle", run_dir)
 
 
 async def run_solution(box, r):
@@ -1917,7 +1947,8 @@ async def run_solution(box, r):
     if not (box.task.path / "solution/solve.sh").is_file():
         return "no_solution"
     await box.upload(box.task.path / "solution", "/solution")
-    output = await box.run("bash /solution/solve.sh", box.task.agent_timeout)
+    variables = shlex.join(f"{name}={value}" for name, value in box.task.solution_env)
+    output = await box.run(f"env {variables} bash /solution/solve.sh", box.task.agent_timeout)
     r.say("tool", render_observation(output.text, output.exit_code))
     return "timeout" if output.timed_out else "submitted"
 
@@ -2325,18 +2356,27 @@ def share(cell, packs, counts, failure):
     for part in all_counts:
         total.update(part)
     graded = total["rollouts_graded"]
+    if total["groups_tried"] and not graded:
+        ends = Counter({name: n for name, n in total.items() if name.startswith("finish")})
+        raise RunFailed(f"all rollouts of a step are void: {ends}")
     total = dict(total, reward=total["reward"] / graded if graded else None)
     return packs + [build_pack([])] * (most - len(packs)), total
 
 
+SHOWN = set()   # ends of void rollouts
+
+
 def write_rollouts(file, rollouts, **extra):
-    """Append rollouts to an open rollouts.jsonl, one object each."""
+    """Append rollouts to an open rollouts.jsonl, one object each. Shows the first void one of each kind."""
     names = "task reward finish problem touches_grader steps seconds_bash transcript".split()
     for r in rollouts:
         line = extra | {name: getattr(r, name) for name in names}
         line |= dict(tokens=len(r.tokens), sampled=sum(r.mask))
         line["versions"] = sorted(set(r.versions) - {-1})
         file.write(json.dumps(line) + "\n")
+        if r.void and r.finish not in SHOWN:
+            SHOWN.add(r.finish)
+            tqdm.write(f"{r.task!r} is {r.finish}: {r.transcript[-1]['content']}")
     file.flush()
 
 
@@ -2548,15 +2588,19 @@ def run(cfg):
         if eval_tasks:
             drop_long_prompts(eval_tasks, tokenizer, replace(cfg, eval=True))
         print(f"{len(tasks)} tasks, {cfg.sandbox} sandboxes, run folder {run_dir}; vLLM is starting")
-    if cfg.eval:
-        with GeneratorClient(cfg, cell, model, tasks, run_dir) as generator:
-            report_scores(score(generator.evaluate(tasks, cfg)), str(model), run_dir)
-    else:
-        train(cfg, cell, run_dir, model, tasks, eval_tasks)
+    with contextlib.ExitStack() as stack:
+        generator = None
+        if cell.rank == 0:
+            generator = GeneratorClient(cfg, cell, model, tasks, run_dir)
+            stack.callback(generator.close)
+        if cfg.eval:
+            report_scores(score(evaluate(generator, tasks, cfg)), str(model), run_dir)
+        else:
+            train(cfg, cell, run_dir, model, generator, eval_tasks)
 
 
 def main():
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     transformers.utils.logging.disable_progress_bar()
     # vLLM's processes are ended by force; who then frees their semaphores need not say so.
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
