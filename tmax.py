@@ -51,6 +51,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import threading
@@ -2152,6 +2153,21 @@ def small_cache(lm, cfg):
     return rollout * min(64, fit)
 
 
+def check_machine(lm, cfg):
+    """Raise UserError where a run would lack room later, or vLLM, with GPUs, what it compiles with."""
+    size = lm.num_parameters()
+    weights = size * getattr(torch, cfg.dtype).itemsize
+    states = 2 * 12 * size if cfg.state_every else 0    # one while it replaces another
+    for folder, needed in {"/dev/shm": weights, ".": weights + states}.items():
+        free = shutil.disk_usage(folder).free
+        require(needed < free, f"a run of it needs {needed / 2**30:.2f} GiB in {Path(folder).absolute()}, "
+                               f"where {free / 2**30:.2f} are free")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    compiles = shutil.which("cc") and header.is_file()
+    require(compiles or not torch.cuda.is_available(),
+            "vLLM compiles at its start: install a C compiler and Python's headers (apt: gcc, python3-dev)")
+
+
 def step_seconds(lm, cfg, learners, engines, at_once):
     """(generation, update, reload) of one step by rooflines of an H100; learners and engines of all nodes."""
     size = lm.num_parameters()
@@ -2195,10 +2211,7 @@ def plan(cfg, gpus, nodes=1):
 
 def plan_split(lm, cfg, learners, engines, gpus, nodes):
     """Of a GPU, 5 % stay free of learners; vLLM takes 92 %, 4 GiB of it for activations and CUDA graphs."""
-    gpu, shm = 80 * 2**30, math.inf
-    if torch.cuda.is_available():
-        gpu = torch.cuda.mem_get_info()[1]
-        shm = shutil.disk_usage("/dev/shm").free
+    gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 80 * 2**30
     size, ranks = lm.num_parameters(), learners * nodes
     weights = size * getattr(torch, cfg.dtype).itemsize
     parts = learner_memory(lm, cfg, ranks)
@@ -2224,8 +2237,6 @@ def plan_split(lm, cfg, learners, engines, gpus, nodes):
     if tokens < longest:
         problems.append(f"an engine has {gib(cache)} GiB for its KV cache, a rollout needs "
                         f"{gib(longest * kv_token)}: lower --max_total_tokens, or take larger GPUs")
-    if weights > shm:
-        problems.append(f"a reload needs {gib(weights)} GiB of /dev/shm, which has {gib(shm)}")
     lines = [
         f"{cfg.model}: {size / 1e9:.2f}B parameters, {cfg.dtype}",
         f"{learners} learner(s) and {engines} engine(s) a node, GPUs of {gib(gpu)} GiB; memory in GiB",
@@ -2235,8 +2246,11 @@ def plan_split(lm, cfg, learners, engines, gpus, nodes):
         f"an engine: {gib(vllm)}: weights {gib(weights)}, activations, graphs 4.0, KV cache {gib(cache)}",
         f"    for {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length; {at_once} run at once",
         f"a reload: {gib(weights)} through /dev/shm",
-        f"{step:.0f} seconds a step, modelled on an H100, not measured; {days:.1f} days in all",
-        f"    generation {generation:.0f}, beside it an update {update:.0f}, then a reload {reload:.0f}",
+        f"a state: {gib(12 * size)} under runs/, twice that while one replaces another",
+        f"{step:.0f} seconds a step: generation {generation:.0f}, beside it an update of {update:.0f}, then "
+        f"a reload of {reload:.0f}; {days:.1f} days for {cfg.training_steps} steps",
+        "    (modelled, not measured: an H100, learners at 45 % of peak, rollouts of "
+        f"{MEAN_LENGTH * longest:,.0f} tokens)",
         *([f"does not fit: {problem}" for problem in problems] or ["it fits"])]
     outcome = "does not fit" if problems else f"{step:.0f} s"
     split = f"{learners} + {engines}: {outcome}"
@@ -2522,11 +2536,16 @@ def preflight(cfg):
         problems = plan(cfg, torch.cuda.device_count(), nodes).problems
         if problems:
             raise UserError(f"--plan says what does not fit: {'; '.join(problems)}")
+    for flag, limit in dict(n=resource.RLIMIT_NOFILE, u=resource.RLIMIT_NPROC).items():
+        most, _ = resource.getrlimit(limit)
+        require(most < 0 or most >= 2048, f"ulimit -{flag}: {most} is too few for sandboxes: 2048 at least")
     check_sandbox(cfg)
     if cfg.model and not cfg.oracle:
         with reading(cfg.model):
             chat_format(AutoTokenizer.from_pretrained(cfg.model))
             lm = check_shape(cfg.model)
+            if not cfg.eval:
+                check_machine(lm, cfg)
         if not torch.cuda.is_available():
             small_cache(lm, cfg)
     every = replace(cfg, include=[], exclude=[])
