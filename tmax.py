@@ -642,7 +642,7 @@ def token_logprobs(hidden, lm_head_weight, targets, chunk=1024, temperature=1.0)
 
 
 class Policy(torch.nn.Module):
-    """A causal LM whose forward pass ends in logprobs: FSDP gathers the LM head's weight only there."""
+    """A causal LM that returns logprobs: FSDP gathers the LM head's weight only within its forward."""
 
     def __init__(self, lm, cfg):
         super().__init__()
@@ -868,7 +868,7 @@ class Generator:
         self.load_falls = asyncio.Condition()
 
     async def serve(self, model):
-        """Start what the pipe asks for. Only raises: what an engine died of, for a request may not notice."""
+        """Start what the pipe asks for, for ever. Raises what an engine died of, as no request may notice."""
         self.tokenizer, self.engine = AutoTokenizer.from_pretrained(model), Engine(model, self.cfg)
         await self.engine.llm.update_weight_version("0")
         kv_tokens, engines = self.engine.kv_tokens, self.cfg.num_engines
@@ -1017,8 +1017,8 @@ def parse_tool_calls(text):
     """The calls [(name, arguments), …] of one assistant turn, in order; [] if it makes none. Thinking is
     left out. Raises FormatError if any call of the turn is malformed."""
     thought, end, rest = text.partition("</think>")
-    template_opened_it = end and "<think>" not in thought       # then it may hold anything
-    for attempt in [text, rest] if template_opened_it else [text]:
+    prompt_opened_it = end and "<think>" not in thought     # then the thought may hold half a call
+    for attempt in [text, rest] if prompt_opened_it else [text]:
         try:
             return read_calls(attempt)
         except Exception as error:      # the model may write anything
@@ -1117,7 +1117,7 @@ class ChatFormat:
         template's is left out."""
         replies = [(role, "DUMMY") for _ in texts]
         rendered = self._render(("system", "S"), ("user", "U"), ("assistant", "TURN"), *replies)
-        ids = self._encode(rendered.partition("TURN")[2], texts)
+        ids = self._encode(rendered.rpartition("TURN")[2], texts)
         if stop is None or stop == ids[0]:      # the turn ended as the template ends it
             ids = ids[1:]
         return ids
@@ -1305,7 +1305,8 @@ def head_and_tail(parts):
 
 # Runs "${@:2}" for at most $1 seconds. Its output goes through a pipe (8 writes, 7 reads), so that a job in
 # the background that holds it delays nothing: when it has been empty for a while, `cat <&7` drops the rest.
-# What runs out of time gets SIGTERM and saves its state, then its group SIGKILL: a fork bomb lives on.
+# What runs out of time gets SIGTERM and saves its state; then SIGKILL ends its group, which `timeout` leads:
+# a fork bomb lives on.
 THROUGH_PIPE = """exec 8> >(exec cat) 7</proc/self/fd/8 2>/dev/null; reader=$!
 timeout -k 2 "$@" <&0 >&8 2>&1 7<&- 8>&- & job=$!
 wait $job; code=$?; (( SECONDS >= ${1%.*} )) && kill -KILL -- -$job
@@ -1743,10 +1744,6 @@ def check_weights(model, lm):
     require(not missing, f"its safetensors files lack {len(missing)} tensors: {sorted(missing)[:3]}")
 
 
-def last_line(error):
-    return str(error).strip().splitlines()[-1]
-
-
 @contextlib.contextmanager
 def whole_or_not(folder, required=False):
     """Give a folder to write to; it becomes `folder` once all is on the disk (a collective). If it cannot be
@@ -1764,7 +1761,8 @@ def whole_or_not(folder, required=False):
     except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            reason = f"{folder} cannot be written: {last_line(error)}"
+            *_, cause = str(error).splitlines()
+            reason = f"{folder} cannot be written: {cause}"
             if required:
                 raise RunFailed(reason) from None
             tqdm.write(f"warning: {reason}")
@@ -1818,30 +1816,27 @@ def load_state(learner, generator, run_dir):
     """Go on from the newest state (a collective), also with other learners and engines. Returns its step;
     without one 0: the run begins anew in its folder. Raises UserError for another number of nodes."""
     cell, saved = learner.cell, states(run_dir)
-    nothing = dict(done=[], log_bytes=0)
-    state = dict(learner=tensors_of(learner), step=0, version=0, nodes=json.dumps([nothing] * cell.nodes))
+    nothing = json.dumps([dict(done=[], log_bytes=0)] * cell.nodes)
+    state = dict(learner=tensors_of(learner), step=0, version=0, nodes=nothing)
     if saved:
-        try:
-            dcp.load(state, checkpoint_id=saved[-1])
-        except dcp.api.CheckpointException as error:
-            raise UserError(f"--resume: {saved[-1]}: {last_line(error)}") from None
-    learner.version, nodes = state["version"], json.loads(state["nodes"])
-    require(len(nodes) == cell.nodes, f"--resume: it ran on {len(nodes)} node(s), not {cell.nodes}")
-    if saved:
+        dcp.load(state, checkpoint_id=saved[-1])    # into the tensors
+        learner.version = state["version"]
         learner.save_weights(cell.memory / "weights")
+    nodes = json.loads(state["nodes"])
+    require(len(nodes) == cell.nodes, f"--resume: it ran on {len(nodes)} node(s), not {cell.nodes}")
     if generator:   # what was in flight is sampled again
         generator.done.update(nodes[cell.node]["done"])
         generator.log.truncate(nodes[cell.node]["log_bytes"])
-    if generator and saved:
-        generator.reload(learner.version)
-        generator.finish_reload()
-    if dist.get_rank() == 0:    # what was written after it, or not to its end, goes
-        for partial in run_dir.glob("*-*.partial"):
+        if saved:
+            generator.reload(learner.version)
+            generator.finish_reload()
+    if dist.get_rank() == 0:
+        for partial in run_dir.glob("*-*.partial"):     # a kill left it
             shutil.rmtree(partial)
-        metrics = run_dir / "metrics.jsonl"
-        metrics.touch()
-        lines = metrics.read_text().splitlines(keepends=True)
-        os.truncate(metrics, len("".join(lines[:state["step"]]).encode()))
+        with (run_dir / "metrics.jsonl").open("a+") as metrics:
+            metrics.seek(0)
+            kept = "".join(metrics.readlines()[:state["step"]])
+            metrics.truncate(len(kept))
     return state["step"]
 
 
@@ -2514,16 +2509,13 @@ def resolve(cfg):
 def make_run_dir(cfg):
     """The folder runs/NAME with the Config in it: a new one, or that of --resume."""
     run_dir = Path("runs", cfg.name)
-    file, text = run_dir / "config.json", json.dumps(asdict(cfg), indent=2)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if cfg.resume:
-            partial = file.with_suffix(".partial")
-            partial.write_text(text)
-            partial.replace(file)
-        else:
-            with file.open("x") as new:
-                new.write(text)
+        file, partial = run_dir / "config.json", run_dir / "config.partial"
+        if not cfg.resume:
+            file.touch(exist_ok=False)
+        partial.write_text(json.dumps(asdict(cfg), indent=2))
+        partial.replace(file)
     except OSError as error:
         raise UserError(f"--name: {run_dir} cannot be made: {error.strerror}") from None
     return run_dir
@@ -2556,7 +2548,7 @@ def generator_main(cfg, cell, model, log, pipe):
     """Entry of the generator process: the leader of a group, which the janitor ends. It writes to `log`."""
     os.setpgid(0, 0)
     (cell.memory / "group").write_text(str(os.getpid()))
-    with open(log, "a") as file:
+    with open(log, "w") as file:     # root_cause reads it
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     tempfile.tempdir = str(cell.memory)
