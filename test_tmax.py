@@ -1524,7 +1524,7 @@ def test_a_larger_shape_needs_no_preset(replay, tmp_path):
     metrics = replay([[3, 60, 0.0]], model=folder, tiny=False, training_steps=3, learning_rate=1e-4, gradient_checkpointing=True)
     assert [m["updated"] for m in metrics] == [True] * 3 and all((m["mismatch_max"] or 0) <= 1e-4 for m in metrics)
     flags = "--eval --dtype float32 --max_total_tokens 512 --eval_runs 1 --sandbox bwrap --name e".split()
-    done = subprocess.run([sys.executable, tmax.__file__, *flags, "--model", tmp_path / "checkpoint-3", "--tasks", tmp_path / "t"],
+    done = subprocess.run([sys.executable, tmax.__file__, *flags, "--model", tmp_path / "checkpoint-3", "--tasks", make_task(tmp_path / "short")],
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "runs/e/eval.json").read_text())["void"] == []
