@@ -2529,7 +2529,7 @@ def preflight(cfg):
         if problems:
             raise UserError(f"--plan says what does not fit: {'; '.join(problems)}")
     for flag, limit in dict(n=resource.RLIMIT_NOFILE, u=resource.RLIMIT_NPROC).items():
-        most, _ = resource.getrlimit(limit)
+        _, most = resource.getrlimit(limit)
         require(most < 0 or most >= 2048, f"ulimit -{flag}: {most} is too few for sandboxes: 2048 at least")
     check_sandbox(cfg)
     if cfg.model and not cfg.oracle:
