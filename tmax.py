@@ -1653,7 +1653,8 @@ def unpacked(archive):
     with reading(archive, ""), tarfile.open(archive) as tar:
         if not tasks.is_dir():
             tops = {member: Path(member.name).parts[:1] for member in tar}
-            odd = {top for member, top in tops.items() if not (member.isfile() or member.isdir())}
+            odd = {top for member, top in tops.items()
+                   if not (member.isfile() or member.isdir())}
             members = [member for member, top in tops.items() if top not in odd]
             with tempfile.TemporaryDirectory(dir=folder) as partial:
                 tar.extractall(f"{partial}/tasks", members, filter="data")
@@ -1787,7 +1788,9 @@ def save_checkpoint(learner, tokenizer, run_dir, step):
 
 def states(run_dir):
     """The whole states in the folder of a run, the newest last."""
-    return sorted(run_dir.glob("state-*[0-9]"), key=lambda folder: int(folder.name.partition("-")[2]))
+    def step_of(folder):
+        return int(folder.name.removeprefix("state-"))
+    return sorted(run_dir.glob("state-*[0-9]"), key=step_of)
 
 
 def tensors_of(learner):
@@ -1799,13 +1802,16 @@ def tensors_of(learner):
 def save_state(learner, generator, run_dir, step):
     """Write what --resume needs to state-STEP (a collective), each rank its share of weights and moments.
     There is no random state: nothing that is trained draws numbers."""
-    start, progress, nodes = time.monotonic(), None, [None] * dist.get_world_size()
+    start, progress = time.monotonic(), None
+    nodes = [None] * dist.get_world_size()
     if generator:   # which groups are done, and how much of the log tells of them
         os.fsync(generator.log.fileno())
-        progress = dict(done=sorted(generator.done), log_bytes=os.fstat(generator.log.fileno()).st_size)
+        log_bytes = os.fstat(generator.log.fileno()).st_size
+        progress = dict(done=sorted(generator.done), log_bytes=log_bytes)
     dist.all_gather_object(nodes, progress)
     nodes = [progress for progress in nodes if progress]
-    state = dict(learner=tensors_of(learner), step=step, version=learner.version, nodes=json.dumps(nodes))
+    state = dict(learner=tensors_of(learner), step=step, version=learner.version)
+    state["nodes"] = json.dumps(nodes)      # a text, as dcp would take a list apart
     with whole_or_not(run_dir / f"state-{step}") as folder:
         dcp.save(state, checkpoint_id=folder)
     if dist.get_rank() == 0:
@@ -1906,7 +1912,8 @@ def report_scores(scores, model, run_dir):
 
 def report_task(rollouts, results):
     """Print a finished task's line, the mean so far, and last words where there is no reward."""
-    [row], finished = score([rollouts])["tasks"], [r for group in results if group for r in group]
+    [row] = score([rollouts])["tasks"]
+    finished = [r for group in results if group for r in group]
     so_far = len(finished) // len(rollouts)
     print(f"{row['task']!r:40}  {row['pass_rate']:.2f}  {', '.join(row['finish'])}   "
           f"({so_far} of {len(results)} tasks, mean {np.mean([r.reward for r in finished]):.3f})")
@@ -1997,7 +2004,10 @@ def make_tiny(root, seed):
             path = root / "tasks" / f"{kind}-{a}-{b}" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-    demonstrations = [tiny_task(kind, a, b)[1] for (a, b), kind in itertools.product(pairs[42:210], kinds)]
+    demonstrations = []
+    for (a, b), kind in itertools.product(pairs[42:210], kinds):
+        _, demonstration = tiny_task(kind, a, b)
+        demonstrations.append(demonstration)
     bpe = Tokenizer(models.BPE())
     word = Regex(rf"[ /]?(?:{'|'.join(TINY_WORDS)})|\n")    # a name is a token of its own
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
