@@ -2365,7 +2365,7 @@ def share(cell, packs, counts, failure):
     """Give the ranks of a node the packs of its first rank, by a collective over all ranks.
 
     Returns (packs, as many on every rank; all nodes' counts, `reward` now a mean). Raises RunFailed, on all
-    ranks, for the failure of a generator."""
+    ranks, for the failure of a generator, and where all rollouts are void."""
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (packs, counts, failure))
     all_packs, all_counts, failures = zip(*everyone)
