@@ -4,6 +4,7 @@
 #   bash run.sh                    the 8-GPU recipe; where fewer than two GPUs are visible, the tiny one
 #   bash run.sh tiny [flags]       the tiny recipe, which needs no GPU
 #   bash run.sh test [arguments]   the tests; arguments go to pytest
+#   bash run.sh ablate [NAME]      tiny runs of every variant below (or those with NAME in their flags), and a table
 #   bash run.sh setup              the installation alone
 #   bash run.sh ARGUMENTS          anything else: python tmax.py ARGUMENTS
 #
@@ -97,6 +98,77 @@ ready || (
 # The GPUs that programs see: the machine's, unless CUDA_VISIBLE_DEVICES names some of them.
 [ "$gpus" = 0 ] || [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
 
+# Variants of the tiny recipe, by the flags that they change; the first, without any, is the recipe itself.
+variants='
+--loss dppo_kl
+--loss grpo
+--loss pg
+--advantage normalized
+--advantage leave_one_out
+--async_steps 0
+--async_steps 4
+--dppo_threshold 0.02
+--dppo_threshold 0.3
+--prompts_per_step 8 --samples_per_prompt 16
+--prompts_per_step 32 --samples_per_prompt 4'
+
+# Every variant runs with every seed, from the tasks and the model that the recipe made with it. What is complete is
+# not run again: after an interruption the same command goes on.
+ablate() {
+  local seed flags name base arguments commit
+  commit=$(git describe --always --dirty 2>/dev/null || echo unknown)
+  mkdir -p runs
+  for seed in ${SEEDS:=1 2 3}; do
+    base=runs/ablate-$seed
+    while read -r flags; do
+      [[ $flags == *"${1-}"* ]] || [ -z "$flags" ] || continue
+      name=$base arguments=(--tiny --seed "$seed")
+      if [ -n "$flags" ]; then
+        name=$base$(tr -s ' -' - <<<" $flags")
+        arguments+=(--model "$base/model" --tasks "$base/tasks")
+      fi
+      [ ! -e "$name/commit" ] || continue
+      rm -rf "$name"
+      say "$(date +%H:%M) $name"
+      # shellcheck disable=SC2086 # $flags are words
+      python tmax.py "${arguments[@]}" $flags --name "${name#runs/}" </dev/null >"$name.log" 2>&1 ||
+        die "see $name.log; the same command goes on with this run"
+      printf '%s\n' "$commit" >"$name/commit"
+    done <<<"$variants"
+  done
+  table "${1-}"
+}
+
+# Mean and standard error over the seeds, a row for each variant.
+table() {
+  python - "$SEEDS" "$variants" "$1" <<'END'
+import json, re, sys
+from pathlib import Path
+import numpy as np
+
+def cell(values):
+    values = [value for value in values if value is not None]
+    if not values:
+        return "never"
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return f"{np.mean(values):.3f} ± {error:.3f} ({len(values)})"
+
+seeds, variants, wanted = sys.argv[1:]
+print("| | reward, last 5 steps | steps until 0.8 | kept fraction | drift | commit |\n|---|---|---|---|---|---|")
+for flags in variants.split("\n"):
+    if flags and wanted not in flags: continue
+    runs = [Path("runs", f"ablate-{seed}" + re.sub("[ -]+", "-", f" {flags}".rstrip())) for seed in seeds.split()]
+    steps = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in runs]
+    rewards = [[m["reward"] for m in run] for run in steps]
+    last = [np.mean(r[-5:]) for r in rewards]
+    until = [next((i for i, reward in enumerate(r, 1) if reward >= 0.8), None) for r in rewards]
+    kept = [np.mean([m["kept_fraction"] for m in run if m["updated"]]) for run in steps]
+    drift = [np.mean([m["drift_max"] for m in run if m["updated"]]) for run in steps]
+    commits = {(run / "commit").read_text().strip() for run in runs}
+    print(f"| {flags or 'the recipe'} |", " | ".join(map(cell, (last, until, kept, drift))), f"| {', '.join(commits)} |")
+END
+}
+
 export PATH="$PWD/.venv/bin:$PATH" # vLLM calls ninja by name
 case "${1-}" in
   setup) say "the $flavour installation in .venv is ready" ;;
@@ -104,6 +176,7 @@ case "${1-}" in
     shift && exec python -m pytest test_tmax.py --timeout 1800 -m 'not slow and not bench' "$@" \
       -o markers=$'slow: learning with three seeds\nbench: prints figures, asserts nothing\ngpu: needs a CUDA device' ;;
   tiny) shift && exec python tmax.py --tiny "$@" ;;
+  ablate) shift && ablate "$@" ;;
   '') if [ "$gpus" -ge 2 ]; then exec python tmax.py; else exec python tmax.py --tiny; fi ;;
   *) exec python tmax.py "$@" ;;
 esac
