@@ -171,7 +171,7 @@ def start_run(folder, *flags):
     (folder / "tmp").mkdir(exist_ok=True)
     with (folder / f"log-{flags[1]}").open("w") as log:
         return start([sys.executable, tmax.__file__, "--tiny", *flags], cwd=folder, stdout=log, stderr=log,
-                     env=os.environ | {"TMAX_MARK": MARK, "TMPDIR": str(folder / "tmp")})
+                     env=os.environ | {"TMAX_MARK": MARK, "TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(folder)})
 
 
 def last_line(folder, name):
@@ -234,12 +234,21 @@ def held_out(tiny_model, tmp_path_factory):
     return folder
 
 
+TRACKIO = """import json
+def note(*what): print(json.dumps(what), file=open("tracked", "a"))
+def init(project, name, config, resume): note("init", project, name, config["loss"], resume)
+def log(metrics): note("log", metrics)
+def finish(): note("finish")
+"""
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, held_out):
     """The folder of a short tiny run: tasks, warm-started model, checkpoints, metrics, transcripts."""
     folder = tmp_path_factory.mktemp("e2e")
+    (folder / "trackio.py").write_text(TRACKIO)
     run = start_run(folder, "--name", "e2e", "--training_steps", "6", "--prompts_per_step", "8", "--eval_every", "3",
-                    "--eval_tasks", str(held_out), "--eval_runs", "2")
+                    "--eval_tasks", str(held_out), "--eval_runs", "2", "--save_tokens", "--log_to", "trackio")
     wait_for(lambda: run.poll() is not None or (folder / "runs/e2e/metrics.jsonl").exists(), 400)
     used = used_memory(run)
     assert run.wait(600) == 0, last_line(folder, "e2e")
@@ -249,7 +258,8 @@ def tiny_run(tmp_path_factory, held_out):
 
 @pytest.fixture(scope="session")
 def metrics(tiny_run):
-    return json_lines(tiny_run / "metrics.jsonl")
+    """Of the steps; before them is the line of the evaluation of step 0."""
+    return json_lines(tiny_run / "metrics.jsonl")[1:]
 
 
 @pytest.fixture(scope="session")
@@ -594,6 +604,44 @@ def test_figures_count_everything(metrics, rollout_lines):
         for problem in ("no_reward", "clipped"):
             assert m[problem] == [t["problem"] for t in lines].count(problem)
     assert 0.1 < metrics[0]["reward"] < 0.6                                 # what the warm start left
+
+
+def test_a_rollout_tells_what_it_did(rollout_lines):
+    """Else what made a rollout long, dear or good is not to be found out afterwards."""
+    for r in rollout_lines:
+        turns = [turn for turn in r["transcript"] if turn["role"] == "assistant"]
+        assert sum(turn["tokens"] for turn in turns) == r["sampled"] == sum(r["mask"]) and all(turn["seconds"] > 0 for turn in turns)
+        assert sum(turn["seconds"] for turn in r["transcript"] if turn["role"] == "tool") == pytest.approx(r["seconds_bash"])
+        assert len(r["token_ids"]) == len(r["logprobs"]) == len(r["token_versions"]) == r["tokens"]
+    groups = defaultdict(list)
+    for r in rollout_lines:
+        groups[r["step"], r["group"]] += [r] if "run" not in r else []
+    assert any(r["advantage"] for r in rollout_lines)
+    for group in groups.values():
+        rewards = [r["reward"] for r in group]
+        wanted = np.subtract(rewards, np.mean(rewards or 0))
+        assert [r["advantage"] for r in group] in (pytest.approx(list(wanted)), [0] * len(group))     # or it was rejected
+
+
+def test_metrics_go_where_log_to_says(tiny_run):
+    """Else who watches a run in a browser sees nothing, or other figures than metrics.jsonl has."""
+    first, *logged, last = json_lines(tiny_run.parents[1] / "tracked")
+    assert (first, last) == (["init", "tmax", "e2e", "dppo_tv", "allow"], ["finish"])
+    assert logged == [["log", m] for m in json_lines(tiny_run / "metrics.jsonl")]
+
+
+def test_the_readme_looks_at_a_run(tiny_run):
+    """Else a command of "Looking at a run" is of keys that are no more."""
+    section = (Path(tmax.__file__).parent / "README.md").read_text().partition("## Looking at a run\n")[2].partition("\n## ")[0]
+    [program] = re.findall("```python\n(.*?)```", section, re.S)
+    env = os.environ | {"PYTHONPATH": str(Path(tmax.__file__).parent), "MPLBACKEND": "agg"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tiny_run.parents[1], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tiny_run / "reward.png").stat().st_size > 1000
+    for said in (r"=== \S+, step 6: \w+, reward", r"--- assistant, \d+ tokens, \d+\.\d s\n<tool_call>", r"Counter\(\{'", r"\S+ \{1: [01]"):
+        assert re.search(said, done.stdout), (said, done.stdout)
+    surprises = re.findall(r"^\S+ 6 (\S+)$", done.stdout, re.M)
+    assert len(surprises) == 8 and 0 < max(map(float, surprises)) < 20
 
 
 @pytest.mark.slow
@@ -1528,6 +1576,22 @@ def test_a_larger_shape_needs_no_preset(replay, tmp_path):
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "runs/e/eval.json").read_text())["void"] == []
+
+
+def silent_main(cfg, cell, model, log, pipe):
+    os.setpgid(0, 0)
+    time.sleep(2)
+    pipe.send(("alive", ""))
+    pipe.send(("reload", 1.0))
+
+
+def test_a_silent_generator_is_reported(tmp_path, monkeypatch, capsys):
+    """Else a generator that hangs or is stopped is waited for without a word."""
+    monkeypatch.setattr(tmax, "generator_main", silent_main)
+    monkeypatch.setattr(tmax, "SILENCE", 0.5)
+    with contextlib.closing(tmax.GeneratorClient(TINY, ALONE, "", [], tmp_path)) as client:
+        assert client.receive("reload") == 1.0 and not client.received["alive"]
+    assert f"no answer from the generator for 0.5 s (see {tmp_path}/generator.log)" in capsys.readouterr().out
 
 
 def test_failed_engine_ends_the_run(replay):
@@ -2606,16 +2670,17 @@ def test_printed_table_equals_the_transcripts(evaluation):
         assert line["versions"] in ([0], []) and "no_call" not in line["finish"]
 
 
-def test_evaluation_during_training(tiny_run, metrics, rollout_lines):
-    """Else the curve is of other weights than the checkpoints."""
-    evaluated = [m for m in metrics if "eval_mean" in m]
-    assert [m["step"] for m in evaluated] == [3, 6]
+def test_evaluation_during_training(tiny_run, rollout_lines):
+    """Else the curve is of other weights than the checkpoints, or has no baseline."""
+    evaluated = [dict(version=0) | m for m in json_lines(tiny_run / "metrics.jsonl") if "eval_mean" in m]
+    assert [m["step"] for m in evaluated] == [0, 3, 6]
     for m in evaluated:
         lines = [line for line in rollout_lines if line["step"] == m["step"] and "run" in line]
         means = [np.mean([line["reward"] for line in lines if line["run"] == run]) for run in (0, 1)]
         wanted = [np.mean(means), abs(means[0] - means[1]) / 2]
         assert [m["eval_mean"], m["eval_stderr"]] == pytest.approx(wanted) and m["eval_void"] == []
-        assert all(line["versions"] == [m["version"]] for line in lines) and (tiny_run / f"checkpoint-{m['step']}").is_dir()
+        assert all(line["versions"] == [m["version"]] for line in lines)
+        assert not m["step"] or (tiny_run / f"checkpoint-{m['step']}").is_dir()
 
 
 @pytest.mark.parametrize("failures, void", [(2, False), (9, True)])
@@ -2846,8 +2911,7 @@ def test_a_step_of_void_rollouts_ends_the_run(process_group, tmp_path, capsys):
     group = [outcome(0.0, f"void:{reason}") for reason in ("a", "test", "test")]
     for r in group:
         r.transcript = [dict(content="because")]
-    with (tmp_path / "rollouts.jsonl").open("w") as log:
-        tmax.write_rollouts(log, group)
+    tmax.show_void(group)
     assert re.findall(r"void:(\w+): because\n", capsys.readouterr().out) == ["a", "test"]
     with pytest.raises(tmax.RunFailed, match="void.*{'finish_void:test': 2, 'finish_void:a': 1}"):
         tmax.share(ALONE, [[]], tmax.tally([group]), None)
@@ -2862,7 +2926,7 @@ def test_commands_of_the_readme_are_understood():
     commands = re.findall(r"(?:bash run\.sh|python tmax\.py|torchrun .* tmax\.py)((?: [^`#\s]+)*)", text + tmax.__doc__)
     assert len(commands) > 8
     for words in map(str.split, commands):
-        if words[:1] not in (["test"], ["setup"]) and not {"--help", "--resume"} & set(words):
+        if words[:1] not in (["test"], ["setup"], ["ablate"]) and not {"--help", "--resume"} & set(words):
             tmax.parse_config(["--tiny", *words[1:]] if words[:1] == ["tiny"] else words)
 
 

@@ -38,6 +38,7 @@ import ctypes
 import fnmatch
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -137,7 +138,7 @@ class Config:
     eval: bool = knob(False, "evaluate --model on --tasks instead of training")
     oracle: bool = knob(False, "evaluate the tasks' own solutions, to find broken tasks")
     eval_runs: int = knob(3, "rollouts of each task; the error bar is over the means of the runs")
-    eval_every: int = knob(0, "steps between evaluations on --eval_tasks while training; 0: none")
+    eval_every: int = knob(0, "steps between evaluations on --eval_tasks, from step 0 on; 0: none")
     eval_tasks: list[str] = knob([], "of the same kinds as --tasks")
     # where it runs
     num_learners: int = knob(0, "training processes of a node; 0: as --plan chooses, or one")
@@ -150,6 +151,8 @@ class Config:
     name: str = knob("", "the run's folder is runs/NAME; default: made from the time")
     save_every: int = knob(50, "steps between checkpoints; the last step is always saved")
     state_every: int = knob(5, "steps between states for --resume; the newest is kept; 0: none")
+    save_tokens: bool = knob(False, "rollouts.jsonl also has each token's id, mask, logprob and version")
+    log_to: Literal["", "wandb", "trackio"] = knob("", "where metrics go as well; the package is installed")
     resume: str = knob("", "go on with runs/NAME from its state; flags given beside it win")
     plan: bool = knob(False, "say what needs how much memory, from config.json alone, and end")
     tiny: bool = knob(False, "a preset of the fields above for two CPU cores")
@@ -177,6 +180,8 @@ def train(cfg, cell, run_dir, model, generator, eval_tasks):
     tokenizer = AutoTokenizer.from_pretrained(model)
     learner = Learner(cfg, model, cell)
     done = load_state(learner, generator, run_dir)      # steps, of --resume
+    if cfg.eval_every and not done and dist.get_rank() == 0:    # the baseline
+        report(dict(step=0, **evaluate_step(generator, cfg, eval_tasks, 0)), run_dir, cfg)
     for step in range(done + 1, cfg.training_steps + 1):
         clock = [time.monotonic()]
         packs, counts, failure = [[]] * cell.ranks, {}, None
@@ -187,6 +192,7 @@ def train(cfg, cell, run_dir, model, generator, eval_tasks):
                 values = advantages([r.reward for r in group], cfg.advantage)
                 for r, value in zip(group, values):
                     r.advantage = float(value)
+            write_rollouts(generator.log, sum(finished, []), cfg, step=step)
             if groups:
                 packs = pack(sum(groups, []), cfg.pack_length, cell.ranks)
             counts, failure = counts | tally(finished), generator.failure
@@ -217,7 +223,7 @@ def train(cfg, cell, run_dir, model, generator, eval_tasks):
                 seconds_state=learner.state_seconds)
             if evaluates:
                 metrics |= evaluate_step(generator, cfg, eval_tasks, step)
-            report(metrics, run_dir)
+            report(metrics, run_dir, cfg)
         if cfg.state_every and step % cfg.state_every == 0:
             save_state(learner, generator, run_dir, step)
     if dist.get_rank() == 0:
@@ -244,6 +250,7 @@ class Rollout:
     steps: int = 0              # tool calls; in an evaluation also turns without one
     advantage: float = 0.0
     seconds_bash: float = 0.0
+    group: int = 0              # index of its group, in an evaluation of its task
     transcript: list[dict] = field(default_factory=list)
 
     @property
@@ -256,8 +263,8 @@ class Rollout:
         self.logprobs += logprobs or [0.0] * len(tokens)
         self.versions += versions or [-1] * len(tokens)
 
-    def say(self, role, content):
-        self.transcript.append({"role": role, "content": content})
+    def say(self, role, content, **figures):
+        self.transcript.append({"role": role, "content": content, **figures})
 
 
 async def rollout(engine, task, tokenizer, cfg, engine_rank=0, tries=3):
@@ -303,11 +310,13 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
     limit = len(r.tokens) + cfg.max_total_tokens
     while True:
         budget = min(cfg.max_turn_tokens, limit - len(r.tokens))
+        start = time.monotonic()
         turn = await engine.generate(r.tokens, budget, chat.stop_ids, engine_rank, cfg)
+        seconds = time.monotonic() - start
         r.append(turn.tokens, 1, turn.logprobs, turn.versions)
         said = turn.tokens if turn.cut else turn.tokens[:-1]
         text = tokenizer.decode(said, skip_special_tokens=False)
-        r.say("assistant", text)
+        r.say("assistant", text, tokens=len(turn.tokens), seconds=seconds)
         if turn.cut:
             return "max_tokens"
         try:
@@ -320,7 +329,7 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
             r.touches_grader |= any(GRADER_FILES.search(str(value)) for value in arguments.values())
             with waiting("bash"):
                 answers.append(await TOOLS[name].call(box, **arguments))
-            r.say("tool", answers[-1])
+            r.say("tool", answers[-1], seconds=box.seconds - r.seconds_bash)
             r.seconds_bash = box.seconds
             if box.submitted:
                 return "submitted"
@@ -755,8 +764,8 @@ class Learner:
 # Engine: vLLM, rollouts and sandboxes live in the generator, a process of its own: handling vLLM's outputs,
 # thousands of tokens a second in Python, would hold the GIL against the learner. A pipe joins it with the
 # first learner of its node. Requests: ("train" or "eval", index, task, cfg), ("reload", folder, version).
-# Answers: ("train" or "eval", (index, rollouts, WAITING, load)), ("reload", seconds), and ("ready", text) or
-# ("failed", reason) unasked.
+# Answers: ("train" or "eval", (index, rollouts, WAITING, load)), ("reload", seconds), and ("ready", text),
+# ("alive", "") or ("failed", reason) unasked.
 #
 # The bound on staleness, in groups:    started - (trained + rejected) <= (async_steps + 1) * prompts_per_step
 #
@@ -764,6 +773,9 @@ class Learner:
 # collected. This bounds what is open, not a slow group that others overtake. Stage two: select_groups drops a
 # group with a token older than async_steps.
 # ------------------------------------------------------------------------------------------------------------
+
+SILENCE = 120   # seconds without an answer, also "alive", until that is said
+
 
 class GeneratorClient:
     """The learner's end of the pipe. close() ends the generator with all that it started."""
@@ -796,6 +808,8 @@ class GeneratorClient:
             if self.failure:
                 return None
             try:
+                while not self.pipe.poll(SILENCE):
+                    tqdm.write(f"no answer from the generator for {SILENCE} s (see {self.generator_log})")
                 name, answer = self.pipe.recv()
             except (EOFError, OSError):
                 name, answer = "failed", "the process ended unexpectedly"
@@ -804,7 +818,8 @@ class GeneratorClient:
                 return None
             if name == "ready":
                 tqdm.write(answer)
-            self.received[name].append(answer)
+            if name != "alive":
+                self.received[name].append(answer)
         return self.received[kind].popleft()
 
     def collect(self, step, version):
@@ -828,7 +843,7 @@ class GeneratorClient:
                 finished.append(group)
                 waits.update(waits_now)
                 loads.append(load)
-                write_rollouts(self.log, group, step=step, group=index)
+                show_void(group)
                 useful = len(select_groups([group], version, self.cfg)[0])
                 self.training += useful
                 self.trained_or_rejected += 1 - useful
@@ -877,7 +892,11 @@ class Generator:
         ready = f"{engines} engine(s), KV cache for {kv_tokens:,} tokens"
         ready += f", at most {self.at_once * engines} rollouts at once"
         self.sender.submit(self.pipe.send, ("ready", f"vLLM is ready: {ready}"))
+        told = time.monotonic()
         while not self.engine.llm.errored:
+            if time.monotonic() - told > SILENCE / 4:   # rollouts may take longer
+                told = time.monotonic()
+                self.sender.submit(self.pipe.send, ("alive", ""))
             while self.pipe.poll():
                 kind, *request = self.pipe.recv()
                 work = self.engine.reload(*request) if kind == "reload" else self._group(*request)
@@ -906,6 +925,7 @@ class Generator:
         async def attempt():
             async with self.slots[rank]:
                 r = await rollout(self.engine, task, self.tokenizer, cfg, rank)
+            r.group = index
             async with self.load_falls:
                 self.load[rank] -= 1
                 self.load_falls.notify_all()
@@ -1843,8 +1863,9 @@ def load_state(learner, generator, run_dir):
             shutil.rmtree(partial)
         with (run_dir / "metrics.jsonl").open("a+") as metrics:
             metrics.seek(0)
-            kept = "".join(metrics.readlines()[:state["step"]])
-            metrics.truncate(len(kept))
+            whole = [line for line in metrics if line.endswith("\n")]
+            kept = [line for line in whole if saved and json.loads(line)["step"] <= state["step"]]
+            metrics.truncate(len("".join(kept)))
     return state["step"]
 
 
@@ -1864,7 +1885,7 @@ def evaluate(generator, tasks, cfg, step=0):
             raise RunFailed(generator.failure)
         index, results[index], *_ = answer
         for run, r in enumerate(results[index]):
-            write_rollouts(generator.log, [r], step=step, run=run)
+            write_rollouts(generator.log, [r], generator.cfg, step=step, run=run)
         if generator.cfg.eval:
             report_task(results[index], results)
     return results
@@ -1940,7 +1961,7 @@ async def oracle(cfg, tasks, run_dir):
     async def one(task, rollouts):
         async with slots:
             rollouts.append(await rollout(None, task, None, cfg))
-        write_rollouts(log, rollouts)
+        write_rollouts(log, rollouts, cfg)
         report_task(rollouts, results)
     with (run_dir / "rollouts.jsonl").open("a") as log:
         await asyncio.gather(*map(one, tasks, results))
@@ -2387,17 +2408,24 @@ def share(cell, packs, counts, failure):
 SHOWN = set()   # ends of void rollouts
 
 
-def write_rollouts(file, rollouts, **extra):
-    """Append rollouts to an open rollouts.jsonl, one object each. Shows the first void one of each kind."""
-    names = "task reward finish problem touches_grader steps seconds_bash transcript".split()
+def show_void(rollouts):
+    """Print the first void rollout of each kind."""
+    for r in rollouts:
+        if r.void and r.finish not in SHOWN:
+            SHOWN.add(r.finish)
+            tqdm.write(f"{r.task!r} is {r.finish}: {r.transcript[-1]['content']}")
+
+
+def write_rollouts(file, rollouts, cfg, **extra):
+    """Append rollouts to an open rollouts.jsonl, one object each."""
+    names = "task group reward advantage finish problem touches_grader steps seconds_bash transcript".split()
     for r in rollouts:
         line = extra | {name: getattr(r, name) for name in names}
         line |= dict(tokens=len(r.tokens), sampled=sum(r.mask))
         line["versions"] = sorted(set(r.versions) - {-1})
+        if cfg.save_tokens:
+            line |= dict(token_ids=r.tokens, mask=r.mask, logprobs=r.logprobs, token_versions=r.versions)
         file.write(json.dumps(line) + "\n")
-        if r.void and r.finish not in SHOWN:
-            SHOWN.add(r.finish)
-            tqdm.write(f"{r.task!r} is {r.finish}: {r.transcript[-1]['content']}")
     file.flush()
 
 
@@ -2431,26 +2459,30 @@ def step_metrics(seen, version):
     return metrics
 
 
-def report(metrics, run_dir):
-    """Append a step to metrics.jsonl and print its line."""
+def report(metrics, run_dir, cfg):
+    """Append a step to metrics.jsonl, hand it to --log_to and print its line."""
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(metrics) + "\n")
-    line = ("step {step:>3}  reward {reward:.3f}  groups {groups_kept} of {groups_tried} "
-            "({groups_zero_spread} flat {groups_stale} stale {groups_void} void)  "
-            "tokens {tokens:.0f} ({kept_fraction:.3f} kept)  "
-            "mismatch {mismatch_max:.0e} drift {drift_max:.0e} lag {staleness_max:.0f}  "
-            "generate {seconds_generate:.1f} train {seconds_train:.1f} reload {seconds_reload:.2f} s")
+    if cfg.log_to:
+        sys.modules[cfg.log_to].log(metrics)    # run() imported it
+    line = "step {step:>3}  "
+    if "reward" in metrics:
+        line += ("reward {reward:.3f}  groups {groups_kept} of {groups_tried} "
+                 "({groups_zero_spread} flat {groups_stale} stale {groups_void} void)  "
+                 "tokens {tokens:.0f} ({kept_fraction:.3f} kept)  "
+                 "mismatch {mismatch_max:.0e} drift {drift_max:.0e} lag {staleness_max:.0f}  "
+                 "generate {seconds_generate:.1f} train {seconds_train:.1f} reload {seconds_reload:.2f} s  ")
     if "eval_mean" in metrics:
-        line += "  evaluation {eval_mean:.3f} ± {eval_stderr:.3f}"
+        line += "evaluation {eval_mean:.3f} ± {eval_stderr:.3f}"
     shown = {key: math.nan if value is None else value for key, value in metrics.items()}
-    tqdm.write(line.format(**shown))
+    tqdm.write(line.format(**shown).rstrip())
 
 
 def summarize(run_dir):
     """The end of a run: reward from first to last as a curve, and where everything is."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     history = [json.loads(line) for line in lines]
-    rewards = [m["reward"] for m in history if m["reward"] is not None]
+    rewards = [m["reward"] for m in history if m.get("reward") is not None]
     curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * reward)] for reward in rewards)
     first = np.mean(rewards[:5])
     last = np.mean(rewards[-5:])
@@ -2543,6 +2575,8 @@ def preflight(cfg):
     for flag, limit in dict(n=resource.RLIMIT_NOFILE, u=resource.RLIMIT_NPROC).items():
         _, most = resource.getrlimit(limit)
         require(most < 0 or most >= 2048, f"ulimit -{flag}: {most} is too few for sandboxes: 2048 at least")
+    require(not cfg.log_to or importlib.util.find_spec(cfg.log_to),
+            f"--log_to: {cfg.log_to} is not installed: .venv/bin/pip install {cfg.log_to}")
     check_sandbox(cfg)
     if cfg.model and not cfg.oracle:
         with reading(cfg.model):
@@ -2616,6 +2650,10 @@ def run(cfg):
         if cell.rank == 0:
             generator = GeneratorClient(cfg, cell, model, tasks, run_dir)
             stack.callback(generator.close)
+        if cfg.log_to and dist.get_rank() == 0:
+            tracker = importlib.import_module(cfg.log_to)
+            tracker.init(project="tmax", name=cfg.name, config=asdict(cfg), resume="allow")
+            stack.callback(tracker.finish)
         if cfg.eval:
             report_scores(score(evaluate(generator, tasks, cfg)), str(model), run_dir)
         else:
