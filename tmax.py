@@ -2647,13 +2647,14 @@ def run(cfg):
         print(f"{len(tasks)} tasks, {cfg.sandbox} sandboxes, run folder {run_dir}; vLLM is starting")
     with contextlib.ExitStack() as stack:
         generator = None
+        if cfg.log_to and dist.get_rank() == 0:
+            with reading(cfg.log_to, "--log_to: "):     # it may want an account
+                tracker = importlib.import_module(cfg.log_to)
+                tracker.init(project="tmax", name=cfg.name, config=asdict(cfg), resume="allow")
+            stack.callback(tracker.finish)
         if cell.rank == 0:
             generator = GeneratorClient(cfg, cell, model, tasks, run_dir)
             stack.callback(generator.close)
-        if cfg.log_to and dist.get_rank() == 0:
-            tracker = importlib.import_module(cfg.log_to)
-            tracker.init(project="tmax", name=cfg.name, config=asdict(cfg), resume="allow")
-            stack.callback(tracker.finish)
         if cfg.eval:
             report_scores(score(evaluate(generator, tasks, cfg)), str(model), run_dir)
         else:
