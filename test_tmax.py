@@ -2930,6 +2930,41 @@ def test_commands_of_the_readme_are_understood():
             tmax.parse_config(["--tiny", *words[1:]] if words[:1] == ["tiny"] else words)
 
 
+ABLATED = """import json, pathlib, sys
+flags = " ".join(sys.argv[1:])
+run = pathlib.Path("runs", flags.split("--name ")[1])
+run.mkdir()     # fails if one is there
+print(flags, file=open("started", "a"))
+if "grpo" in flags and not pathlib.Path("once").exists():
+    pathlib.Path("once").touch()
+    sys.exit("error: once")
+with open(run / "metrics.jsonl", "w") as file:
+    for step in range(10):
+        reward = 0.1 * step + 0.02 * int(flags.split()[2]) - 0.1 * ("grpo" in flags)
+        print(json.dumps(dict(step=step + 1, reward=reward, kept_fraction=0.5, drift_max=1.5, updated=True)), file=file)
+"""
+
+
+def test_ablations_go_on_and_end_in_a_table(tmp_path):
+    """Else hours of runs are run again, or the table is of others. Variants start from the recipe's own model and tasks."""
+    root = Path(tmax.__file__).parent
+    if not (root / ".venv/installed.txt").is_file():
+        pytest.skip("run.sh has not installed .venv")
+    for name in ("run.sh", "requirements.txt"):
+        shutil.copy(root / name, tmp_path)
+    (tmp_path / ".venv").symlink_to(root / ".venv")
+    (tmp_path / "tmax.py").write_text(ABLATED)
+    command = dict(args=["bash", "run.sh", "ablate", "grpo"], capture_output=True, text=True, env=os.environ | {"SEEDS": "1 2"})
+    assert "error: see runs/ablate-1-loss-grpo.log" in subprocess.run(**command, cwd=tmp_path).stderr
+    done = subprocess.run(**command, cwd=tmp_path)
+    variant = "--tiny --seed {0} --model runs/ablate-{0}/model --tasks runs/ablate-{0}/tasks --loss grpo --name ablate-{0}-loss-grpo"
+    wanted = ["--tiny --seed 1 --name ablate-1", variant.format(1), variant.format(1), "--tiny --seed 2 --name ablate-2", variant.format(2)]
+    assert (tmp_path / "started").read_text().splitlines() == wanted
+    assert [row.split(" | ")[:4] for row in done.stdout.splitlines()[2:]] == [
+        ["| the recipe", "0.730 ± 0.010 (2)", "9.000 ± 0.000 (2)", "0.500 ± 0.000 (2)"],
+        ["| --loss grpo", "0.630 ± 0.010 (2)", "10.000 ± 0.000 (2)", "0.500 ± 0.000 (2)"]], done.stderr
+
+
 @pytest.mark.parametrize("victim, sent, learners, engines, said", [
     ("run", "SIGTERM", 1, 1, ""), ("run", "SIGKILL", 2, 1, ""),
     ("generator", "SIGKILL", 1, 1, "error: generator: .*ended unexpectedly"),
