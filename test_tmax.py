@@ -2161,7 +2161,7 @@ PROBES = CONTAINER_PROBES | {
 # Tasks
 # -----------------------------------------------------------------------------
 
-DOCKER = replace(CFG, sandbox="docker", image="any", network="none")
+DOCKER = replace(CFG, sandbox="docker", image="any", network="none", image_disk_gb=0.0)
 FULL = """schema_version = "0.4"\n[metadata]\nos = "any"\n[agent]\ntimeout_sec = 7\nuser = 1000
 [verifier]\ntimeout_sec = 8.5\nuser = "root"\nenvironment_mode = "shared"\nenv.KEY = "a b"\nenv.N = 3\n[solution.env]\nA = "b"
 [environment]\nbuild_timeout_sec = 9\ndocker_image = "image:1"\nos = "linux"\ncpus = 0.5\nmemory_mb = 99\nworkdir = "/srv"
@@ -2342,7 +2342,7 @@ def asked(image, monkeypatch):
             asked.append(command[1])
         return run(["docker", "tag", image, "here:1"] if command[-1] == "here:1" else command, **kw)
     monkeypatch.setattr(subprocess, "run", answer)
-    monkeypatch.setattr(tmax, "images_ready", set())
+    monkeypatch.setattr(tmax, "images_ready", {})
     yield asked
     for name in tmax.images_ready:
         tmax.docker_client().images.remove(name)
@@ -2359,6 +2359,37 @@ def test_an_image_is_made_once(asked, image, tmp_path):
     assert in_sandbox(lambda box: box.run("cat /f"), built[0], DOCKER).text == str(tmp_path / "a")
     tmax.images_ready.clear()
     assert list(map(tmax.image_of, tasks, [DOCKER] * 12)) == names and asked.count("pull") == 1
+
+
+def test_idle_images_make_room(asked, image, tmp_path, monkeypatch):
+    """Else 14,600 images fill a node's disk, or one goes that the user had, that is in use or that a waiting group names. Tasks one
+    after another, of three images; the disk is short once a second one is there: `old` was there before, `twice` is needed again."""
+    folder = tmax.docker_client().info()["DockerRootDir"]
+    if not os.path.isdir(folder):
+        pytest.skip("the engine's disk is on another machine")
+
+    def task(name):
+        return tmax.load_task(make_task(tmp_path / name, files={
+            "environment/Dockerfile": f"FROM {image}\nCOPY f /f", "environment/f": os.urandom(32 << 20),
+            "solution/solve.sh": "[ -e /f ]"}))
+    old, twice, first, second = map(task, ("old", "twice", "first", "second"))
+    tmax.image_of(old, DOCKER)
+    kept = dict(tmax.images_ready)
+    tmax.images_ready.clear()       # as if another run had built it
+    wanted = shutil.disk_usage(folder).free / 2**30 - 0.045
+    cfg = replace(DOCKER, oracle=True, eval=True, eval_runs=1, max_concurrent_rollouts=1, image_disk_gb=wanted)
+    seen, run_solution = {}, tmax.run_solution
+
+    async def run(box, r):
+        seen[len(seen)] = {t.name for t in (old, twice, first, second) if tmax.docker_client().images.list(t.image)}
+        return await run_solution(box, r)
+    monkeypatch.setattr(tmax, "run_solution", run)
+    asyncio.run(tmax.oracle(cfg, [old, twice, first, second, twice], tmp_path))
+    has = {"old", "twice"}
+    assert list(seen.values()) == [{"old"}, has, has | {"first"}, has | {"second"}, has | {"second"}]
+    assert asked.count("build") == 5 and not any(tmax.image_groups.values())
+    assert {line["reward"] for line in json_lines(tmp_path / "rollouts.jsonl")} == {1.0}
+    tmax.images_ready.update(kept)
 
 
 @pytest.mark.parametrize("lines, said", [("FROM scratch\nCOPY gone /f", "gone"), ("FROM {}\nRUN sleep 987", "timed out")])

@@ -147,6 +147,7 @@ class Config:
     vllm: str = knob("{}", """of vLLM, a JSON object, as in '{"kv_cache_dtype": "fp8"}'""")
     sandbox: Literal["auto", "bwrap", "docker"] = knob("auto", "docker if an engine answers, else bubblewrap")
     image: str = knob("", "container image of tasks that have none of their own")
+    image_disk_gb: float = knob(100.0, "free space on Docker's disk below which idle images of this run go")
     network: Literal["auto", "none", "public"] = knob("auto", "of containers; auto: as each task says")
     name: str = knob("", "the run's folder is runs/NAME; default: made from the time")
     save_every: int = knob(50, "steps between checkpoints; the last step is always saved")
@@ -899,7 +900,7 @@ class Generator:
                 self.sender.submit(self.pipe.send, ("alive", ""))
             while self.pipe.poll():
                 kind, *request = self.pipe.recv()
-                work = self.engine.reload(*request) if kind == "reload" else self._group(*request)
+                work = self.engine.reload(*request) if kind == "reload" else self.group(*request)
                 self.running.append(asyncio.create_task(self.answer(kind, work)))
             await asyncio.sleep(0.02)
         raise self.engine.llm.dead_error
@@ -912,6 +913,10 @@ class Generator:
             traceback.print_exc()
             answer = "failed", root_cause(error)
         self.sender.submit(self.pipe.send, answer)
+
+    async def group(self, index, task, cfg):
+        with image_in_use(task, cfg):
+            return await self._group(index, task, cfg)
 
     async def _group(self, index, task, cfg):
         """The rollouts of a task, all by the engine that has the fewest when the first may start: it caches
@@ -1509,8 +1514,12 @@ def check_sandbox(cfg):
             "--sandbox: no Docker engine answers; DOCKER_HOST may name its socket")
     if cfg.sandbox == "auto":
         cfg.sandbox = "docker" if answers else "bwrap"
-    if cfg.sandbox == "docker" and not cfg.image:   # every task has its own
-        return
+    if cfg.sandbox == "docker":
+        folder = docker_client().info()["DockerRootDir"]
+        if not os.path.isdir(folder):
+            print(f"the engine's {folder} is not on this machine: --image_disk_gb removes no image")
+        if not cfg.image:   # every task has its own
+            return
 
     async def probe():
         async with Sandbox(Task("probe", Path(), "", network="no-network"), cfg) as box:
@@ -1704,7 +1713,19 @@ def drop_long_prompts(tasks, tokenizer, cfg):
 
 
 image_locks = defaultdict(threading.Lock)   # image -> its lock: all rollouts share one pull or build
-images_ready = set()
+images_ready = {}                           # image -> whether this run fetched or built it
+image_groups = Counter()                    # image -> groups that are open or wait
+
+
+@contextlib.contextmanager
+def image_in_use(task, cfg):
+    """Keep the task's image from make_room."""
+    name = task.image or cfg.image
+    image_groups[name] += 1
+    try:
+        yield
+    finally:
+        image_groups[name] -= 1
 
 
 def image_of(task, cfg):
@@ -1717,13 +1738,31 @@ def image_of(task, cfg):
     if is_built:
         command = ["docker", "build", "--force-rm", "--tag", name, "--", task.path / "environment"]
     with image_locks[name]:
-        if name not in images_ready and (is_built or not docker_client().images.list(name)):
+        if name in images_ready:
+            return name
+        was_there = bool(docker_client().images.list(name))
+        if is_built or not was_there:
             try:
                 subprocess.run(command, check=True, capture_output=True, timeout=task.build_timeout)
             except subprocess.SubprocessError as error:
                 raise SandboxLost("image", f"{error}: {str(error.stderr)[-300:]}") from error
-        images_ready.add(name)
+        images_ready[name] = not was_there
+    make_room(cfg.image_disk_gb * 2**30)
     return name
+
+
+def make_room(wanted):
+    """Remove images of this run that no group names, the oldest first, until so many bytes are free."""
+    folder = docker_client().info()["DockerRootDir"]
+    for name, is_ours in list(images_ready.items()):
+        # An engine on another machine has its disk there.
+        if not os.path.isdir(folder) or shutil.disk_usage(folder).free >= wanted:
+            return
+        with image_locks[name]:
+            if is_ours and not image_groups[name]:
+                with contextlib.suppress(docker.errors.APIError):   # a container has it still
+                    docker_client().images.remove(name)
+                    images_ready.pop(name, None)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1959,8 +1998,9 @@ async def oracle(cfg, tasks, run_dir):
     results = [[] for _ in tasks]
 
     async def one(task, rollouts):
-        async with slots:
-            rollouts.append(await rollout(None, task, None, cfg))
+        with image_in_use(task, cfg):
+            async with slots:
+                rollouts.append(await rollout(None, task, None, cfg))
         write_rollouts(log, rollouts, cfg)
         report_task(rollouts, results)
     with (run_dir / "rollouts.jsonl").open("a") as log:
@@ -2305,7 +2345,7 @@ def check(cfg):
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         if type(value) in (int, float):
-            may_be_zero = f.default == 0 or f.name in ("async_steps", "seed")
+            may_be_zero = f.default == 0 or f.name in ("async_steps", "seed", "image_disk_gb")
             possible = 0 < value < 2**63 or (may_be_zero and value == 0)
             need(f.name, possible, "a positive number")
     longest = cfg.max_prompt_tokens + cfg.max_total_tokens
