@@ -54,10 +54,9 @@ import torch.distributed as dist
 from hypothesis import example, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param
-from torch.nn.attention.varlen import varlen_attn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -499,7 +498,8 @@ def test_defaults_are_the_cards_values():
                 max_turn_tokens=16384, max_total_tokens=32768, max_steps=64, temperature=1.0, top_p=1.0, bash_timeout=120.0,
                 prompts_per_step=32, samples_per_prompt=8, advantage="centered", async_steps=4, pack_length=34816,
                 loss="dppo_tv", dppo_threshold=0.1, learning_rate=1e-6, max_grad_norm=1.0, training_steps=500,
-                dtype="bfloat16", gradient_checkpointing=True, eval_runs=3, sandbox="auto", network="auto", save_every=50, state_every=5, vllm="{}")
+                dtype="bfloat16", gradient_checkpointing=True, eval_runs=3, sandbox="auto", network="auto", save_every=50, state_every=5, vllm="{}",
+                image_disk_gb=100.0)
     cfg = tmax.parse_config([])
     assert {name: value for name, value in vars(cfg).items() if value} == card and cfg == tmax.Config()
 
@@ -515,7 +515,7 @@ NUMBERS = [name for name, default in FIELDS.items() if type(default) in (int, fl
     ("--top_p 0.9", "top_p"), ("--top_p 1.1 --eval", "top_p"), ("--eval_every 2", "eval_tasks"),
     ("--eval_tasks a", "eval_every"), (f"--seed {2**63}", "seed"), ("--bash_timeout nan", "bash_timeout"),
     *((f"--{name} -1", name) for name in NUMBERS),
-    *((f"--{name} 0", name) for name in NUMBERS if FIELDS[name] and name not in ("async_steps", "seed")),
+    *((f"--{name} 0", name) for name in NUMBERS if FIELDS[name] and name not in ("async_steps", "seed", "image_disk_gb")),
 ])
 def test_wrong_values_are_refused_by_name(argv, named):
     """Else a wrong flag or value is taken silently, or shows as a traceback hours later."""
@@ -2856,13 +2856,7 @@ def peak_of_a_step(folder, ranks):
             change(x, *args)
             live.see(x)
         setattr(_fsdp_param, name, resize)
-
-    def attention(module, query, key, value, mask, cu_seqlens=None, scaling=None, **others):
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        return varlen_attn(*rows, cu_seqlens, cu_seqlens, n, n, scale=scaling, window_size=(-1, 0))[None], None
-    tmax.AttentionInterface.register("packed", attention)
-    tmax.matmul = lambda a, b: torch.mm(a, b, out_dtype=torch.float32)
+    FakeTensor.is_cuda = True       # so that the branches of CUDA are taken
     tmax.fully_shard = functools.partial(tmax.fully_shard, mesh=init_device_mesh("cpu", (ranks,)))
     torch.nn.Module.float = lambda module: module       # fake tensors cannot be swapped
     from_config, from_numpy = AutoModelForCausalLM.from_config, torch.from_numpy
@@ -2871,7 +2865,7 @@ def peak_of_a_step(folder, ranks):
     packs = [tmax.build_pack([tmax.Rollout("t", [7] * n, mask, [-12.0] * n, [0] * n, advantage=0.5)])] * 2
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         policy = tmax.load_policy(folder, cfg)
-        torch.from_numpy = lambda array: fake.from_tensor(from_numpy(array))
+        torch.from_numpy = lambda array: from_numpy(array) if array.dtype == np.int32 else fake.from_tensor(from_numpy(array))
         with live:
             for x in policy.parameters():
                 live.see(x)

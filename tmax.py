@@ -575,18 +575,16 @@ def packed_attention(module, query, key, value, mask, cu_seqlens=None, scaling=N
     unknown = [name for name, x in others.items() if torch.is_tensor(x) or x]
     if unknown:
         raise ValueError(f"packed attention knows no {', '.join(unknown)}")
-    lengths = cu_seqlens.diff().tolist()
-    # Grouped heads are repeated: CUDA's FP32 kernels do not know them, nor every torch's varlen_attn.
-    heads_per_key = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(heads_per_key, dim=1) for x in (key, value))
     if query.is_cuda and query.dtype == torch.bfloat16:     # one kernel for all rollouts
         from torch.nn.attention.varlen import varlen_attn
         rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        out = varlen_attn(*rows, cu_seqlens, cu_seqlens, max(lengths), max(lengths),
-                          scale=scaling, window_size=(-1, 0))
+        longest = query.shape[2]    # a bound is enough: the true one would wait for the GPU at every layer
+        out = varlen_attn(*rows, cu_seqlens, cu_seqlens, longest, longest,
+                          scale=scaling, window_size=(-1, 0), enable_gqa=True)
         return out[None], None
+    lengths = cu_seqlens.diff().tolist()
     query, key, value = (x.split(lengths, dim=2) for x in (query, key, value))
-    out = [F.scaled_dot_product_attention(*rollout, is_causal=True, scale=scaling)
+    out = [F.scaled_dot_product_attention(*rollout, is_causal=True, scale=scaling, enable_gqa=True)
            for rollout in zip(query, key, value)]
     return torch.cat(out, dim=2).transpose(1, 2), None
 
@@ -1923,6 +1921,7 @@ def evaluate(generator, tasks, cfg, step=0):
         if answer is None:
             raise RunFailed(generator.failure)
         index, results[index], *_ = answer
+        show_void(results[index])
         for run, r in enumerate(results[index]):
             write_rollouts(generator.log, [r], generator.cfg, step=step, run=run)
         if generator.cfg.eval:
@@ -2001,6 +2000,7 @@ async def oracle(cfg, tasks, run_dir):
         with image_in_use(task, cfg):
             async with slots:
                 rollouts.append(await rollout(None, task, None, cfg))
+        show_void(rollouts)
         write_rollouts(log, rollouts, cfg)
         report_task(rollouts, results)
     with (run_dir / "rollouts.jsonl").open("a") as log:
