@@ -585,7 +585,7 @@ AttentionInterface.register("packed", packed_attention)
 
 
 def mixers(lm, kind):
-    """Of each layer that has it: "self_attn", with a KV cache, or "linear_attn", with a state."""
+    """Of the layers that have it: "self_attn" (a KV cache) or "linear_attn" (a state)."""
     return [getattr(layer, kind) for layer in lm.base_model.layers if hasattr(layer, kind)]
 
 
@@ -593,7 +593,7 @@ def packed_recurrence(layer, hidden_states, cu_seqlens=None, **others):
     """A recurrent layer (Gated DeltaNet), on each rollout of a pack alone, as its state would run on into the
     next one; a full pack has few, so a loop costs little. hidden_states [1, N, d] -> [1, N, d]."""
     if cu_seqlens is None:
-        raise ValueError("a recurrent layer needs cu_seqlens, the borders of the rollouts")
+        raise ValueError("a recurrent layer needs cu_seqlens, the rollouts' borders")
     rollouts = hidden_states.split(cu_seqlens.diff().tolist(), dim=1)
     out = [type(layer).forward(layer, rollout, **others) for rollout in rollouts]
     return torch.cat(out, dim=1)
@@ -1002,7 +1002,7 @@ def engine_args(model, cfg):
         distributed_executor_backend="uni",     # no worker process beside each engine
         seed=random.SystemRandom().randrange(2**31),    # vLLM's 0 would repeat its noise in each run
         max_num_batched_tokens=8192, enable_prefix_caching=True, disable_log_stats=True,
-        mamba_ssm_cache_dtype="float32",        # states of recurrent layers, as the learner's
+        mamba_ssm_cache_dtype="float32",        # recurrent states, as the learner's
         logprobs_mode="processed_logprobs",     # after the temperature, as the learner computes them
         generation_config="vllm",               # else top_k and top_p of the model's own defaults creep in
         hf_overrides={"head_dtype": "float32"})     # as in token_logprobs
@@ -1742,8 +1742,8 @@ TRAINABLE = "llama qwen2 qwen3 qwen3_5_text".split()    # whose packed logprobs 
 
 
 def check_shape(model):
-    """The model, or its text part, without weights, from config.json alone. Raises UserError for what nobody
-    has tried: windows, caps and scales may be missed."""
+    """The model's text part without weights, from config.json alone. Raises UserError for what nobody has
+    tried: windows, caps and scales may be missed."""
     config = AutoConfig.from_pretrained(model).get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     require(config.model_type in TRAINABLE and kinds <= {"full_attention", "linear_attention"},
@@ -1754,14 +1754,14 @@ def check_shape(model):
 
 def text_part(model, folder):
     """The model; of one that also sees images the text part, saved to `folder` once (a collective): vLLM
-    takes weights back under the names that the learner has."""
+    takes weights back under its names."""
     config = AutoConfig.from_pretrained(model)
     if config is config.get_text_config():
         return model
     if not folder.exists():
         with whole_or_not(folder, required=True) as partial:
             if dist.get_rank() == 0:
-                print(f"{model} also sees images; its text part is saved in {folder}")
+                print(f"{model} also sees images; its text part is in {folder}")
                 AutoModelForCausalLM.from_pretrained(model, dtype="auto").save_pretrained(partial)
                 AutoTokenizer.from_pretrained(model).save_pretrained(partial)
     return folder
@@ -1862,7 +1862,7 @@ def load_state(learner, generator, run_dir):
     if saved:
         dcp.load(state, checkpoint_id=saved[-1])    # into the tensors
         learner.version = state["version"]
-    # Version 0 too: vLLM would keep FP32 tensors of the model's files, which the learner rounds to --dtype.
+    # Version 0 too: vLLM keeps FP32 tensors of a model, which the learner rounds to --dtype.
     learner.save_weights(cell.memory / "weights")
     nodes = json.loads(state["nodes"])
     require(len(nodes) == cell.nodes, f"--resume: it ran on {len(nodes)} node(s), not {cell.nodes}")
@@ -2188,16 +2188,18 @@ def kv_bytes(lm, cfg):
 
 
 def state_bytes(lm):
-    """Bytes of a rollout's recurrent states, in FP32."""
+    """Bytes of a rollout's recurrent states."""
     return sum(4 * layer.head_k_dim * layer.value_dim for layer in mixers(lm, "linear_attn"))
 
 
-def repeated_tokens(lm, cfg):
-    """Tokens of a rollout that vLLM prefills again: it caches whole blocks, as large as a layer's state, and
-    a turn begins half a block after the last of them."""
+def repeated_tokens(lm, cfg, length):
+    """Tokens of a rollout that vLLM prefills again, half a block a turn. With recurrent layers blocks are as
+    large as a layer's state, and what was sampled is not cached."""
     recurrent, full = (len(mixers(lm, kind)) for kind in ("linear_attn", "self_attn"))
-    block = state_bytes(lm) / max(1, recurrent) * full / kv_bytes(lm, cfg)
-    return TURNS * max(16, block) / 2
+    if not recurrent:
+        return TURNS * 8
+    block = state_bytes(lm) / recurrent * full / kv_bytes(lm, cfg)
+    return TURNS * block / 2 + SAMPLED * length
 
 
 def small_cache(lm, cfg):
@@ -2233,13 +2235,12 @@ def step_seconds(lm, cfg, learners, engines, at_once):
     weights = size * getattr(torch, cfg.dtype).itemsize
     rollouts = cfg.prompts_per_step * cfg.samples_per_prompt
     length = MEAN_LENGTH * (cfg.max_prompt_tokens + cfg.max_total_tokens)
-    # Decoding reads all weights and the context of those rollouts that are not in bash, at 80 % of bandwidth,
-    # and writes states as well.
+    # Decoding reads all weights and the context of those rollouts that are not in bash, at 80 % of bandwidth.
     decoding = 0.6 * at_once
-    context = CONTEXT * length * kv_bytes(lm, cfg) + 2 * state_bytes(lm)
+    context = CONTEXT * length * kv_bytes(lm, cfg) + 2 * state_bytes(lm)    # read, written
     read = weights + decoding * context
     token = 0.001 + read / (0.8 * 3.35e12)
-    prefill = repeated_tokens(lm, cfg) * 2 * size / (0.45 * 989e12)
+    prefill = repeated_tokens(lm, cfg, length) * 2 * size / (0.45 * 989e12)
     generation = rollouts * (SAMPLED * length * token / decoding + prefill) / engines
     # Forward, recomputed forward and backward pass: matrix products and attention, at 45 % of peak. Then the
     # moments come and go.
@@ -2306,7 +2307,7 @@ def plan_split(lm, cfg, learners, engines, gpus, nodes):
         f"    AdamW's moments, in host memory until the step: {gib(8 * size / ranks)}",
         f"an engine: {gib(vllm)}: weights {gib(weights)}, activations, graphs 4.0, KV cache {gib(cache)}",
         f"    for {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length; {at_once} run at once",
-        f"    {repeated_tokens(lm, cfg):,.0f} tokens of a rollout are prefilled again",
+        f"    {repeated_tokens(lm, cfg, MEAN_LENGTH * longest):,.0f} tokens of a rollout are prefilled again",
         f"a reload: {gib(weights)} through /dev/shm",
         f"a state: {gib(12 * size)} under runs/, twice that while one replaces another",
         f"{step:.0f} seconds a step: generation {generation:.0f}, beside it an update of {update:.0f}, then "
