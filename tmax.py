@@ -592,6 +592,21 @@ def packed_attention(module, query, key, value, mask, cu_seqlens=None, scaling=N
 AttentionInterface.register("packed", packed_attention)
 
 
+def mixers(lm, kind):
+    """Of the layers that have it: "self_attn" (a KV cache) or "linear_attn" (a state)."""
+    return [getattr(layer, kind) for layer in lm.base_model.layers if hasattr(layer, kind)]
+
+
+def packed_recurrence(layer, hidden_states, cu_seqlens=None, **others):
+    """A recurrent layer (Gated DeltaNet), on each rollout of a pack alone, as its state would run on into the
+    next one; a full pack has few, so a loop costs little. hidden_states [1, N, d] -> [1, N, d]."""
+    if cu_seqlens is None:
+        raise ValueError("a recurrent layer needs cu_seqlens, the rollouts' borders")
+    rollouts = hidden_states.split(cu_seqlens.diff().tolist(), dim=1)
+    out = [type(layer).forward(layer, rollout, **others) for rollout in rollouts]
+    return torch.cat(out, dim=1)
+
+
 def matmul(a, b):
     """a @ b with products and sums in FP32 at least; on CUDA, bf16 needs no copies for that."""
     if a.is_cuda and a.dtype == torch.bfloat16:
@@ -655,6 +670,8 @@ class Policy(torch.nn.Module):
     def __init__(self, lm, cfg):
         super().__init__()
         self.lm, self.cfg = lm, cfg
+        for layer in mixers(lm, "linear_attn"):
+            layer.forward = functools.partial(packed_recurrence, layer)
 
     def forward(self, batch):
         """Logprobs and entropy of a Pack's sampled tokens, [M] each."""
@@ -1008,6 +1025,7 @@ def engine_args(model, cfg):
         distributed_executor_backend="uni",     # no worker process beside each engine
         seed=random.SystemRandom().randrange(2**31),    # vLLM's 0 would repeat its noise in each run
         max_num_batched_tokens=8192, enable_prefix_caching=True, disable_log_stats=True,
+        mamba_ssm_cache_dtype="float32",        # recurrent states, as the learner's
         logprobs_mode="processed_logprobs",     # after the temperature, as the learner computes them
         generation_config="vllm",               # else top_k and top_p of the model's own defaults creep in
         hf_overrides={"head_dtype": "float32"})     # as in token_logprobs
@@ -1777,18 +1795,33 @@ def reading(what, prefix="--model: "):
         raise UserError(f"{prefix}{what}: {lines[0]}") from None
 
 
-TRAINABLE = "llama qwen2 qwen3".split()     # model types whose packed logprobs are compared with vLLM's
+TRAINABLE = "llama qwen2 qwen3 qwen3_5_text".split()    # whose packed logprobs are compared with vLLM's
 
 
 def check_shape(model):
-    """The model without its weights, from config.json alone. Raises UserError for what nobody has tried:
-    recurrent states would run on into a pack's next rollout, windows, caps and scales may be missed."""
-    config = AutoConfig.from_pretrained(model)
+    """The model's text part without weights, from config.json alone. Raises UserError for what nobody has
+    tried: windows, caps and scales may be missed."""
+    config = AutoConfig.from_pretrained(model).get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    require(config.model_type in TRAINABLE and kinds == {"full_attention"},
-            f"a {config.model_type} is not supported: tried are {TRAINABLE} with full attention everywhere")
+    require(config.model_type in TRAINABLE and kinds <= {"full_attention", "linear_attention"},
+            f"a {config.model_type} is not supported: tried are {TRAINABLE} without windows")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def text_part(model, folder):
+    """The model; of one that also sees images the text part, saved to `folder` once (a collective): vLLM
+    takes weights back under its names."""
+    config = AutoConfig.from_pretrained(model)
+    if config is config.get_text_config():
+        return model
+    if not folder.exists():
+        with whole_or_not(folder, required=True) as partial:
+            if dist.get_rank() == 0:
+                print(f"{model} also sees images; its text part is in {folder}")
+                AutoModelForCausalLM.from_pretrained(model, dtype="auto").save_pretrained(partial)
+                AutoTokenizer.from_pretrained(model).save_pretrained(partial)
+    return folder
 
 
 def check_weights(model, lm):
@@ -1799,7 +1832,7 @@ def check_weights(model, lm):
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
-                missing.discard(name)
+                missing.discard(name.replace(".language_model", ""))    # of a text part
                 require(tensors.get_tensor(name).isfinite().all(), f"{file.name}: {name} is not finite")
     require(not missing, f"its safetensors files lack {len(missing)} tensors: {sorted(missing)[:3]}")
 
@@ -1886,15 +1919,15 @@ def load_state(learner, generator, run_dir):
     if saved:
         dcp.load(state, checkpoint_id=saved[-1])    # into the tensors
         learner.version = state["version"]
-        learner.save_weights(cell.memory / "weights")
+    # Version 0 too: vLLM keeps FP32 tensors of a model, which the learner rounds to --dtype.
+    learner.save_weights(cell.memory / "weights")
     nodes = json.loads(state["nodes"])
     require(len(nodes) == cell.nodes, f"--resume: it ran on {len(nodes)} node(s), not {cell.nodes}")
     if generator:   # what was in flight is sampled again
         generator.done.update(nodes[cell.node]["done"])
         generator.log.truncate(nodes[cell.node]["log_bytes"])
-        if saved:
-            generator.reload(learner.version)
-            generator.finish_reload()
+        generator.reload(learner.version)
+        generator.finish_reload()
     if dist.get_rank() == 0:
         for partial in run_dir.glob("*-*.partial"):     # a kill left it
             shutil.rmtree(partial)
@@ -2155,8 +2188,8 @@ def warm_start(folder, demonstrations, cfg, target=0.25, noise=0.08):
 # Plan: memory and seconds, from shapes alone. The seconds are rooflines of an H100, not measurements.
 # ------------------------------------------------------------------------------------------------------------
 
-# Of 444 real rollouts: their mean length in budgets, the sampled share, the context of a token in the mean.
-MEAN_LENGTH, SAMPLED, CONTEXT = 0.76, 0.7, 0.65
+# Of 444 real rollouts: mean length in budgets, the sampled share, a token's mean context, median of turns.
+MEAN_LENGTH, SAMPLED, CONTEXT, TURNS = 0.76, 0.7, 0.65, 28
 
 
 def concurrency(cfg, kv_tokens):
@@ -2181,39 +2214,59 @@ def learner_memory(lm, cfg, ranks):
     """{part: bytes} of one learner in the backward pass of a full pack, the model sharded over `ranks`."""
     c, n = lm.config, cfg.pack_length
     width = getattr(torch, cfg.dtype).itemsize
-    d, layers = c.hidden_size, c.num_hidden_layers
-    attention = lm.base_model.layers[0].self_attn
-    q, kv = attention.q_proj.out_features, attention.k_proj.out_features
+    d, layers = c.hidden_size, lm.base_model.layers
     size = lm.num_parameters()
-    layer = sum(p.numel() for p in lm.base_model.layers[0].parameters())
-    rest = size - layers * layer    # embedding and head, which FSDP gathers as one
-    # What one layer's backward pass needs, counted in the model's source: FP32 copies in the four norms; what
-    # goes into and comes out of matrix products, rotary embedding, attention and gate.
-    norms = 4 * n * (4 * d + 2 * q + 2 * kv)
-    products = width * n * (7 * d + 8 * q + 5 * kv + 4 * c.intermediate_size)
-    activations = (norms + products) * layers
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    rest = size - sum(sizes)    # embedding and head, which FSDP gathers as one
+
+    def needs(layer):
+        """Bytes for its backward pass, counted in the model's source: FP32 copies in norms; what goes into
+        and comes out of matrix products, rotary embedding, convolution, attention and gates."""
+        if hasattr(layer, "linear_attn"):
+            conv, v = layer.linear_attn.conv_dim, layer.linear_attn.value_dim
+            norms, mixer = 3 * v, 3 * conv + 10 * v
+        else:
+            q, kv = layer.self_attn.o_proj.in_features, layer.self_attn.k_proj.out_features
+            gate = layer.self_attn.q_proj.out_features - q
+            norms, mixer = 2 * q + 2 * kv, 8 * q + 4 * gate + 5 * kv
+        return 4 * n * (4 * d + norms) + width * n * (7 * d + mixer + 4 * c.intermediate_size)
+    activations = sum(map(needs, layers))
     if cfg.gradient_checkpointing:
         logits = 2 * 4 * min(1024, n) * c.vocab_size
-        activations = width * n * d * layers + max(norms + products, logits)
+        activations = width * n * d * len(layers) + max(logits, *map(needs, layers))
     return {
         "weights, FP32": 4 * size / ranks,
         "gradients, FP32": 4 * size / ranks,
-        "gathered layers": width * (2 * layer + 1.5 * rest),    # two; embedding, head, the head's gradient
+        "gathered layers": width * (2 * max(sizes) + 1.5 * rest),   # two; embedding, head, head's gradient
         "activations": activations}
 
 
 def kv_bytes(lm, cfg):
     """Bytes of KV cache that a token needs."""
-    layers = lm.base_model.layers
     fp8 = str(json.loads(cfg.vllm).get("kv_cache_dtype")).startswith("fp8")
     width = 1 if fp8 else getattr(torch, cfg.dtype).itemsize
-    return 2 * width * len(layers) * layers[0].self_attn.k_proj.out_features
+    return 2 * width * sum(layer.k_proj.out_features for layer in mixers(lm, "self_attn"))
+
+
+def state_bytes(lm):
+    """Bytes of a rollout's recurrent states."""
+    return sum(4 * layer.head_k_dim * layer.value_dim for layer in mixers(lm, "linear_attn"))
+
+
+def repeated_tokens(lm, cfg, length):
+    """Tokens of a rollout that vLLM prefills again, half a block a turn. With recurrent layers blocks are as
+    large as a layer's state, and what was sampled is not cached."""
+    recurrent, full = (len(mixers(lm, kind)) for kind in ("linear_attn", "self_attn"))
+    if not recurrent:
+        return TURNS * 8
+    block = state_bytes(lm) / recurrent * full / kv_bytes(lm, cfg)
+    return TURNS * block / 2 + SAMPLED * length
 
 
 def small_cache(lm, cfg):
     """Bytes of an engine's KV cache for --tiny and without a GPU: for 64 rollouts, or those that half of the
     free memory holds. Raises UserError if these are fewer than 4."""
-    rollout = kv_bytes(lm, cfg) * (cfg.max_prompt_tokens + cfg.max_total_tokens)
+    rollout = kv_bytes(lm, cfg) * (cfg.max_prompt_tokens + cfg.max_total_tokens) + 2 * state_bytes(lm)
     free = psutil.virtual_memory().available
     fit = free // (2 * cfg.num_engines) // rollout
     require(fit >= 4, f"--max_total_tokens: KV cache for 4 rollouts needs {4 * rollout / 2**30:.1f} GiB, "
@@ -2239,18 +2292,20 @@ def check_machine(lm, cfg):
 def step_seconds(lm, cfg, learners, engines, at_once):
     """(generation, update, reload) of one step by rooflines of an H100; learners and engines of all nodes."""
     size = lm.num_parameters()
-    layers = lm.base_model.layers
+    width = sum(layer.o_proj.in_features for layer in mixers(lm, "self_attn"))
     weights = size * getattr(torch, cfg.dtype).itemsize
     rollouts = cfg.prompts_per_step * cfg.samples_per_prompt
     length = MEAN_LENGTH * (cfg.max_prompt_tokens + cfg.max_total_tokens)
     # Decoding reads all weights and the context of those rollouts that are not in bash, at 80 % of bandwidth.
     decoding = 0.6 * at_once
-    read = weights + decoding * CONTEXT * length * kv_bytes(lm, cfg)
+    context = CONTEXT * length * kv_bytes(lm, cfg) + 2 * state_bytes(lm)    # read, written
+    read = weights + decoding * context
     token = 0.001 + read / (0.8 * 3.35e12)
-    generation = rollouts * SAMPLED * length * token / decoding / engines
+    prefill = repeated_tokens(lm, cfg, length) * 2 * size / (0.45 * 989e12)
+    generation = rollouts * (SAMPLED * length * token / decoding + prefill) / engines
     # Forward, recomputed forward and backward pass: matrix products and attention, at 45 % of peak. Then the
     # moments come and go.
-    flops = 8 * size + 9 * len(layers) * layers[0].self_attn.q_proj.out_features * length
+    flops = 8 * size + 9 * width * length
     update = (rollouts * length * flops / (0.45 * 989e12) + 16 * size / 10e9) / learners
     return generation, update, 2 * weights / 5e9
 
@@ -2313,6 +2368,7 @@ def plan_split(lm, cfg, learners, engines, gpus, nodes):
         f"    AdamW's moments, in host memory until the step: {gib(8 * size / ranks)}",
         f"an engine: {gib(vllm)}: weights {gib(weights)}, activations, graphs 4.0, KV cache {gib(cache)}",
         f"    for {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length; {at_once} run at once",
+        f"    {repeated_tokens(lm, cfg, MEAN_LENGTH * longest):,.0f} tokens of a rollout are prefilled again",
         f"a reload: {gib(weights)} through /dev/shm",
         f"a state: {gib(12 * size)} under runs/, twice that while one replaces another",
         f"{step:.0f} seconds a step: generation {generation:.0f}, beside it an update of {update:.0f}, then "
@@ -2678,7 +2734,7 @@ def run(cfg):
             if not cfg.model:
                 warm_start(model, demonstrations, cfg)
     dist.barrier()
-    model = cfg.model or run_dir / "model"
+    model = text_part(cfg.model or run_dir / "model", run_dir / "text")
     if cell.rank == 0:
         tokenizer = AutoTokenizer.from_pretrained(model)
         tasks = drop_long_prompts(tasks or all_tasks([run_dir / "tasks"], cfg), tokenizer, cfg)
