@@ -113,8 +113,7 @@ variants='
 --prompts_per_step 8 --samples_per_prompt 16
 --prompts_per_step 32 --samples_per_prompt 4'
 
-# Every variant runs with every seed, from the tasks and the model that the recipe made with it. What is complete is
-# not run again: after an interruption the same command goes on.
+# Each with every seed, from the tasks and the model that the recipe made with it; what is complete is not run again.
 ablate() {
   local seed flags name base arguments commit
   commit=$(git describe --always --dirty 2>/dev/null || echo unknown)
@@ -146,11 +145,9 @@ table() {
 import json, re, sys
 from pathlib import Path
 import numpy as np
-
 def cell(values):
     values = [value for value in values if value is not None]
-    if not values:
-        return "never"
+    if not values: return "never"
     error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
     return f"{np.mean(values):.3f} ± {error:.3f} ({len(values)})"
 

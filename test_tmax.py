@@ -47,6 +47,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -2893,8 +2894,7 @@ def test_a_killed_run_is_resumed(tiny_run, tmp_path, kills, steps, prompts):
         wait_for(lambda: run.poll() is not None or newest() > before, 240)
         assert run.poll() is None, last_line(tmp_path, "k")
         time.sleep(draw.random() / 2)
-        below = descendants(run.pid)
-        generator = min(p for p in below if "spawn_main" in below[p])       # a sandbox that is starting is named so too
+        generator = next(p.pid for p in psutil.Process(run.pid).children() if "spawn_main" in " ".join(p.cmdline()))
         os.kill(draw.choice([run.pid, generator]), signal.SIGKILL)
         assert run.wait(60) != 0
         run = start_run(tmp_path, "--resume", "k", "--name", "k")
