@@ -180,7 +180,7 @@ def start_run(folder, *flags):
     (folder / "tmp").mkdir(exist_ok=True)
     with (folder / f"log-{flags[1]}").open("w") as log:
         return start([sys.executable, tmax.__file__, "--tiny", *flags], cwd=folder, stdout=log, stderr=log,
-                     env=os.environ | {"TMAX_MARK": MARK, "TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(folder)})
+                     env=os.environ | {"TMAX_MARK": MARK, "TMPDIR": str(folder / "tmp"), "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"})
 
 
 def last_line(folder, name):
@@ -1585,13 +1585,14 @@ def test_groups_go_to_the_engine_with_the_fewest(monkeypatch):
             super().__setitem__(rank, value)
 
     async def fake_rollout(engine, task, tokenizer, cfg, rank):
-        homes[task].add(rank)
+        homes[task.image].add(rank)
+        assert tmax.image_groups[task.image] == 1       # for make_room
         in_flight[rank] += 1
         at_once.append(in_flight.total())
         assert in_flight[rank] <= 6
         await asyncio.sleep(seconds.uniform(0, 0.01) * (1 + 3 * rank))      # engines of different speeds
         in_flight[rank] -= 1
-        return tmax.Rollout(task, [], [], [], [])
+        return tmax.Rollout("", [], [], [], [])
     monkeypatch.setattr(tmax, "rollout", fake_rollout)
 
     async def groups():
@@ -1599,10 +1600,10 @@ def test_groups_go_to_the_engine_with_the_fewest(monkeypatch):
         generator.tokenizer = generator.engine = None
         generator.load, generator.at_once = Load([0, 0, 0]), 6
         generator.slots = [asyncio.Semaphore(6) for _ in range(3)]
-        answers = await asyncio.gather(*[generator._group(i, f"task {i}", cfg) for i in range(60)])
+        answers = await asyncio.gather(*[generator.group(i, SimpleNamespace(image=str(i)), cfg) for i in range(60)])
         return generator.load, [index for index, *_ in answers]
     load, indices = asyncio.run(groups())
-    assert load == [0, 0, 0] and indices == list(range(60))
+    assert load == [0, 0, 0] and indices == list(range(60)) and not any(tmax.image_groups.values())
     assert all(len(ranks) == 1 for ranks in homes.values()) and max(at_once) == 3 * 6
     groups_of = Counter(rank for (rank,) in homes.values())
     assert groups_of[0] > groups_of[2] > 5      # the fast engine has done more of the work
@@ -1838,6 +1839,31 @@ def test_a_silent_generator_is_reported(tmp_path, monkeypatch, capsys):
     with contextlib.closing(tmax.GeneratorClient(TINY, ALONE, "", [], tmp_path)) as client:
         assert client.receive("reload") == 1.0 and not client.received["alive"]
     assert f"no answer from the generator for 0.5 s (see {tmp_path}/generator.log)" in capsys.readouterr().out
+
+
+def test_a_generator_that_works_is_not_silent(monkeypatch):
+    """Else long rollouts are taken for a generator that hangs."""
+    here, there = multiprocessing.Pipe()
+    monkeypatch.setattr(tmax, "SILENCE", 1)
+    generator = tmax.Generator(replace(CFG, num_engines=1), there)
+
+    async def work():
+        serving = asyncio.create_task(generator.serve("model"))
+        await asyncio.sleep(1)
+        generator.engine.llm.errored = True
+        with pytest.raises(OSError):
+            await serving
+        generator.sender.shutdown()
+    llm = SimpleNamespace(errored=False, dead_error=OSError(), update_weight_version=lambda version: asyncio.sleep(0))
+    monkeypatch.setattr(tmax, "Engine", lambda model, cfg: SimpleNamespace(llm=llm, kv_tokens=10**6))
+    monkeypatch.setattr(tmax.AutoTokenizer, "from_pretrained", lambda model: None)
+    asyncio.run(work())
+    there.close()
+    said = []
+    with contextlib.suppress(EOFError):
+        while True:
+            said.append(here.recv()[0])
+    assert said[0] == "ready" and said[1:] == ["alive"] * len(said[1:]) and len(said) > 2
 
 
 def test_failed_engine_ends_the_run(replay):
@@ -3001,7 +3027,7 @@ def test_a_sandbox_that_does_not_start_is_tried_three_times(tmp_path, monkeypatc
     async def group():
         generator = tmax.Generator(cfg, None)
         vars(generator).update(slots=[asyncio.Semaphore(1)], at_once=1, engine=None, tokenizer=None)
-        return await generator._group(0, task, cfg)
+        return await generator.group(0, task, cfg)
     _, (r,), *_ = asyncio.run(group())
     assert r.void == void and len(paths) == failures + 1 - 3
 
@@ -3200,6 +3226,10 @@ def test_what_a_machine_lacks_is_named(tiny_model, tmp_path, monkeypatch):
     for full, where in (["/dev/shm"], "/dev/shm"), (["."], os.getcwd()):
         with pytest.raises(tmax.UserError, match=f"needs 0.0. GiB in {where}, where 0.00 are free"):
             tmax.check_machine(lm, TINY)
+    with monkeypatch.context() as patch:
+        patch.setattr(tmax.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(tmax.UserError, match="^--log_to: wandb is not installed: .*pip install wandb"):
+            tmax.preflight(replace(TINY, log_to="wandb"))
     full = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -3436,7 +3466,7 @@ def test_benchmark_node(monkeypatch, capsys):
         generator.slots = [asyncio.Semaphore(generator.at_once) for _ in live]
 
         async def group(index):
-            await generator._group(index, None, cfg)
+            await generator.group(index, SimpleNamespace(image=""), cfg)
             figures.append(sorted(live))
             queue.put_nowait(index)
         start, waited, started, trained, running = loop.time(), 0.0, 0, 0, []

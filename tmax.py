@@ -930,19 +930,11 @@ class Generator:
         self.sender.submit(self.pipe.send, answer)
 
     async def group(self, index, task, cfg):
-        with image_in_use(task, cfg):
-            return await self._group(index, task, cfg)
-
-    async def _group(self, index, task, cfg):
         """The rollouts of a task, all by the engine that has the fewest when the first may start: it caches
         their prefix."""
         size = cfg.eval_runs if cfg.eval else cfg.samples_per_prompt
-        async with self.load_falls:
-            await self.load_falls.wait_for(lambda: min(self.load) < self.at_once)
-            rank = self.load.index(min(self.load))
-            self.load[rank] += size
 
-        async def attempt():
+        async def attempt(rank):
             async with self.slots[rank]:
                 r = await rollout(self.engine, task, self.tokenizer, cfg, rank)
             r.group = index
@@ -950,7 +942,12 @@ class Generator:
                 self.load[rank] -= 1
                 self.load_falls.notify_all()
             return r
-        group = await asyncio.gather(*[attempt() for _ in range(size)])
+        with image_in_use(task, cfg):
+            async with self.load_falls:
+                await self.load_falls.wait_for(lambda: min(self.load) < self.at_once)
+                rank = self.load.index(min(self.load))
+                self.load[rank] += size
+            group = await asyncio.gather(*[attempt(rank) for _ in range(size)])
         return index, group, dict(WAITING), list(self.load)
 
 
