@@ -10,7 +10,6 @@ with its own mean, the tokens that the model sampled are packed into long rows, 
     python tmax.py --tiny --loss grpo   the same with a tiny model, on two cores; fields of Config are flags
     python tmax.py --eval --model PATH --tasks FOLDER           the mean reward with error bars
     python tmax.py --resume NAME        go on with a run that was ended
-    torchrun --nnodes 2 ... tmax.py     two such nodes: see the README
 
     generator process (asyncio)                        learner processes (FSDP2, one a GPU)
       task -> 8 x rollout <-> sandbox    groups ->       collect -> select -> advantages -> pack
@@ -176,16 +175,16 @@ EVAL = dict(eval=True, temperature=0.7, top_p=0.95, max_total_tokens=38912)
 # Train: the loop reads like the recipe.
 # ------------------------------------------------------------------------------------------------------------
 
-def train(cfg, cell, run_dir, model, generator, eval_tasks):
-    """The recipe, on every learner rank. The first rank of a node has its generator and packs its groups."""
+def train(cfg, memory, run_dir, model, generator, eval_tasks):
+    """The recipe, on every learner rank. The first has the generator and packs its groups."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    learner = Learner(cfg, model, cell)
-    done = load_state(learner, generator, run_dir)      # steps, of --resume
+    learner, ranks = Learner(cfg, model), dist.get_world_size()
+    done = load_state(learner, generator, memory, run_dir)      # steps, of --resume
     if cfg.eval_every and not done and dist.get_rank() == 0:    # the baseline
         report(dict(step=0, **evaluate_step(generator, cfg, eval_tasks, 0)), run_dir, cfg)
     for step in range(done + 1, cfg.training_steps + 1):
         clock = [time.monotonic()]
-        packs, counts, failure = [[]] * cell.ranks, {}, None
+        packs, counts, failure = [[]] * ranks, {}, None
         if generator:
             finished = generator.collect(step, learner.version)     # until prompts_per_step are useful
             groups, counts = select_groups(finished, learner.version, cfg)
@@ -195,9 +194,9 @@ def train(cfg, cell, run_dir, model, generator, eval_tasks):
                     r.advantage = float(value)
             write_rollouts(generator.log, sum(finished, []), cfg, step=step)
             if groups:
-                packs = pack(sum(groups, []), cfg.pack_length, cell.ranks)
+                packs = pack(sum(groups, []), cfg.pack_length, ranks)
             counts, failure = counts | tally(finished), generator.failure
-        packs, counts = share(cell, packs, counts, failure)
+        packs, counts = share(packs, counts, failure)
         clock.append(time.monotonic())
         update = learner.update(packs) if packs else dict.fromkeys(UPDATE_METRICS)      # no useful group
         clock.append(time.monotonic())
@@ -205,9 +204,9 @@ def train(cfg, cell, run_dir, model, generator, eval_tasks):
             generator.finish_reload()
         clock.append(time.monotonic())
         if packs:
-            learner.save_weights(cell.memory / "weights")       # in /dev/shm
+            learner.save_weights(memory / "weights")        # in /dev/shm
             if generator:
-                generator.reload(learner.version)
+                generator.reload(memory / "weights", learner.version)
         clock.append(time.monotonic())
         evaluates = cfg.eval_every and step % cfg.eval_every == 0
         if evaluates or step % cfg.save_every == 0 or step == cfg.training_steps:
@@ -721,8 +720,8 @@ def backward_packs(policy, packs, num_tokens, cfg, scale=1.0):
 class Learner:
     """The policy, its optimizer and the way of its weights to the engines; the same on every rank."""
 
-    def __init__(self, cfg, model, cell):
-        self.cfg, self.cell, self.version = cfg, cell, 0
+    def __init__(self, cfg, model):
+        self.cfg, self.version = cfg, 0
         self.state_seconds = None       # that the last save_state took
         self.policy = load_policy(model, cfg)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), weight_decay=0.0, fused=True)
@@ -758,15 +757,14 @@ class Learner:
                 state[name] = state[name].to(device)
 
     def save_weights(self, folder):
-        """Gather the weights one by one in --dtype (a collective); the first rank of the node writes them to
-        `folder` as safetensors, unless that is None: in training to /dev/shm, where Engine.reload has vLLM
-        read them."""
+        """Gather the weights one by one in --dtype (a collective); the first rank writes them to `folder` as
+        safetensors: in training to /dev/shm, where Engine.reload has vLLM read them."""
         weights = {}
         for name, weight in self.policy.lm.state_dict().items():
             weight = weight.to(getattr(torch, self.cfg.dtype))
             if hasattr(weight, "full_tensor"):      # a buffer is not sharded
                 weight = weight.full_tensor()
-            if folder and self.cell.rank == 0:
+            if dist.get_rank() == 0:
                 weights[name] = weight.to("cpu", copy=True)     # tied weights must not share memory
         try:
             if weights:
@@ -779,7 +777,7 @@ class Learner:
 # ------------------------------------------------------------------------------------------------------------
 # Engine: vLLM, rollouts and sandboxes live in the generator, a process of its own: handling vLLM's outputs,
 # thousands of tokens a second in Python, would hold the GIL against the learner. A pipe joins it with the
-# first learner of its node. Requests: ("train" or "eval", index, task, cfg), ("reload", folder, version).
+# first learner. Requests: ("train" or "eval", index, task, cfg), ("reload", folder, version).
 # Answers: ("train" or "eval", (index, rollouts, WAITING, load)), ("reload", seconds), and ("ready", text),
 # ("alive", "") or ("failed", reason) unasked.
 #
@@ -796,21 +794,19 @@ SILENCE = 120   # seconds without an answer, also "alive", until that is said
 class GeneratorClient:
     """The learner's end of the pipe. close() ends the generator with all that it started."""
 
-    def __init__(self, cfg, cell, model, tasks, run_dir):
-        suffix = f"-{cell.node}" if cell.node else ""       # the first node's files have plain names
-        self.cfg = replace(cfg, prompts_per_step=cfg.prompts_per_step // cell.nodes)
-        self.cell, self.tasks, self.generator_log = cell, tasks, run_dir / f"generator{suffix}.log"
-        self.log = (run_dir / f"rollouts{suffix}.jsonl").open("a")
+    def __init__(self, cfg, memory, model, tasks, run_dir):
+        self.cfg, self.tasks, self.generator_log = cfg, tasks, run_dir / "generator.log"
+        self.log = (run_dir / "rollouts.jsonl").open("a")
         self.started = self.trained_or_rejected = self.training = 0
-        self.done = set()       # groups that came back, by their index; nodes take them in turn
-        self.indices = (i for i in itertools.count(cell.node, cell.nodes) if i not in self.done)
+        self.done = set()       # groups that came back, by their index
+        self.indices = (i for i in itertools.count() if i not in self.done)
         self.waiting, self.failure = {}, None
         self.reloading, self.reload_seconds = False, None
         self.received = defaultdict(deque)      # answers by kind
         context = multiprocessing.get_context("spawn")
         self.pipe, other_end = context.Pipe()
         self.process = context.Process(target=generator_main, args=(
-            self.cfg, cell, model, self.generator_log, other_end))
+            cfg, memory, model, self.generator_log, other_end))
         self.process.start()
         other_end.close()
 
@@ -869,9 +865,9 @@ class GeneratorClient:
             self.waiting["rollouts_by_engine"] = np.mean(loads, axis=0).tolist()
         return finished
 
-    def reload(self, version):
-        """Have the engines take over the weights in memory; returns at once."""
-        self.send("reload", self.cell.memory / "weights", version)
+    def reload(self, folder, version):
+        """Have the engines take over the weights in a folder; returns at once."""
+        self.send("reload", folder, version)
         self.reloading = True
 
     def finish_reload(self):
@@ -1860,10 +1856,10 @@ def whole_or_not(folder, required=False):
 
 
 def save_checkpoint(learner, tokenizer, run_dir, step):
-    """An ordinary Hugging Face folder, checkpoint-STEP, written by the first node (a collective)."""
+    """An ordinary Hugging Face folder, checkpoint-STEP (a collective)."""
     required = step == learner.cfg.training_steps
     with whole_or_not(run_dir / f"checkpoint-{step}", required) as folder:
-        learner.save_weights(folder if learner.cell.node == 0 else None)
+        learner.save_weights(folder)
         if dist.get_rank() == 0:
             lm = learner.policy.lm
             lm.config.dtype = learner.cfg.dtype
@@ -1889,51 +1885,44 @@ def tensors_of(learner):
 def save_state(learner, generator, run_dir, step):
     """Write what --resume needs to state-STEP (a collective), each rank its share of weights and moments.
     There is no random state: nothing that is trained draws numbers."""
-    start, progress = time.monotonic(), None
-    nodes = [None] * dist.get_world_size()
-    if generator:   # which groups are done, and how much of the log tells of them
-        os.fsync(generator.log.fileno())
-        log_bytes = os.fstat(generator.log.fileno()).st_size
-        progress = dict(done=sorted(generator.done), log_bytes=log_bytes)
-    dist.all_gather_object(nodes, progress)
-    nodes = [progress for progress in nodes if progress]
-    state = dict(learner=tensors_of(learner), step=step, version=learner.version)
-    state["nodes"] = json.dumps(nodes)      # a text, as dcp would take a list apart
+    start = time.monotonic()
     with whole_or_not(run_dir / f"state-{step}") as folder:
-        dcp.save(state, checkpoint_id=folder)
+        dcp.save(dict(learner=tensors_of(learner)), checkpoint_id=folder)
+        if generator:   # which groups are done, and how much of the log tells of them
+            os.fsync(generator.log.fileno())
+            log_bytes = os.fstat(generator.log.fileno()).st_size
+            progress = dict(step=step, version=learner.version,
+                            done=sorted(generator.done), log_bytes=log_bytes)
+            (folder / "progress.json").write_text(json.dumps(progress))
     if dist.get_rank() == 0:
         for old in states(run_dir)[:-1]:
             shutil.rmtree(old)
     learner.state_seconds = time.monotonic() - start
 
 
-def load_state(learner, generator, run_dir):
+def load_state(learner, generator, memory, run_dir):
     """Go on from the newest state (a collective), also with other learners and engines. Returns its step;
-    without one 0: the run begins anew in its folder. Raises UserError for another number of nodes."""
-    cell, saved = learner.cell, states(run_dir)
-    nothing = json.dumps([dict(done=[], log_bytes=0)] * cell.nodes)
-    state = dict(learner=tensors_of(learner), step=0, version=0, nodes=nothing)
+    without one 0: the run begins anew in its folder."""
+    progress, saved = dict(step=0, version=0, done=[], log_bytes=0), states(run_dir)
     if saved:
-        dcp.load(state, checkpoint_id=saved[-1])    # into the tensors
-        learner.version = state["version"]
+        dcp.load(dict(learner=tensors_of(learner)), checkpoint_id=saved[-1])    # into the tensors
+        progress = json.loads((saved[-1] / "progress.json").read_text())
+    learner.version = progress["version"]
     # Version 0 too: vLLM keeps FP32 tensors of a model, which the learner rounds to --dtype.
-    learner.save_weights(cell.memory / "weights")
-    nodes = json.loads(state["nodes"])
-    require(len(nodes) == cell.nodes, f"--resume: it ran on {len(nodes)} node(s), not {cell.nodes}")
+    learner.save_weights(memory / "weights")
     if generator:   # what was in flight is sampled again
-        generator.done.update(nodes[cell.node]["done"])
-        generator.log.truncate(nodes[cell.node]["log_bytes"])
-        generator.reload(learner.version)
+        generator.done.update(progress["done"])
+        generator.log.truncate(progress["log_bytes"])
+        generator.reload(memory / "weights", learner.version)
         generator.finish_reload()
-    if dist.get_rank() == 0:
         for partial in run_dir.glob("*-*.partial"):     # a kill left it
             shutil.rmtree(partial)
         with (run_dir / "metrics.jsonl").open("a+") as metrics:
             metrics.seek(0)
             whole = [line for line in metrics if line.endswith("\n")]
-            kept = [line for line in whole if saved and json.loads(line)["step"] <= state["step"]]
+            kept = [line for line in whole if saved and json.loads(line)["step"] <= progress["step"]]
             metrics.truncate(len("".join(kept)))
-    return state["step"]
+    return progress["step"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2287,7 +2276,7 @@ def check_machine(lm, cfg):
 
 
 def step_seconds(lm, cfg, learners, engines, at_once):
-    """(generation, update, reload) of one step by rooflines of an H100; learners and engines of all nodes."""
+    """(generation, update, reload) of one step by rooflines of an H100."""
     size = lm.num_parameters()
     width = sum(layer.o_proj.in_features for layer in mixers(lm, "self_attn"))
     weights = size * getattr(torch, cfg.dtype).itemsize
@@ -2310,32 +2299,32 @@ def step_seconds(lm, cfg, learners, engines, at_once):
 class Plan(NamedTuple):
     problems: list[str]     # what does not fit
     seconds: float          # of a step, modelled
-    learners: int           # of a node
+    learners: int
     vllm_share: float       # of a GPU
     split: str              # learners + engines: seconds
     text: str
 
 
-def plan(cfg, gpus, nodes=1):
-    """The Plan of --num_learners, or the fastest that fits, for nodes of `gpus` GPUs as here, or of 80 GB."""
+def plan(cfg, gpus):
+    """The Plan of --num_learners, or the fastest that fits, for so many GPUs as here, or of 80 GB."""
     with reading(cfg.model):
         lm = check_shape(cfg.model)
-    plans = [plan_split(lm, cfg, learners, max(1, gpus - learners), gpus, nodes)
+    plans = [plan_split(lm, cfg, learners, max(1, gpus - learners), gpus)
              for learners in range(1, max(2, gpus))]
     best = min(plans, key=lambda plan: (len(plan.problems), plan.seconds))
     if cfg.num_learners:
-        best = plan_split(lm, cfg, cfg.num_learners, cfg.num_engines, gpus, nodes)
+        best = plan_split(lm, cfg, cfg.num_learners, cfg.num_engines, gpus)
     splits = "; ".join(plan.split for plan in plans)
     return best._replace(text=f"{best.text}\nlearners + engines: {splits}")
 
 
-def plan_split(lm, cfg, learners, engines, gpus, nodes):
+def plan_split(lm, cfg, learners, engines, gpus):
     """Of a GPU, 5 % stay free of learners; vLLM takes 92 %, 4 GiB of it for activations and CUDA graphs."""
     gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 80 * 2**30
-    size, ranks = lm.num_parameters(), learners * nodes
+    size = lm.num_parameters()
     weights = size * getattr(torch, cfg.dtype).itemsize
-    parts = learner_memory(lm, cfg, ranks)
-    in_step = 16 * size / ranks     # weights, gradients, moments
+    parts = learner_memory(lm, cfg, learners)
+    in_step = 16 * size / learners     # weights, gradients, moments
     learner = max(sum(parts.values()), in_step)
     vllm = 0.92 * gpu
     if learners + engines > gpus:   # one GPU for both
@@ -2343,9 +2332,8 @@ def plan_split(lm, cfg, learners, engines, gpus, nodes):
     cache = max(0, vllm - 4 * 2**30 - weights)
     longest, kv_token = cfg.max_prompt_tokens + cfg.max_total_tokens, kv_bytes(lm, cfg)
     tokens = int(cache / kv_token)
-    node = replace(cfg, num_engines=engines, prompts_per_step=cfg.prompts_per_step // nodes)
-    at_once = max(1, concurrency(node, tokens))
-    generation, update, reload = step_seconds(lm, cfg, ranks, engines * nodes, at_once)
+    at_once = max(1, concurrency(replace(cfg, num_engines=engines), tokens))
+    generation, update, reload = step_seconds(lm, cfg, learners, engines, at_once)
     step = max(generation, update) + reload
     days = step * cfg.training_steps / 86400
 
@@ -2359,10 +2347,10 @@ def plan_split(lm, cfg, learners, engines, gpus, nodes):
                         f"{gib(longest * kv_token)}: lower --max_total_tokens, or take larger GPUs")
     lines = [
         f"{cfg.model}: {size / 1e9:.2f}B parameters, {cfg.dtype}",
-        f"{learners} learner(s) and {engines} engine(s) a node, GPUs of {gib(gpu)} GiB; memory in GiB",
+        f"{learners} learner(s) and {engines} engine(s), GPUs of {gib(gpu)} GiB; memory in GiB",
         f"a learner, with a pack of {cfg.pack_length:,} tokens: {gib(learner)}",
         *(f"    {name:24}{gib(value):>8}" for name, value in parts.items()),
-        f"    AdamW's moments, in host memory until the step: {gib(8 * size / ranks)}",
+        f"    AdamW's moments, in host memory until the step: {gib(8 * size / learners)}",
         f"an engine: {gib(vllm)}: weights {gib(weights)}, activations, graphs 4.0, KV cache {gib(cache)}",
         f"    for {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length; {at_once} run at once",
         f"    {repeated_tokens(lm, cfg, MEAN_LENGTH * longest):,.0f} tokens of a rollout are prefilled again",
@@ -2462,40 +2450,32 @@ def waiting(what):
 
 
 def tally(groups):
-    """Figures of all rollouts that came back, useful or not. They add up over nodes: `reward` is a sum."""
+    """Figures of all rollouts that came back, useful or not."""
     rollouts = [r for group in groups for r in group]
     graded = [r for r in rollouts if not r.void]
     problems = Counter(r.problem for r in rollouts)
     return dict(
         groups_tried=len(groups), rollouts_graded=len(graded),
-        reward=sum(r.reward for r in graded),
+        reward=float(np.mean([r.reward for r in graded])) if graded else None,
         tokens_sampled=sum(sum(r.mask) for r in rollouts),
         no_reward=problems["no_reward"], clipped=problems["clipped"],
         touches_grader=sum(r.touches_grader for r in rollouts),
         **Counter(f"finish_{r.finish}" for r in rollouts))
 
 
-def share(cell, packs, counts, failure):
-    """Give the ranks of a node the packs of its first rank, by a collective over all ranks.
+def share(packs, counts, failure):
+    """Hand each rank its packs, and all the counts of the first rank (a collective).
 
-    Returns (packs, as many on every rank; all nodes' counts, `reward` now a mean). Raises RunFailed, on all
-    ranks, for the failure of a generator, and where all rollouts are void."""
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (packs, counts, failure))
-    all_packs, all_counts, failures = zip(*everyone)
-    for reason in filter(None, failures):
-        raise RunFailed(reason)
-    packs = all_packs[cell.node * cell.ranks][cell.rank]
-    most = max(len(x) for of_ranks in all_packs for x in of_ranks)
-    total = Counter(packs=most)
-    for part in all_counts:
-        total.update(part)
-    graded = total["rollouts_graded"]
-    if total["groups_tried"] and not graded:
-        ends = Counter({name: n for name, n in total.items() if name.startswith("finish")})
-        raise RunFailed(f"all rollouts of a step are void: {ends}")
-    total = dict(total, reward=total["reward"] / graded if graded else None)
-    return packs + [build_pack([])] * (most - len(packs)), total
+    Raises RunFailed, on all ranks, for the failure of the generator, and where all rollouts are void."""
+    message = [packs, counts, failure]
+    dist.broadcast_object_list(message)
+    packs, counts, failure = message
+    if not failure and counts["groups_tried"] and not counts["rollouts_graded"]:
+        ends = {name: n for name, n in counts.items() if name.startswith("finish")}
+        failure = f"all rollouts of a step are void: {ends}"
+    if failure:
+        raise RunFailed(failure)
+    return packs[dist.get_rank()], counts | dict(packs=len(packs[0]))
 
 
 SHOWN = set()   # ends of void rollouts
@@ -2584,18 +2564,8 @@ def summarize(run_dir):
           f"tail -n 1 {run_dir}/rollouts.jsonl | python -m json.tool")
 
 
-class Cell(NamedTuple):
-    """Where this rank stands. A node is a cell: its first rank owns a generator, which feeds the node's
-    learners and takes its weights from the node's own memory; only collectives leave it."""
-    rank: int           # on this node
-    ranks: int          # of this node
-    node: int
-    nodes: int
-    memory: Path        # the owner's folder in /dev/shm: weights, sockets, bubblewrap's sandboxes
-
-
 def join_ranks():
-    """Join torchrun's process group, or make one of a single rank. Returns this rank's Cell."""
+    """Join torchrun's process group, or make one of a single rank."""
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
@@ -2605,16 +2575,13 @@ def join_ranks():
         alone = {}
     patience = timedelta(hours=12)      # learners wait for rollouts
     dist.init_process_group(backend, timeout=patience, **alone)
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    node, rank = divmod(dist.get_rank(), ranks)
-    memory = make_memory() if rank == 0 else Path()
-    return Cell(rank, ranks, node, dist.get_world_size() // ranks, memory)
 
 
 def resolve(cfg):
     """Fill in, once, what a 0 or an empty name leaves to the machine. Raises UserError for what cannot be."""
     gpus = torch.cuda.device_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 0))      # set by torchrun
+    ranks = int(os.environ.get("WORLD_SIZE", 0))    # set by torchrun
+    require(ranks == int(os.environ.get("LOCAL_WORLD_SIZE", 0)), "a run stays on one node")
     if not gpus and cfg.model == Config.model and not (cfg.oracle or cfg.plan):
         raise UserError("the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
                         "python tmax.py --tiny runs the same code on two CPU cores, as does a small --model")
@@ -2630,10 +2597,7 @@ def resolve(cfg):
     cfg.num_engines = cfg.num_engines or others
     cfg.name = cfg.name or time.strftime("%Y%m%d-%H%M%S")
     if ranks and cfg.num_learners != ranks:
-        raise UserError(f"--num_learners: torchrun started {ranks} on this node, not {cfg.num_learners}")
-    nodes = int(os.environ.get("WORLD_SIZE", 1)) // (ranks or 1)
-    if cfg.prompts_per_step % nodes:
-        raise UserError(f"--prompts_per_step: {cfg.prompts_per_step} is not a multiple of {nodes} nodes")
+        raise UserError(f"--num_learners: torchrun started {ranks}, not {cfg.num_learners}")
     needed = cfg.num_learners + cfg.num_engines
     if gpus == 1 and needed == 2 and not cfg.tiny:      # learner and engine share it
         share = dict(gpu_memory_utilization=round(plan(cfg, gpus).vllm_share, 3))
@@ -2661,8 +2625,7 @@ def make_run_dir(cfg):
 def preflight(cfg):
     """Raise UserError for what is wrong here, before anything is made. Returns (tasks, eval_tasks)."""
     if torch.cuda.is_available() and not cfg.tiny and not cfg.eval:
-        nodes = int(os.environ.get("WORLD_SIZE", cfg.num_learners)) // cfg.num_learners
-        problems = plan(cfg, torch.cuda.device_count(), nodes).problems
+        problems = plan(cfg, torch.cuda.device_count()).problems
         if problems:
             raise UserError(f"--plan says what does not fit: {'; '.join(problems)}")
     for flag, limit in dict(n=resource.RLIMIT_NOFILE, u=resource.RLIMIT_NPROC).items():
@@ -2683,14 +2646,14 @@ def preflight(cfg):
     return all_tasks(cfg.tasks, cfg), all_tasks(cfg.eval_tasks, every, "--eval_tasks")
 
 
-def generator_main(cfg, cell, model, log, pipe):
+def generator_main(cfg, memory, model, log, pipe):
     """Entry of the generator process: the leader of a group, which the janitor ends. It writes to `log`."""
     os.setpgid(0, 0)
-    (cell.memory / "group").write_text(str(os.getpid()))
+    (memory / "group").write_text(str(os.getpid()))
     with open(log, "w") as file:     # root_cause reads it
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    tempfile.tempdir = str(cell.memory)
+    tempfile.tempdir = str(memory)
     os.environ.update(CUDA_VISIBLE_DEVICES=engine_devices(cfg), TMPDIR=tempfile.tempdir,
                       VLLM_RPC_BASE_PATH=tempfile.tempdir)      # vLLM's sockets
     generator = Generator(cfg, pipe)
@@ -2716,15 +2679,14 @@ def run(cfg):
         threads = max(1, cores // processes)
         torch.set_num_threads(threads)
         os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_CPU_OMP_THREADS_BIND="nobind")
-    cell, name = join_ranks(), [cfg.name]
-    tasks, eval_tasks = preflight(cfg) if cell.rank == 0 else ([], [])
-    if cell.rank == 0 and cfg.model:
-        with reading(cfg.model):
-            check_weights(cfg.model, check_shape(cfg.model))
-    dist.broadcast_object_list(name)    # it may come from a clock
-    cfg.name = name[0]
-    run_dir = Path("runs", cfg.name)
-    if dist.get_rank() == 0:
+    join_ranks()
+    is_first, run_dir = dist.get_rank() == 0, Path("runs", cfg.name)
+    memory = make_memory() if is_first else Path()
+    if is_first:
+        tasks, eval_tasks = preflight(cfg)
+        if cfg.model:
+            with reading(cfg.model):
+                check_weights(cfg.model, check_shape(cfg.model))
         make_run_dir(cfg)
         if cfg.tiny and not (cfg.model and cfg.tasks) and not states(run_dir):
             model, demonstrations = make_tiny(run_dir, cfg.seed)
@@ -2732,7 +2694,7 @@ def run(cfg):
                 warm_start(model, demonstrations, cfg)
     dist.barrier()
     model = text_part(cfg.model or run_dir / "model", run_dir / "text")
-    if cell.rank == 0:
+    if is_first:
         tokenizer = AutoTokenizer.from_pretrained(model)
         tasks = drop_long_prompts(tasks or all_tasks([run_dir / "tasks"], cfg), tokenizer, cfg)
         if eval_tasks:
@@ -2740,18 +2702,18 @@ def run(cfg):
         print(f"{len(tasks)} tasks, {cfg.sandbox} sandboxes, run folder {run_dir}; vLLM is starting")
     with contextlib.ExitStack() as stack:
         generator = None
-        if cfg.log_to and dist.get_rank() == 0:
+        if cfg.log_to and is_first:
             with reading(cfg.log_to, "--log_to: "):     # it may want an account
                 tracker = importlib.import_module(cfg.log_to)
                 tracker.init(project="tmax", name=cfg.name, config=asdict(cfg), resume="allow")
             stack.callback(tracker.finish)
-        if cell.rank == 0:
-            generator = GeneratorClient(cfg, cell, model, tasks, run_dir)
+        if is_first:
+            generator = GeneratorClient(cfg, memory, model, tasks, run_dir)
             stack.callback(generator.close)
         if cfg.eval:
             report_scores(score(evaluate(generator, tasks, cfg)), str(model), run_dir)
         else:
-            train(cfg, cell, run_dir, model, generator, eval_tasks)
+            train(cfg, memory, run_dir, model, generator, eval_tasks if is_first else [])
 
 
 def main():
