@@ -2471,7 +2471,7 @@ def share(packs, counts, failure):
     dist.broadcast_object_list(message)
     packs, counts, failure = message
     if not failure and counts["groups_tried"] and not counts["rollouts_graded"]:
-        ends = {name: n for name, n in counts.items() if name.startswith("finish")}
+        ends = Counter({name: n for name, n in counts.items() if name.startswith("finish")})
         failure = f"all rollouts of a step are void: {ends}"
     if failure:
         raise RunFailed(failure)
