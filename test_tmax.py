@@ -650,11 +650,11 @@ def test_help_names_every_field(capsys):
 
 @pytest.mark.parametrize("gpus, ranks, world, flags, split", [
     (0, 0, 1, "--tiny", (1, 1)), (0, 0, 1, "--tiny --num_learners 2 --num_engines 3", (2, 3)), (8, 0, 1, "", (2, 6)),
-    (8, 0, 1, "--num_learners 4", (4, 4)), (8, 0, 1, "--num_engines 3", (5, 3)), (8, 6, 6, "", (6, 2)),
-    (8, 0, 1, "--eval", (0, 8)), (1, 0, 1, "--tiny", (1, 1)), (0, 2, 2, "--tiny", (2, 1)), (1, 0, 1, "", (1, 1)),
+    (8, 0, 1, "--num_learners 4", (4, 4)), (8, 0, 1, "--num_engines 3", (5, 3)), (8, 6, 6, "--num_learners 6", (6, 2)),
+    (8, 0, 1, "--eval", (0, 8)), (1, 0, 1, "--tiny", (1, 1)), (0, 2, 2, "--tiny --num_learners 2", (2, 1)), (1, 0, 1, "", (1, 1)),
     (2, 0, 1, "--num_learners 2", "num_learners.* 3 "), (8, 0, 1, """--vllm {"kv_cache_dtype":"fp8"}""", (3, 5)),
     (0, 0, 1, "", "needs GPUs"), (8, 0, 1, "--num_learners 5 --num_engines 4", "num_learners.* 9 "),
-    (8, 4, 4, "--num_learners 2", "torchrun started 4"), (8, 4, 12, "", "one node")])
+    (8, 4, 4, "--num_learners 2", "torchrun started 4"), (8, 4, 8, "--num_learners 4", "torchrun started 8")])
 def test_split_of_a_node(monkeypatch, qwen3_8b, gpus, ranks, world, flags, split):
     """Else learners and engines get the wrong numbers of GPUs, alone or under torchrun, or too few without a word."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)

@@ -2580,30 +2580,30 @@ def join_ranks():
 def resolve(cfg):
     """Fill in, once, what a 0 or an empty name leaves to the machine. Raises UserError for what cannot be."""
     gpus = torch.cuda.device_count()
-    ranks = int(os.environ.get("WORLD_SIZE", 0))    # set by torchrun
-    require(ranks == int(os.environ.get("LOCAL_WORLD_SIZE", 0)), "a run stays on one node")
-    if not gpus and cfg.model == Config.model and not (cfg.oracle or cfg.plan):
-        raise UserError("the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
-                        "python tmax.py --tiny runs the same code on two CPU cores, as does a small --model")
+    require(gpus or cfg.model != Config.model or cfg.oracle or cfg.plan,
+            "the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
+            "python tmax.py --tiny runs the same code on two CPU cores, as does a small --model")
     gpus = gpus or 8 * cfg.plan
-    cfg.num_learners = cfg.num_learners or ranks
-    if cfg.num_engines and not cfg.num_learners:
-        cfg.num_learners = max(1, gpus - cfg.num_engines)
     learns = cfg.plan or not cfg.eval
-    if learns and gpus > 1 and not cfg.num_learners and not cfg.tiny:
+    if not cfg.num_learners and cfg.num_engines:
+        cfg.num_learners = max(1, gpus - cfg.num_engines)
+    if not cfg.num_learners and learns and gpus > 1 and not cfg.tiny:
         cfg.num_learners = plan(cfg, gpus).learners
     cfg.num_learners = (cfg.num_learners or 1) if learns else 0
     others = 1 if cfg.tiny else max(1, gpus - cfg.num_learners)
     cfg.num_engines = cfg.num_engines or others
     cfg.name = cfg.name or time.strftime("%Y%m%d-%H%M%S")
-    if ranks and cfg.num_learners != ranks:
-        raise UserError(f"--num_learners: torchrun started {ranks}, not {cfg.num_learners}")
+    wanted = str(cfg.num_learners)
+    for variable in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):     # all on this node
+        started = os.environ.get(variable, wanted)
+        require(started == wanted, f"--num_learners: torchrun started {started}, not {wanted}")
     needed = cfg.num_learners + cfg.num_engines
-    if gpus == 1 and needed == 2 and not cfg.tiny:      # learner and engine share it
-        share = dict(gpu_memory_utilization=round(plan(cfg, gpus).vllm_share, 3))
-        cfg.vllm = json.dumps(share | json.loads(cfg.vllm))
-    elif 0 < gpus < needed and not cfg.plan and not (cfg.tiny and needed == 2):
-        raise UserError(f"--num_learners: with the engines {needed} GPUs are needed, and there are {gpus}")
+    one_for_both = gpus == 1 and needed == 2
+    if one_for_both and not cfg.tiny:
+        part = dict(gpu_memory_utilization=round(plan(cfg, gpus).vllm_share, 3))
+        cfg.vllm = json.dumps(part | json.loads(cfg.vllm))
+    require(cfg.plan or not gpus or one_for_both or needed <= gpus,
+            f"--num_learners: with the engines {needed} GPUs are needed, and there are {gpus}")
     return cfg
 
 
@@ -2743,8 +2743,8 @@ def main():
             preflight(cfg)
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             torchrun += [f"--nproc_per_node={cfg.num_learners}", __file__]
-            command = [*torchrun, *sys.argv[1:], "--name", cfg.name]
-            os.execv(sys.executable, command)
+            resolved = ["--name", cfg.name, "--num_learners", str(cfg.num_learners)]
+            os.execv(sys.executable, [*torchrun, *sys.argv[1:], *resolved])
         else:
             run(cfg)
     except UserError as error:
