@@ -271,9 +271,8 @@ async def rollout(engine, task, tokenizer, cfg, engine_rank=0, tries=3):
     """Let the policy work on a task in a fresh sandbox, then grade it. Returns a Rollout.
 
     What was submitted or ran out of time is graded, in an evaluation every end. Else, also where the agent
-    ended its own sandbox, the reward is 0 and counts in the group's mean. A sandbox that was lost, or what
-    nobody foresaw, says nothing of the model: the rollout is void and leaves its group. An evaluation tries
-    three times."""
+    ended its own sandbox, the reward is 0 and counts in the group's mean. A lost sandbox, or what nobody
+    foresaw, says nothing of the model: the rollout is void and leaves its group; evaluations try thrice."""
     r = Rollout(task.name, [], [], [], [])
     try:
         async with Sandbox(task, cfg) as box:
@@ -562,10 +561,10 @@ def policy_loss(cfg, logprobs, rollout_logprobs, advantages):
 def packed_attention(module, query, key, value, mask, cu_seqlens=None, scaling=None, **others):
     """Causal attention within each rollout of a pack, without a [N, N] mask.
 
-    transformers hands keywords of a model's forward that it does not know to this function: so `cu_seqlens`,
-    the borders of the rollouts, gets here from Policy.forward. query [1, heads, N, dim], key and value
-    [1, kv_heads, N, dim], cu_seqlens int32 [S + 1] -> ([1, N, heads, dim], None). Raises ValueError without
-    borders, as rollouts would see each other, and for another kind: windows, soft caps, sinks, dropout."""
+    transformers hands keywords of a model's forward that it does not know to this function: so the borders
+    `cu_seqlens` get here from Policy.forward. query [1, heads, N, dim], key and value [1, kv_heads, N, dim],
+    cu_seqlens int32 [S + 1] -> ([1, N, heads, dim], None). Raises ValueError without borders, and for another
+    kind of attention: windows, soft caps, sinks, dropout."""
     if cu_seqlens is None:
         raise ValueError("packed attention needs cu_seqlens, the borders of the rollouts")
     if (others.get("sliding_window") or math.inf) >= query.shape[2]:
@@ -623,9 +622,8 @@ class TokenLogprobs(torch.autograd.Function):
         chunks = []
         for rows, wanted in zip(hidden.split(chunk), targets.split(chunk)):
             logp = matmul(rows, weight.T).div_(temperature)
-            logz = logp.logsumexp(-1)
-            logp.sub_(logz[:, None])
-            logprobs = logp.gather(-1, wanted[:, None])[:, 0]
+            logz = logp.logsumexp(-1, keepdim=True)
+            logprobs = logp.sub_(logz).gather(-1, wanted[:, None])[:, 0]
             entropy = -logp.mul_(logp.exp()).sum(-1)
             chunks.append((logprobs, entropy, logz))
         logprobs, entropy, logz = map(torch.cat, zip(*chunks))
@@ -643,7 +641,7 @@ class TokenLogprobs(torch.autograd.Function):
         width = max(64, budget // max(1, len(hidden)) // 64 * 64)   # rows of the vocabulary, a multiple of 64
         for i, part in enumerate(weight.split(width)):
             d = matmul(hidden, part.T).div_(ctx.temperature)
-            d.sub_(logz[:, None]).exp_().neg_()     # d logprob / d logit = 1[target] - p
+            d.sub_(logz).exp_().neg_()      # d logprob / d logit = 1[target] - p
             column = targets[:, None] - i * width
             is_here = (column >= 0) & (column < len(part))
             d.scatter_add_(1, column.clamp(0, len(part) - 1), is_here.to(d))
@@ -777,9 +775,8 @@ class Learner:
 # ------------------------------------------------------------------------------------------------------------
 # Engine: vLLM, rollouts and sandboxes live in the generator, a process of its own: handling vLLM's outputs,
 # thousands of tokens a second in Python, would hold the GIL against the learner. A pipe joins it with the
-# first learner. Requests: ("train" or "eval", index, task, cfg), ("reload", folder, version).
-# Answers: ("train" or "eval", (index, rollouts, WAITING, load)), ("reload", seconds), and ("ready", text),
-# ("alive", "") or ("failed", reason) unasked.
+# first learner. Requests: ("train" or "eval", index, task, cfg), ("reload", folder, version). Answers to the
+# first: (index, rollouts, WAITING, load), to reload: seconds; unasked come "ready", "alive" and "failed".
 #
 # The bound on staleness, in groups:    started - (trained + rejected) <= (async_steps + 1) * prompts_per_step
 #
@@ -850,10 +847,10 @@ class GeneratorClient:
                 answer = self.receive("train")
                 if answer is None:
                     break
-                index, group, waits_now, load = answer
+                index, group, waiting_now, load = answer
                 self.done.add(index)
                 finished.append(group)
-                waits.update(waits_now)
+                waits.update(waiting_now)
                 loads.append(load)
                 show_void(group)
                 useful = len(select_groups([group], version, self.cfg)[0])
@@ -898,12 +895,12 @@ class Generator:
         """Start what the pipe asks for, for ever. Raises what an engine died of, as no request may notice."""
         self.tokenizer, self.engine = AutoTokenizer.from_pretrained(model), Engine(model, self.cfg)
         await self.engine.llm.update_weight_version("0")
-        kv_tokens, engines = self.engine.kv_tokens, self.cfg.num_engines
+        kv_tokens, engines = self.engine.kv_tokens, len(self.load)
         self.at_once = concurrency(self.cfg, kv_tokens // engines)
         self.slots = [asyncio.Semaphore(self.at_once) for _ in self.load]
-        ready = f"{engines} engine(s), KV cache for {kv_tokens:,} tokens"
-        ready += f", at most {self.at_once * engines} rollouts at once"
-        self.sender.submit(self.pipe.send, ("ready", f"vLLM is ready: {ready}"))
+        ready = (f"vLLM is ready: {engines} engine(s), KV cache for {kv_tokens:,} tokens, "
+                 f"at most {self.at_once * engines} rollouts at once")
+        self.sender.submit(self.pipe.send, ("ready", ready))
         told = time.monotonic()
         while not self.engine.llm.errored:
             if time.monotonic() - told > SILENCE / 4:   # rollouts may take longer
@@ -981,13 +978,11 @@ class Engine:
         with waiting("model"):
             async for output in self.llm.generate(prompt, params, request, data_parallel_rank=engine_rank):
                 done = output.outputs[0]
-        ids = list(done.token_ids)
-        entries = zip(done.logprobs, ids, strict=True)
-        logprobs = [entry[i].logprob for entry, i in entries]
+        logprobs = [entry[i].logprob for entry, i in zip(done.logprobs, done.token_ids, strict=True)]
         versions = []
         for span in done.weight_versions:
             versions += [int(span.version)] * (span.end - span.start)
-        return Turn(ids, logprobs, versions, done.finish_reason == "length")
+        return Turn(list(done.token_ids), logprobs, versions, done.finish_reason == "length")
 
     async def reload(self, folder, version):
         """Load weights from a folder of safetensors into every engine; returns seconds. Requests in flight go
@@ -2626,8 +2621,7 @@ def preflight(cfg):
     """Raise UserError for what is wrong here, before anything is made. Returns (tasks, eval_tasks)."""
     if torch.cuda.is_available() and not cfg.tiny and not cfg.eval:
         problems = plan(cfg, torch.cuda.device_count()).problems
-        if problems:
-            raise UserError(f"--plan says what does not fit: {'; '.join(problems)}")
+        require(not problems, f"--plan says what does not fit: {'; '.join(problems)}")
     for flag, limit in dict(n=resource.RLIMIT_NOFILE, u=resource.RLIMIT_NPROC).items():
         _, most = resource.getrlimit(limit)
         require(most < 0 or most >= 2048, f"ulimit -{flag}: {most} is too few for sandboxes: 2048 at least")
