@@ -3030,7 +3030,7 @@ def planned(qwen3_8b, monkeypatch):
     """planned(flags): the Plan for the config.json of Qwen3-8B without weights, on 8 x 80 GB where no GPU is."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    return lambda *flags: tmax.plan(tmax.resolve(tmax.parse_config(["--plan", "--model", qwen3_8b, *flags])), 8)
+    return lambda *flags: tmax.plan(tmax.resolve(tmax.parse_config(["--plan", "--model", qwen3_8b, *flags])))
 
 
 def test_plan_of_the_recipe_fits(planned):

@@ -1794,7 +1794,7 @@ def check_shape(model):
     """The model's text part without weights, from config.json alone. Raises UserError for what is untried:
     its windows, caps and scales may be missed."""
     config = AutoConfig.from_pretrained(model).get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    kinds = set(getattr(config, "layer_types", None) or [])
     require(config.model_type in TRAINABLE and kinds <= {"full_attention", "linear_attention"},
             f"a {config.model_type} is not supported: tried are {TRAINABLE} without windows")
     with torch.device("meta"):
@@ -1839,8 +1839,7 @@ def whole_or_not(folder, required=False):
     except (OSError, subprocess.SubprocessError, SafetensorError, dcp.api.CheckpointException) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            *_, cause = str(error).splitlines()
-            reason = f"{folder} cannot be written: {cause}"
+            reason = f"{folder} cannot be written: {str(error).splitlines()[-1]}"
             if required:
                 raise RunFailed(reason) from None
             tqdm.write(f"warning: {reason}")
@@ -1906,11 +1905,11 @@ def load_state(learner, generator, memory, run_dir):
         generator.finish_reload()
         for partial in run_dir.glob("*-*.partial"):     # a kill left it
             shutil.rmtree(partial)
-        with (run_dir / "metrics.jsonl").open("a+") as metrics:
-            metrics.seek(0)
-            whole = [line for line in metrics if line.endswith("\n")]
-            kept = [line for line in whole if saved and json.loads(line)["step"] <= progress["step"]]
-            metrics.truncate(len("".join(kept)))
+        metrics = run_dir / "metrics.jsonl"
+        metrics.touch()
+        whole = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
+        kept = [line for line in whole if saved and json.loads(line)["step"] <= progress["step"]]
+        os.truncate(metrics, len("".join(kept)))
     return progress["step"]
 
 
@@ -1968,9 +1967,8 @@ def report_scores(results, model, run_dir):
     """Print the figures and write eval.json."""
     scores = dict(model=model, **score(results))
     (run_dir / "eval.json").write_text(json.dumps(scores, indent=1))
-    runs = len(scores["run_means"])
-    error = f" ± {100 * scores['stderr']:.1f}" if runs > 1 else ""
-    print(f"\n{len(results)} tasks / {100 * scores['mean']:.1f}{error} % over {runs} run(s)")
+    error = f" ± {100 * scores['stderr']:.1f}" if scores["stderr"] is not None else ""
+    print(f"\n{len(results)} tasks / {100 * scores['mean']:.1f}{error} % over {len(results[0])} run(s)")
     for key in ("pass_at_k", "finish", "no_reward", "clipped", "void"):     # those in void count as 0
         print(f"{key:12} {scores[key]}")
     print(f"figures      {run_dir}/eval.json")
@@ -2179,8 +2177,8 @@ def engine_devices(cfg):
 
 def learner_memory(lm, cfg, ranks):
     """{part: bytes} of one learner in the backward pass of a full pack, the model sharded over `ranks`."""
-    d, n, width = lm.config.hidden_size, cfg.pack_length, getattr(torch, cfg.dtype).itemsize
-    size = lm.num_parameters()
+    d, n = lm.config.hidden_size, cfg.pack_length
+    width, size = getattr(torch, cfg.dtype).itemsize, lm.num_parameters()
     layers = [sum(p.numel() for p in layer.parameters()) for layer in lm.base_model.layers]
     rest = size - sum(layers)   # embedding and head, which FSDP gathers as one
 
@@ -2188,7 +2186,7 @@ def learner_memory(lm, cfg, ranks):
         """Bytes for a layer's backward pass: FP32 copies in norms, and what goes into products and comes out.
         The mixer's share, a multiple of its matrices' sides but d, is fitted to counts in Qwen3 and 3.5."""
         sides = sum(sum(p.shape) - d for p in mixer.parameters() if p.ndim == 2)
-        products = 7 * d + 3.7 * sides + 4 * lm.config.intermediate_size
+        products = 7 * d + 3.8 * sides + 4 * lm.config.intermediate_size
         return n * (4 * (4 * d + 0.9 * sides) + width * products)
     needed = [needs(mixer) for mixer in mixers(lm, "self_attn") + mixers(lm, "linear_attn")]
     activations = sum(needed)
@@ -2248,28 +2246,30 @@ class Plan(NamedTuple):
     text: str
 
 
-def plan(cfg, gpus):
-    """The Plan of --num_learners, or the fastest that fits, for so many GPUs as here, or of 80 GB."""
+def plan(cfg):
+    """The Plan of --num_learners, or the fastest that fits, on the GPUs that are here, or on 8 of 80 GB."""
     with reading(cfg.model):
         lm = check_shape(cfg.model)
-    plans = [plan_split(lm, replace(cfg, num_learners=learners, num_engines=max(1, gpus - learners)), gpus)
+    gpus = torch.cuda.device_count() or 8
+    plans = [plan_split(lm, replace(cfg, num_learners=learners, num_engines=max(1, gpus - learners)))
              for learners in range(1, max(2, gpus))]
     best = min(plans, key=lambda plan: (len(plan.problems), plan.seconds))
     if cfg.num_learners:
-        best = plan_split(lm, cfg, gpus)
+        best = plan_split(lm, cfg)
     splits = "; ".join(plan.split for plan in plans)
     return best._replace(text=f"{best.text}\nlearners + engines: {splits}")
 
 
-def plan_split(lm, cfg, gpus):
+def plan_split(lm, cfg):
     """Of a GPU, 5 % stay free of learners; vLLM takes 92 %, 4 GiB of it for activations and CUDA graphs."""
     gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 80 * 2**30
-    learners, engines, size = cfg.num_learners, cfg.num_engines, lm.num_parameters()
+    learners, engines = cfg.num_learners, cfg.num_engines
+    size = lm.num_parameters()
     weights = size * getattr(torch, cfg.dtype).itemsize
     parts = learner_memory(lm, cfg, learners)
     learner = max(sum(parts.values()), 16 * size / learners)    # in the step: weights, gradients, moments
     vllm = 0.92 * gpu
-    if learners + engines > gpus:   # one GPU for both
+    if torch.cuda.device_count() == 1:      # for both
         vllm -= learner
     cache = max(0, vllm - 4 * 2**30 - weights)
     kv_token, state = kv_bytes(lm, cfg), state_bytes(lm)
@@ -2278,14 +2278,15 @@ def plan_split(lm, cfg, gpus):
     longest = cfg.max_prompt_tokens + cfg.max_total_tokens
     length = MEAN_LENGTH * longest
     sampled = SAMPLED * length
-    # vLLM prefills half a block of 16 again each turn. With recurrent layers blocks are as large as a layer's
-    # state, and what was sampled is not cached.
+    # vLLM prefills half a block of 16 again each turn. With recurrent layers a block is as large as a state,
+    # and what was sampled is not cached.
     attention, recurrent = mixers(lm, "self_attn"), mixers(lm, "linear_attn")
     repeated = TURNS * 16 / 2
     if recurrent:
-        repeated = TURNS * state / len(recurrent) * len(attention) / kv_token / 2 + sampled
-    # At 80 % of bandwidth, decoding reads all weights and the contexts of rollouts that are not in bash, and
-    # reads and writes their states. All else is at 45 % of peak; an update goes forward twice and backward,
+        block = state / len(recurrent) / (kv_token / len(attention))
+        repeated = TURNS * block / 2 + sampled
+    # At 80 % of bandwidth, decoding reads the weights and, of rollouts that are not in bash, the context; it
+    # reads and writes their states. All else is at 45 % of peak. An update goes forward twice and backward;
     # then the moments come and go.
     decoding, peak = 0.6 * at_once, 0.45 * 989e12
     read = weights + decoding * (CONTEXT * length * kv_token + 2 * state)
@@ -2306,11 +2307,11 @@ def plan_split(lm, cfg, gpus):
         f"{cfg.model}: {size / 1e9:.2f}B parameters, {cfg.dtype}",
         f"{learners} learner(s) and {engines} engine(s), GPUs of {gib(gpu)} GiB; memory in GiB",
         f"a learner, with a pack of {cfg.pack_length:,} tokens: {gib(learner)}",
-        *(f"    {name:24}{gib(value):>8}" for name, value in parts.items()),
+        *(f"    {part}: {gib(value)}" for part, value in parts.items()),
         f"    AdamW's moments, in host memory until the step: {gib(8 * size / learners)}",
         f"an engine: {gib(vllm)}: weights {gib(weights)}, activations, graphs 4.0, KV cache {gib(cache)}",
-        f"    for {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length; {at_once} run at once",
-        f"    {repeated:,.0f} tokens of a rollout are prefilled again",
+        f"    for {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length; {at_once} run at once, "
+        f"{repeated:,.0f} tokens of a rollout are prefilled again",
         f"a reload: {gib(weights)} through /dev/shm",
         f"a state: {gib(12 * size)} under runs/, twice that while one replaces another",
         f"{seconds:.0f} seconds a step: generation {generation:.0f}, beside it an update of {update:.0f}, "
@@ -2547,7 +2548,7 @@ def resolve(cfg):
         cfg.num_learners = max(1, gpus - cfg.num_engines)
     learns = cfg.plan or not cfg.eval
     if learns and gpus > 1 and not cfg.num_learners and not cfg.tiny:
-        cfg.num_learners = plan(cfg, gpus).learners
+        cfg.num_learners = plan(cfg).learners
     cfg.num_learners = (cfg.num_learners or 1) if learns else 0
     others = 1 if cfg.tiny else max(1, gpus - cfg.num_learners)
     cfg.num_engines = cfg.num_engines or others
@@ -2556,7 +2557,7 @@ def resolve(cfg):
         raise UserError(f"--num_learners: torchrun started {ranks}, not {cfg.num_learners}")
     needed = cfg.num_learners + cfg.num_engines
     if gpus == 1 and needed == 2 and not cfg.tiny:      # learner and engine share it
-        share = dict(gpu_memory_utilization=round(plan(cfg, gpus).vllm_share, 3))
+        share = dict(gpu_memory_utilization=round(plan(cfg).vllm_share, 3))
         cfg.vllm = json.dumps(share | json.loads(cfg.vllm))
     elif 0 < gpus < needed and not cfg.plan and not (cfg.tiny and needed == 2):
         raise UserError(f"--num_learners: with the engines {needed} GPUs are needed, and there are {gpus}")
@@ -2581,7 +2582,7 @@ def make_run_dir(cfg):
 def preflight(cfg):
     """Raise UserError for what is wrong here, before anything is made. Returns (tasks, eval_tasks)."""
     if torch.cuda.is_available() and not cfg.tiny and not cfg.eval:
-        problems = plan(cfg, torch.cuda.device_count()).problems
+        problems = plan(cfg).problems
         if problems:
             raise UserError(f"--plan says what does not fit: {'; '.join(problems)}")
     for flag, limit in dict(n=resource.RLIMIT_NOFILE, u=resource.RLIMIT_NPROC).items():
@@ -2687,7 +2688,7 @@ def main():
     try:
         cfg = resolve(parse_config(sys.argv[1:]))
         if cfg.plan:
-            chosen = plan(cfg, torch.cuda.device_count() or 8)
+            chosen = plan(cfg)
             print(chosen.text)
             sys.exit(bool(chosen.problems))
         if cfg.oracle:
