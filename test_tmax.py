@@ -2664,7 +2664,7 @@ def family_model(request, tmp_path_factory):
 
 def test_families_train(family_model):
     """From a folder in shards to logprobs: in packs, as the learner computes them, against each rollout alone."""
-    tmax.check_weights(family_model, tmax.check_shape(family_model))
+    tmax.check_weights(family_model)
     policy, draw = tmax.load_policy(family_model, CFG, sharded=False), random.Random(5)
     rollouts = [random_rollout(draw) for _ in range(3)]
     with torch.no_grad():
@@ -2713,7 +2713,7 @@ def test_text_part_of_a_model_that_sees_images(tiny_model, tmp_path, process_gro
     whole = Qwen3_5ForConditionalGeneration(config)
     whole.save_pretrained(tmp_path / "whole")
     tokenizer.save_pretrained(tmp_path / "whole")
-    tmax.check_weights(tmp_path / "whole", tmax.check_shape(tmp_path / "whole"))
+    tmax.check_weights(tmp_path / "whole")
     for _ in range(2):
         folder = tmax.text_part(tmp_path / "whole", tmp_path / "text")
     assert tmax.text_part(folder, tmp_path / "again") == folder == tmp_path / "text" and not (tmp_path / "again").exists()
@@ -2729,10 +2729,10 @@ TENSOR = "model.layers.1.mlp.up_proj.weight"
 @pytest.mark.parametrize("name, damage, reason", [
     ("model.safetensors", lambda file: save_file({name: x for name, x in load_file(file).items() if name != TENSOR}, file),
      f"lack 1 .*{TENSOR}"),
-    ("model.safetensors", lambda file: save_file(load_file(file) | {TENSOR: torch.tensor(math.nan)}, file),
+    ("model.safetensors", lambda file: save_file(load_file(file) | {TENSOR: torch.full((256, 128), math.nan)}, file),
      f"{TENSOR} is not finite"),
     ("model.safetensors", lambda file: file.write_bytes(file.read_bytes()[:-100]), ""),
-    ("model.safetensors", Path.unlink, "lack "),
+    ("model.safetensors", Path.unlink, "no file"),
     ("config.json", lambda file: file.write_text('{"model_type": "new"}'), "new"), ("tokenizer.json", Path.unlink, ""),
 ], ids=str)
 def test_a_broken_model_folder_is_one_line(tiny_model, tmp_path, name, damage, reason):
@@ -2742,7 +2742,7 @@ def test_a_broken_model_folder_is_one_line(tiny_model, tmp_path, name, damage, r
     with pytest.raises(tmax.UserError, match=f"^--model: {folder}: .*{reason}.*$"):
         tmax.preflight(replace(TINY, model=str(folder)))
         with tmax.reading(folder):
-            tmax.check_weights(folder, tmax.check_shape(folder))
+            tmax.check_weights(folder)
 
 
 def test_checkpoint_keeps_dtype_and_generation_config(tiny_model, tmp_path, process_group):
@@ -3030,7 +3030,7 @@ def planned(qwen3_8b, monkeypatch):
     """planned(flags): the Plan for the config.json of Qwen3-8B without weights, on 8 x 80 GB where no GPU is."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    return lambda *flags: tmax.plan(tmax.resolve(tmax.parse_config(["--plan", "--model", qwen3_8b, *flags])), 8)
+    return lambda *flags: tmax.plan(tmax.resolve(tmax.parse_config(["--plan", "--model", qwen3_8b, *flags])))
 
 
 def test_plan_of_the_recipe_fits(planned):
@@ -3180,18 +3180,13 @@ def test_what_a_machine_lacks_is_named(tiny_model, tmp_path, monkeypatch):
     full = ["nothing"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0 if path in full else 2**50))
     tmax.check_machine(lm, TINY)
-    for full, where in (["/dev/shm"], "/dev/shm"), (["."], os.getcwd()):
+    for full, where in (["/dev/shm"], "/dev/shm"), ([os.getcwd()], os.getcwd()):
         with pytest.raises(tmax.UserError, match=f"needs 0.0. GiB in {where}, where 0.00 are free"):
             tmax.check_machine(lm, TINY)
     with monkeypatch.context() as patch:
         patch.setattr(tmax.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(tmax.UserError, match="^--log_to: wandb is not installed: .*pip install wandb"):
             tmax.preflight(replace(TINY, log_to="wandb"))
-    full = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(tmax.UserError, match="C compiler"):
-        tmax.check_machine(lm, TINY)
     command = f'ulimit -n 1024; exec "{sys.executable}" "{tmax.__file__}" --tiny --name low'
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and re.fullmatch("error: ulimit -n: 1024 .*\n", done.stderr), done.stderr

@@ -51,7 +51,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tempfile
 import threading
@@ -77,7 +76,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 from docker.utils.socket import frames_iter
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -1775,7 +1774,7 @@ def make_room(wanted):
 
 @contextlib.contextmanager
 def reading(what, prefix="--model: "):
-    """Whatever goes wrong within becomes one line that names what was read, a UserError."""
+    """Whatever goes wrong within becomes a UserError, one line that names what was read."""
     try:
         yield
     except Exception as error:
@@ -1787,19 +1786,28 @@ TRAINABLE = "llama qwen2 qwen3 qwen3_5_text".split()    # whose packed logprobs 
 
 
 def check_shape(model):
-    """The model's text part without weights, from config.json alone. Raises UserError for what nobody has
-    tried: windows, caps and scales may be missed."""
+    """The model's text part without weights, from config.json alone. Raises UserError for what is untried:
+    its windows, caps and scales may be missed."""
     config = AutoConfig.from_pretrained(model).get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    kinds = set(getattr(config, "layer_types", None) or [])
     require(config.model_type in TRAINABLE and kinds <= {"full_attention", "linear_attention"},
             f"a {config.model_type} is not supported: tried are {TRAINABLE} without windows")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
+def check_weights(model):
+    """Raises UserError where a tensor is missing, which would be drawn at random, or not finite."""
+    lm, report = AutoModelForCausalLM.from_pretrained(model, dtype="auto", output_loading_info=True)
+    missing = sorted(report["missing_keys"])
+    require(not missing, f"its files lack {len(missing)} tensors: {missing[:3]}")
+    for name, tensor in lm.state_dict().items():
+        require(tensor.isfinite().all(), f"{name} is not finite")
+
+
 def text_part(model, folder):
-    """The model; of one that also sees images the text part, saved to `folder` once (a collective): vLLM
-    takes weights back under its names."""
+    """The model, or what it has for text, saved to `folder` once (a collective): vLLM takes weights back
+    under its names."""
     config = AutoConfig.from_pretrained(model)
     if config is config.get_text_config():
         return model
@@ -1812,19 +1820,6 @@ def text_part(model, folder):
     return folder
 
 
-def check_weights(model, lm):
-    """Raises UserError if the model's safetensors files lack a tensor, which would be drawn at random,
-    or hold a number that is not finite."""
-    folder = Path(model if os.path.isdir(model) else huggingface_hub.snapshot_download(model))
-    missing = set(lm.state_dict()) - set(lm.all_tied_weights_keys)
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                missing.discard(name.replace(".language_model", ""))    # of a text part
-                require(tensors.get_tensor(name).isfinite().all(), f"{file.name}: {name} is not finite")
-    require(not missing, f"its safetensors files lack {len(missing)} tensors: {sorted(missing)[:3]}")
-
-
 @contextlib.contextmanager
 def whole_or_not(folder, required=False):
     """Give a folder to write to; it becomes `folder` once all is on the disk (a collective). If it cannot be
@@ -1833,17 +1828,13 @@ def whole_or_not(folder, required=False):
     try:
         yield partial
         if dist.get_rank() == 0:
-            for path in (*partial.iterdir(), partial):
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
+            subprocess.run(["sync", *partial.iterdir(), partial], check=True)
             shutil.rmtree(folder, ignore_errors=True)       # of a step that --resume took again
             partial.rename(folder)
-    except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
+    except (OSError, subprocess.SubprocessError, SafetensorError, dcp.api.CheckpointException) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            *_, cause = str(error).splitlines()
-            reason = f"{folder} cannot be written: {cause}"
+            reason = f"{folder} cannot be written: {str(error).splitlines()[-1]}"
             if required:
                 raise RunFailed(reason) from None
             tqdm.write(f"warning: {reason}")
@@ -1852,42 +1843,39 @@ def whole_or_not(folder, required=False):
 
 def save_checkpoint(learner, tokenizer, run_dir, step):
     """An ordinary Hugging Face folder, checkpoint-STEP (a collective)."""
-    required = step == learner.cfg.training_steps
-    with whole_or_not(run_dir / f"checkpoint-{step}", required) as folder:
+    is_last = step == learner.cfg.training_steps
+    with whole_or_not(run_dir / f"checkpoint-{step}", required=is_last) as folder:
         learner.save_weights(folder)
         if dist.get_rank() == 0:
             lm = learner.policy.lm
             lm.config.dtype = learner.cfg.dtype
             lm.config.save_pretrained(folder)
-            # save_pretrained refuses some
-            lm.generation_config.to_json_file(folder / "generation_config.json")
+            lm.generation_config.to_json_file(folder / "generation_config.json")    # its own way refuses some
             tokenizer.save_pretrained(folder)
 
 
 def states(run_dir):
-    """The whole states in the folder of a run, the newest last."""
-    def step_of(folder):
-        return int(folder.name.removeprefix("state-"))
-    return sorted(run_dir.glob("state-*[0-9]"), key=step_of)
+    """The whole states of a run, the newest last."""
+    return sorted(run_dir.glob("state-*[0-9]"), key=lambda state: int(state.name.removeprefix("state-")))
 
 
 def tensors_of(learner):
     """{parameter: {"weight", "step", "exp_avg", "exp_avg_sq"}}, the tensors themselves."""
-    parameters, state = learner.policy.named_parameters(), learner.optimizer.state
-    return {name: dict(weight=p, **state[p]) for name, p in parameters}
+    state = learner.optimizer.state
+    return {name: dict(weight=p, **state[p]) for name, p in learner.policy.named_parameters()}
 
 
 def save_state(learner, generator, run_dir, step):
-    """Write what --resume needs to state-STEP (a collective), each rank its share of weights and moments.
-    There is no random state: nothing that is trained draws numbers."""
+    """Write what --resume needs to state-STEP (a collective), each rank its share. There is no random state:
+    nothing that is trained draws numbers."""
     start = time.monotonic()
     with whole_or_not(run_dir / f"state-{step}") as folder:
         dcp.save(dict(learner=tensors_of(learner)), checkpoint_id=folder)
         if generator:   # which groups are done, and how much of the log tells of them
-            os.fsync(generator.log.fileno())
-            log_bytes = os.fstat(generator.log.fileno()).st_size
-            progress = dict(step=step, version=learner.version,
-                            done=sorted(generator.done), log_bytes=log_bytes)
+            log = generator.log.fileno()
+            os.fsync(log)
+            progress = dict(step=step, version=learner.version, done=sorted(generator.done),
+                            log_bytes=os.fstat(log).st_size)
             (folder / "progress.json").write_text(json.dumps(progress))
     if dist.get_rank() == 0:
         for old in states(run_dir)[:-1]:
@@ -1896,8 +1884,8 @@ def save_state(learner, generator, run_dir, step):
 
 
 def load_state(learner, generator, memory, run_dir):
-    """Go on from the newest state (a collective), also with other learners and engines. Returns its step;
-    without one 0: the run begins anew in its folder."""
+    """Go on from the newest state (a collective), also with other learners and engines. Returns its step.
+    Without one that is 0: the run begins anew in its folder."""
     progress, saved = dict(step=0, version=0, done=[], log_bytes=0), states(run_dir)
     if saved:
         dcp.load(dict(learner=tensors_of(learner)), checkpoint_id=saved[-1])    # into the tensors
@@ -1912,11 +1900,11 @@ def load_state(learner, generator, memory, run_dir):
         generator.finish_reload()
         for partial in run_dir.glob("*-*.partial"):     # a kill left it
             shutil.rmtree(partial)
-        with (run_dir / "metrics.jsonl").open("a+") as metrics:
-            metrics.seek(0)
-            whole = [line for line in metrics if line.endswith("\n")]
-            kept = [line for line in whole if saved and json.loads(line)["step"] <= progress["step"]]
-            metrics.truncate(len("".join(kept)))
+        metrics = run_dir / "metrics.jsonl"
+        metrics.touch()
+        whole = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
+        kept = [line for line in whole if saved and json.loads(line)["step"] <= progress["step"]]
+        os.truncate(metrics, len("".join(kept)))
     return progress["step"]
 
 
@@ -1929,38 +1917,34 @@ def evaluate(generator, tasks, cfg, step=0):
     generator.finish_reload()
     for index, task in enumerate(tasks):
         generator.send("eval", index, task, cfg)
-    results = [None] * len(tasks)
+    results = [[] for _ in tasks]
     for _ in tqdm(tasks, desc="evaluation: tasks", leave=False, disable=None):
         answer = generator.receive("eval")
         if answer is None:
             raise RunFailed(generator.failure)
-        index, results[index], *_ = answer
-        show_void(results[index])
-        for run, r in enumerate(results[index]):
+        index, rollouts, *_ = answer
+        results[index] = rollouts
+        show_void(rollouts)
+        for run, r in enumerate(rollouts):
             write_rollouts(generator.log, [r], generator.cfg, step=step, run=run)
         if generator.cfg.eval:
-            report_task(results[index], results)
+            report_task(rollouts, results)
     return results
 
 
 def score(results):
     """Figures of rollouts [task][run]. A void rollout counts 0; a reward of 1 is a pass.
 
-    mean and stderr are over the means of the runs: standard deviation (n - 1) / sqrt(runs), None for one run.
-    pass_at_k, that one of k attempts passes: 1 - C(runs - passes, k) / C(runs, k), mean over the tasks."""
+    stderr is that of the runs' means (with n - 1), None for one run. pass_at_k: one of k attempts passes,
+    1 - C(runs - passes, k) / C(runs, k) in the mean over the tasks."""
     rewards = np.array([[r.reward for r in rollouts] for rollouts in results])
     runs, means = rewards.shape[1], rewards.mean(0)
     passes = (rewards >= 1).sum(1).tolist()
-    tasks = [dict(task=rollouts[0].task, pass_rate=n / runs,
-                  rewards=[r.reward for r in rollouts],
-                  finish=[r.finish for r in rollouts])
-             for rollouts, n in zip(results, passes)]
     every = sum(results, [])
     problems = Counter(r.problem for r in every)
 
     def pass_at(k):
-        all_fail = [math.comb(runs - n, k) / math.comb(runs, k) for n in passes]
-        return 1 - float(np.mean(all_fail))
+        return 1 - float(np.mean([math.comb(runs - n, k) for n in passes])) / math.comb(runs, k)
     return dict(
         mean=float(means.mean()),
         stderr=float(means.std(ddof=1)) / runs ** 0.5 if runs > 1 else None,
@@ -1968,16 +1952,18 @@ def score(results):
         pass_at_k={k: pass_at(k) for k in range(1, runs + 1)},
         finish=dict(Counter(r.finish for r in every)),
         no_reward=problems["no_reward"], clipped=problems["clipped"],
-        void=sorted({r.task for r in every if r.void}), tasks=tasks)
+        void=sorted({r.task for r in every if r.void}),
+        tasks=[dict(task=rollouts[0].task, pass_rate=n / runs,
+                    rewards=[r.reward for r in rollouts], finish=[r.finish for r in rollouts])
+               for rollouts, n in zip(results, passes)])
 
 
-def report_scores(scores, model, run_dir):
+def report_scores(results, model, run_dir):
     """Print the figures and write eval.json."""
-    with (run_dir / "eval.json").open("w") as file:
-        json.dump(dict(model=model, **scores), file, indent=1)
-    runs = len(scores["run_means"])
-    error = f" ± {100 * scores['stderr']:.1f}" if runs > 1 else ""
-    print(f"\n{len(scores['tasks'])} tasks / {100 * scores['mean']:.1f}{error} % over {runs} run(s)")
+    scores = dict(model=model, **score(results))
+    (run_dir / "eval.json").write_text(json.dumps(scores, indent=1))
+    error = f" ± {100 * scores['stderr']:.1f}" if scores["stderr"] is not None else ""
+    print(f"\n{len(results)} tasks / {100 * scores['mean']:.1f}{error} % over {len(results[0])} run(s)")
     for key in ("pass_at_k", "finish", "no_reward", "clipped", "void"):     # those in void count as 0
         print(f"{key:12} {scores[key]}")
     print(f"figures      {run_dir}/eval.json")
@@ -1985,19 +1971,18 @@ def report_scores(scores, model, run_dir):
 
 def report_task(rollouts, results):
     """Print a finished task's line, the mean so far, and last words where there is no reward."""
-    [row] = score([rollouts])["tasks"]
-    finished = [r for group in results if group for r in group]
-    so_far = len(finished) // len(rollouts)
-    print(f"{row['task']!r:40}  {row['pass_rate']:.2f}  {', '.join(row['finish'])}   "
-          f"({so_far} of {len(results)} tasks, mean {np.mean([r.reward for r in finished]):.3f})")
+    pass_rate = np.mean([r.reward >= 1 for r in rollouts])
+    ends = ", ".join(r.finish for r in rollouts)
+    so_far = [np.mean([r.reward for r in group]) for group in results if group]
+    print(f"{rollouts[0].task!r:40}  {pass_rate:.2f}  {ends}   "
+          f"({len(so_far)} of {len(results)} tasks, mean {np.mean(so_far):.3f})")
     for r in rollouts:
         if r.void or r.problem == "no_reward":
             print(f"    {r.transcript[-1]['content'][-300:]!r}")
 
 
 def evaluate_step(generator, cfg, tasks, step):
-    """--eval_every: the same within a run, on checkpoint-STEP's weights and with the run's token budgets.
-    Training waits."""
+    """--eval_every: the same on checkpoint-STEP's weights, with the run's token budgets. Training waits."""
     start = time.monotonic()
     cfg = replace(cfg, eval=True, temperature=EVAL["temperature"], top_p=EVAL["top_p"])
     scores = score(evaluate(generator, tasks, cfg, step))
@@ -2019,7 +2004,7 @@ async def oracle(cfg, tasks, run_dir):
         report_task(rollouts, results)
     with (run_dir / "rollouts.jsonl").open("a") as log:
         await asyncio.gather(*map(one, tasks, results))
-    report_scores(score(results), "oracle", run_dir)
+    report_scores(results, "oracle", run_dir)
 
 
 async def run_solution(box, r):
@@ -2068,21 +2053,18 @@ def tiny_task(kind, first, second):
 
 
 def make_tiny(root, seed):
-    """Write 126 tasks of three kinds, a tokenizer and a random model under `root`. Returns (model folder,
-    demonstrations [(instruction, solution), …] about other pairs of words)."""
+    """Write 126 tasks, a tokenizer and a random model under `root`. Returns (model folder, demonstrations
+    [(instruction, solution), …] about other pairs of words)."""
     pairs = list(itertools.permutations(TINY_WORDS, 2))
     random.Random(seed).shuffle(pairs)
-    kinds = ("write", "rename", "follow")
-    for (a, b), kind in itertools.product(pairs[:42], kinds):
-        files, _ = tiny_task(kind, a, b)
+    subjects = [(kind, *pair) for pair in pairs for kind in ("write", "rename", "follow")]
+    for subject in subjects[:126]:
+        files, _ = tiny_task(*subject)
         for name, text in files.items():
-            path = root / "tasks" / f"{kind}-{a}-{b}" / name
+            path = root / "tasks" / "-".join(subject) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-    demonstrations = []
-    for (a, b), kind in itertools.product(pairs[42:210], kinds):
-        _, demonstration = tiny_task(kind, a, b)
-        demonstrations.append(demonstration)
+    demonstrations = [tiny_task(*subject)[1] for subject in subjects[126:630]]
     bpe = Tokenizer(models.BPE())
     word = Regex(rf"[ /]?(?:{'|'.join(TINY_WORDS)})|\n")    # a name is a token of its own
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -2092,8 +2074,7 @@ def make_tiny(root, seed):
         tokenizer_object=bpe, chat_template=TINY_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     texts = [tokenizer.apply_chat_template(tiny_conversation(*d), tools=tool_schemas(), tokenize=False)
              for d in demonstrations]
-    special = "|".join(map(re.escape, TINY_SPECIAL))
-    pieces = re.split(special, "".join(texts))      # or merges would spell them
+    pieces = re.split("|".join(map(re.escape, TINY_SPECIAL)), "".join(texts))   # or merges would spell them
     tokenizer = tokenizer.train_new_from_iterator(
         pieces, vocab_size=1024, new_special_tokens=TINY_SPECIAL, show_progress=False)
     torch.manual_seed(seed)
@@ -2117,7 +2098,7 @@ def tiny_conversation(instruction, solution):
 
 
 def demonstration_rollout(tokenizer, instruction, solution):
-    """The same as a Rollout, its tokens put together as rollout() does: prompt, turns, tool turns."""
+    """The same as a Rollout, its tokens put together as rollout() does."""
     chat = chat_format(tokenizer)
     r = Rollout("demonstration", [], [], [], [])
     r.append(chat.prompt(instruction), 0)
@@ -2130,28 +2111,27 @@ def demonstration_rollout(tokenizer, instruction, solution):
 
 
 def warm_start(folder, demonstrations, cfg, target=0.25, noise=0.08):
-    """Supervised training until the policy, when it samples, solves held-out demonstrations with probability
-    `target` (the product over their tokens, in the mean): RL needs some successes to begin with.
+    """Supervised training until samples solve held-out demonstrations with probability `target` (the product
+    over their tokens, in the mean): RL needs some successes to begin with.
 
-    A share of the targets is random, so that the policy learns every word and yet hesitates everywhere. It
-    then fails now and then in every task; RL learns nothing from tasks that always fail or never."""
+    A share of the targets is noise, so that the policy learns every word and yet fails now and then in every
+    task: RL learns nothing from tasks that always fail or never."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     policy = load_policy(folder, cfg, sharded=False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, weight_decay=0.0)
     draw, slips = random.Random(cfg.seed), np.random.default_rng(cfg.seed)
     examples = [demonstration_rollout(tokenizer, *d) for d in demonstrations]
     draw.shuffle(examples)
-    held_out, examples = examples[:96], examples[96:]
-    held_out, sampled = build_pack(held_out), [sum(r.mask) for r in held_out]
+    held_out = build_pack(examples[:96])
+    sampled = [sum(r.mask) for r in examples[:96]]
     for step in tqdm(range(2000), desc="warm start", leave=False, disable=None):
         if step % 2 == 0:
             with torch.no_grad():
                 logprobs, _ = policy(held_out)
-            each = [float(part.sum().exp()) for part in logprobs.split(sampled)]
-            solved = np.mean(each)
+            solved = np.mean([float(part.sum().exp()) for part in logprobs.split(sampled)])
             if solved >= target:
                 break
-        batch = build_pack(draw.sample(examples, 16))
+        batch = build_pack(draw.sample(examples[96:], 16))
         wrong = slips.random(len(batch.targets)) < noise
         drawn = slips.integers(len(tokenizer), size=len(wrong))
         batch.targets[wrong] = drawn[wrong]
@@ -2174,14 +2154,13 @@ MEAN_LENGTH, SAMPLED, CONTEXT, TURNS = 0.76, 0.7, 0.65, 28
 
 
 def concurrency(cfg, kv_tokens):
-    """Rollouts at once that keep an engine with this much KV cache busy: as many as it holds at their mean
-    length, and more for those that are in bash, 40 % of the time; never more than the asynchrony allows."""
-    length = MEAN_LENGTH * (cfg.max_prompt_tokens + cfg.max_total_tokens)
-    at_once = math.ceil(kv_tokens / length / 0.6)
+    """Rollouts at once that keep an engine busy: what its KV cache holds at their mean length, and more for
+    the 40 % of the time that they are in bash; never more than the asynchrony allows."""
+    at_once = kv_tokens / 0.6 / (MEAN_LENGTH * (cfg.max_prompt_tokens + cfg.max_total_tokens))
     if cfg.max_concurrent_rollouts:
-        at_once = math.ceil(cfg.max_concurrent_rollouts / cfg.num_engines)
+        at_once = cfg.max_concurrent_rollouts / cfg.num_engines
     in_flight = (cfg.async_steps + 1) * cfg.prompts_per_step * cfg.samples_per_prompt
-    return min(at_once, math.ceil(in_flight / cfg.num_engines))
+    return math.ceil(min(at_once, in_flight / cfg.num_engines))
 
 
 def engine_devices(cfg):
@@ -2193,32 +2172,26 @@ def engine_devices(cfg):
 
 def learner_memory(lm, cfg, ranks):
     """{part: bytes} of one learner in the backward pass of a full pack, the model sharded over `ranks`."""
-    c, n = lm.config, cfg.pack_length
-    width = getattr(torch, cfg.dtype).itemsize
-    d, layers = c.hidden_size, lm.base_model.layers
-    size = lm.num_parameters()
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-    rest = size - sum(sizes)    # embedding and head, which FSDP gathers as one
+    d, n = lm.config.hidden_size, cfg.pack_length
+    width, size = getattr(torch, cfg.dtype).itemsize, lm.num_parameters()
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in lm.base_model.layers]
+    rest = size - sum(layers)   # embedding and head, which FSDP gathers as one
 
-    def needs(layer):
-        """Bytes for its backward pass, counted in the model's source: FP32 copies in norms; what goes into
-        and comes out of matrix products, rotary embedding, convolution, attention and gates."""
-        if hasattr(layer, "linear_attn"):
-            conv, v = layer.linear_attn.conv_dim, layer.linear_attn.value_dim
-            norms, mixer = 3 * v, 3 * conv + 10 * v
-        else:
-            q, kv = layer.self_attn.o_proj.in_features, layer.self_attn.k_proj.out_features
-            gate = layer.self_attn.q_proj.out_features - q
-            norms, mixer = 2 * q + 2 * kv, 8 * q + 4 * gate + 5 * kv
-        return 4 * n * (4 * d + norms) + width * n * (7 * d + mixer + 4 * c.intermediate_size)
-    activations = sum(map(needs, layers))
+    def needs(mixer):
+        """Bytes for a layer's backward pass: FP32 copies in norms, and what goes into products and comes out.
+        The mixer's share, a multiple of its matrices' sides but d, is fitted to counts in Qwen3 and 3.5."""
+        sides = sum(sum(p.shape) - d for p in mixer.parameters() if p.ndim == 2)
+        products = 7 * d + 3.8 * sides + 4 * lm.config.intermediate_size
+        return n * (4 * (4 * d + 0.9 * sides) + width * products)
+    needed = [needs(mixer) for mixer in mixers(lm, "self_attn") + mixers(lm, "linear_attn")]
+    activations = sum(needed)
     if cfg.gradient_checkpointing:
-        logits = 2 * 4 * min(1024, n) * c.vocab_size
-        activations = width * n * d * len(layers) + max(logits, *map(needs, layers))
+        logits = 2 * 4 * min(1024, n) * lm.config.vocab_size
+        activations = width * n * d * len(layers) + max(logits, *needed)
     return {
         "weights, FP32": 4 * size / ranks,
         "gradients, FP32": 4 * size / ranks,
-        "gathered layers": width * (2 * max(sizes) + 1.5 * rest),   # two; embedding, head, head's gradient
+        "gathered layers": width * (2 * max(layers) + 1.5 * rest),  # two; embedding, head, head's gradient
         "activations": activations}
 
 
@@ -2234,61 +2207,29 @@ def state_bytes(lm):
     return sum(4 * layer.head_k_dim * layer.value_dim for layer in mixers(lm, "linear_attn"))
 
 
-def repeated_tokens(lm, cfg, length):
-    """Tokens of a rollout that vLLM prefills again, half a block a turn. With recurrent layers blocks are as
-    large as a layer's state, and what was sampled is not cached."""
-    recurrent, full = (len(mixers(lm, kind)) for kind in ("linear_attn", "self_attn"))
-    if not recurrent:
-        return TURNS * 8
-    block = state_bytes(lm) / recurrent * full / kv_bytes(lm, cfg)
-    return TURNS * block / 2 + SAMPLED * length
+def gib(size):
+    return f"{size / 2**30:.1f}"
 
 
 def small_cache(lm, cfg):
-    """Bytes of an engine's KV cache for --tiny and without a GPU: for 64 rollouts, or those that half of the
-    free memory holds. Raises UserError if these are fewer than 4."""
+    """Bytes of an engine's KV cache without a GPU: for 64 rollouts, or those that half of the free memory
+    holds. Raises UserError if these are fewer than 4."""
     rollout = kv_bytes(lm, cfg) * (cfg.max_prompt_tokens + cfg.max_total_tokens) + 2 * state_bytes(lm)
-    free = psutil.virtual_memory().available
-    fit = free // (2 * cfg.num_engines) // rollout
-    require(fit >= 4, f"--max_total_tokens: KV cache for 4 rollouts needs {4 * rollout / 2**30:.1f} GiB, "
-                      f"half of the free memory is {free / 2**31:.1f}")
-    return rollout * min(64, fit)
+    free = psutil.virtual_memory().available // (2 * cfg.num_engines)
+    require(free >= 4 * rollout, f"--max_total_tokens: KV cache for 4 rollouts needs {gib(4 * rollout)} GiB, "
+                                 f"half of the free memory is {gib(free)} for an engine")
+    return rollout * min(64, free // rollout)
 
 
 def check_machine(lm, cfg):
-    """Raise UserError where a run would lack room later, or vLLM, with GPUs, what it compiles with."""
+    """Raise UserError where a run would lack room later."""
     size = lm.num_parameters()
     weights = size * getattr(torch, cfg.dtype).itemsize
     states = 2 * 12 * size if cfg.state_every else 0    # one while it replaces another
-    for folder, needed in {"/dev/shm": weights, ".": weights + states}.items():
+    for folder, needed in {"/dev/shm": weights, os.getcwd(): weights + states}.items():
         free = shutil.disk_usage(folder).free
-        require(needed < free, f"a run of it needs {needed / 2**30:.2f} GiB in {Path(folder).absolute()}, "
+        require(needed < free, f"a run of it needs {needed / 2**30:.2f} GiB in {folder}, "
                                f"where {free / 2**30:.2f} are free")
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    compiles = shutil.which("cc") and header.is_file()
-    require(compiles or not torch.cuda.is_available(),
-            "vLLM compiles at its start: install a C compiler and Python's headers (apt: gcc, python3-dev)")
-
-
-def step_seconds(lm, cfg, learners, engines, at_once):
-    """(generation, update, reload) of one step by rooflines of an H100."""
-    size = lm.num_parameters()
-    width = sum(layer.o_proj.in_features for layer in mixers(lm, "self_attn"))
-    weights = size * getattr(torch, cfg.dtype).itemsize
-    rollouts = cfg.prompts_per_step * cfg.samples_per_prompt
-    length = MEAN_LENGTH * (cfg.max_prompt_tokens + cfg.max_total_tokens)
-    # Decoding reads all weights and the context of those rollouts that are not in bash, at 80 % of bandwidth.
-    decoding = 0.6 * at_once
-    context = CONTEXT * length * kv_bytes(lm, cfg) + 2 * state_bytes(lm)    # read, written
-    read = weights + decoding * context
-    token = 0.001 + read / (0.8 * 3.35e12)
-    prefill = repeated_tokens(lm, cfg, length) * 2 * size / (0.45 * 989e12)
-    generation = rollouts * (SAMPLED * length * token / decoding + prefill) / engines
-    # Forward, recomputed forward and backward pass: matrix products and attention, at 45 % of peak. Then the
-    # moments come and go.
-    flops = 8 * size + 9 * width * length
-    update = (rollouts * length * flops / (0.45 * 989e12) + 16 * size / 10e9) / learners
-    return generation, update, 2 * weights / 5e9
 
 
 class Plan(NamedTuple):
@@ -2300,40 +2241,57 @@ class Plan(NamedTuple):
     text: str
 
 
-def plan(cfg, gpus):
-    """The Plan of --num_learners, or the fastest that fits, for so many GPUs as here, or of 80 GB."""
+def plan(cfg):
+    """The Plan of --num_learners, or the fastest that fits, on the GPUs that are here, or on 8 of 80 GB."""
     with reading(cfg.model):
         lm = check_shape(cfg.model)
-    plans = [plan_split(lm, cfg, learners, max(1, gpus - learners), gpus)
+    gpus = torch.cuda.device_count() or 8
+    plans = [plan_split(lm, replace(cfg, num_learners=learners, num_engines=max(1, gpus - learners)))
              for learners in range(1, max(2, gpus))]
     best = min(plans, key=lambda plan: (len(plan.problems), plan.seconds))
     if cfg.num_learners:
-        best = plan_split(lm, cfg, cfg.num_learners, cfg.num_engines, gpus)
+        best = plan_split(lm, cfg)
     splits = "; ".join(plan.split for plan in plans)
     return best._replace(text=f"{best.text}\nlearners + engines: {splits}")
 
 
-def plan_split(lm, cfg, learners, engines, gpus):
+def plan_split(lm, cfg):
     """Of a GPU, 5 % stay free of learners; vLLM takes 92 %, 4 GiB of it for activations and CUDA graphs."""
     gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 80 * 2**30
+    learners, engines = cfg.num_learners, cfg.num_engines
     size = lm.num_parameters()
     weights = size * getattr(torch, cfg.dtype).itemsize
     parts = learner_memory(lm, cfg, learners)
-    in_step = 16 * size / learners     # weights, gradients, moments
-    learner = max(sum(parts.values()), in_step)
+    learner = max(sum(parts.values()), 16 * size / learners)    # in the step: weights, gradients, moments
     vllm = 0.92 * gpu
-    if learners + engines > gpus:   # one GPU for both
+    if torch.cuda.device_count() == 1:      # for both
         vllm -= learner
     cache = max(0, vllm - 4 * 2**30 - weights)
-    longest, kv_token = cfg.max_prompt_tokens + cfg.max_total_tokens, kv_bytes(lm, cfg)
+    kv_token, state = kv_bytes(lm, cfg), state_bytes(lm)
     tokens = int(cache / kv_token)
-    at_once = max(1, concurrency(replace(cfg, num_engines=engines), tokens))
-    generation, update, reload = step_seconds(lm, cfg, learners, engines, at_once)
-    step = max(generation, update) + reload
-    days = step * cfg.training_steps / 86400
-
-    def gib(size):
-        return f"{size / 2**30:.1f}"
+    at_once = max(1, concurrency(cfg, tokens))
+    longest = cfg.max_prompt_tokens + cfg.max_total_tokens
+    length = MEAN_LENGTH * longest
+    sampled = SAMPLED * length
+    # vLLM prefills half a block of 16 again each turn. With recurrent layers a block is as large as a state,
+    # and what was sampled is not cached.
+    attention, recurrent = mixers(lm, "self_attn"), mixers(lm, "linear_attn")
+    repeated = TURNS * 16 / 2
+    if recurrent:
+        block = state / len(recurrent) / (kv_token / len(attention))
+        repeated = TURNS * block / 2 + sampled
+    # At 80 % of bandwidth, decoding reads the weights and, of rollouts that are not in bash, the context; it
+    # reads and writes their states. All else is at 45 % of peak. An update goes forward twice and backward;
+    # then the moments come and go.
+    decoding, peak = 0.6 * at_once, 0.45 * 989e12
+    read = weights + decoding * (CONTEXT * length * kv_token + 2 * state)
+    token = 0.001 + read / (0.8 * 3.35e12)
+    flops = 8 * size + 9 * length * sum(layer.o_proj.in_features for layer in attention)
+    rollouts = cfg.prompts_per_step * cfg.samples_per_prompt
+    generation = rollouts * (sampled * token / decoding + repeated * 2 * size / peak) / engines
+    update = (rollouts * length * flops / peak + 16 * size / 10e9) / learners
+    reload = 2 * weights / 5e9
+    seconds = max(generation, update) + reload
     problems = []
     if learner > 0.95 * gpu:
         problems.append(f"a learner needs {gib(learner)} GiB: raise --num_learners, lower --pack_length")
@@ -2344,21 +2302,20 @@ def plan_split(lm, cfg, learners, engines, gpus):
         f"{cfg.model}: {size / 1e9:.2f}B parameters, {cfg.dtype}",
         f"{learners} learner(s) and {engines} engine(s), GPUs of {gib(gpu)} GiB; memory in GiB",
         f"a learner, with a pack of {cfg.pack_length:,} tokens: {gib(learner)}",
-        *(f"    {name:24}{gib(value):>8}" for name, value in parts.items()),
+        *(f"    {part}: {gib(value)}" for part, value in parts.items()),
         f"    AdamW's moments, in host memory until the step: {gib(8 * size / learners)}",
         f"an engine: {gib(vllm)}: weights {gib(weights)}, activations, graphs 4.0, KV cache {gib(cache)}",
-        f"    for {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length; {at_once} run at once",
-        f"    {repeated_tokens(lm, cfg, MEAN_LENGTH * longest):,.0f} tokens of a rollout are prefilled again",
+        f"    for {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length; {at_once} run at once, "
+        f"{repeated:,.0f} tokens of a rollout are prefilled again",
         f"a reload: {gib(weights)} through /dev/shm",
         f"a state: {gib(12 * size)} under runs/, twice that while one replaces another",
-        f"{step:.0f} seconds a step: generation {generation:.0f}, beside it an update of {update:.0f}, then "
-        f"a reload of {reload:.0f}; {days:.1f} days for {cfg.training_steps} steps",
-        "    (modelled, not measured: an H100, learners at 45 % of peak, rollouts of "
-        f"{MEAN_LENGTH * longest:,.0f} tokens)",
+        f"{seconds:.0f} seconds a step: generation {generation:.0f}, beside it an update of {update:.0f}, "
+        f"then a reload of {reload:.0f}; {seconds * cfg.training_steps / 86400:.1f} days in all",
+        f"    (modelled, not measured: an H100, learners at 45 % of peak, rollouts of {length:,.0f} tokens)",
         *([f"does not fit: {problem}" for problem in problems] or ["it fits"])]
-    outcome = "does not fit" if problems else f"{step:.0f} s"
+    outcome = "does not fit" if problems else f"{seconds:.0f} s"
     split = f"{learners} + {engines}: {outcome}"
-    return Plan(problems, step, learners, vllm / gpu, split, "\n".join(lines))
+    return Plan(problems, seconds, learners, vllm / gpu, split, "\n".join(lines))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2583,7 +2540,7 @@ def resolve(cfg):
     if not cfg.num_learners and cfg.num_engines:
         cfg.num_learners = max(1, gpus - cfg.num_engines)
     if not cfg.num_learners and learns and gpus > 1 and not cfg.tiny:
-        cfg.num_learners = plan(cfg, gpus).learners
+        cfg.num_learners = plan(cfg).learners
     cfg.num_learners = (cfg.num_learners or 1) if learns else 0
     others = 1 if cfg.tiny else max(1, gpus - cfg.num_learners)
     cfg.num_engines = cfg.num_engines or others
@@ -2595,7 +2552,7 @@ def resolve(cfg):
     needed = cfg.num_learners + cfg.num_engines
     one_for_both = gpus == 1 and needed == 2
     if one_for_both and not cfg.tiny:
-        part = dict(gpu_memory_utilization=round(plan(cfg, gpus).vllm_share, 3))
+        part = dict(gpu_memory_utilization=round(plan(cfg).vllm_share, 3))
         cfg.vllm = json.dumps(part | json.loads(cfg.vllm))
     require(cfg.plan or not gpus or one_for_both or needed <= gpus,
             f"--num_learners: with the engines {needed} GPUs are needed, and there are {gpus}")
@@ -2620,7 +2577,7 @@ def make_run_dir(cfg):
 def preflight(cfg):
     """Raise UserError for what is wrong here, before anything is made. Returns (tasks, eval_tasks)."""
     if torch.cuda.is_available() and not cfg.tiny and not cfg.eval:
-        problems = plan(cfg, torch.cuda.device_count()).problems
+        problems = plan(cfg).problems
         require(not problems, f"--plan says what does not fit: {'; '.join(problems)}")
     for flag, limit in dict(n=resource.RLIMIT_NOFILE, u=resource.RLIMIT_NPROC).items():
         _, most = resource.getrlimit(limit)
@@ -2680,7 +2637,7 @@ def run(cfg):
         tasks, eval_tasks = preflight(cfg)
         if cfg.model:
             with reading(cfg.model):
-                check_weights(cfg.model, check_shape(cfg.model))
+                check_weights(cfg.model)
         make_run_dir(cfg)
         if cfg.tiny and not (cfg.model and cfg.tasks) and not states(run_dir):
             model, demonstrations = make_tiny(run_dir, cfg.seed)
@@ -2705,7 +2662,7 @@ def run(cfg):
             generator = GeneratorClient(cfg, memory, model, tasks, run_dir)
             stack.callback(generator.close)
         if cfg.eval:
-            report_scores(score(evaluate(generator, tasks, cfg)), str(model), run_dir)
+            report_scores(evaluate(generator, tasks, cfg), str(model), run_dir)
         else:
             train(cfg, memory, run_dir, model, generator, eval_tasks if is_first else [])
 
@@ -2725,7 +2682,7 @@ def main():
     try:
         cfg = resolve(parse_config(sys.argv[1:]))
         if cfg.plan:
-            chosen = plan(cfg, torch.cuda.device_count() or 8)
+            chosen = plan(cfg)
             print(chosen.text)
             sys.exit(bool(chosen.problems))
         if cfg.oracle:
