@@ -1171,7 +1171,7 @@ DOCKER_ERRORS = OSError, docker.errors.DockerException      # those of requests 
 
 # One line, so that bash's messages number the agent's lines. The command, of $1 bytes, comes on stdin:
 # arguments have a limit, and `pkill -f` would find its own shell. Where the command replaces the EXIT trap,
-# the line's end saves the state. `timeout` sends SIGTERM twice. `builtin`: functions may have any name.
+# the line's end saves the state. `timeout` sends two SIGTERMs. `builtin`: functions may have any name.
 SAVE_STATE = """{ builtin set +ex -- "$?"; builtin trap '' TERM; builtin unset __command; { \
 builtin umask -p; builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; \
 } >|/tmp/.shell; } >/dev/null 2>&1; builtin exit "$1" """
@@ -1231,12 +1231,12 @@ class Sandbox:
             seeds = self.task.path / "environment/seeds"
             if os.path.lexists(seeds):
                 await self.upload(seeds, "/workspace")
+            return self
         except BaseException as error:
             await self.__aexit__()
             if isinstance(error, (*DOCKER_ERRORS, KilledItself)):   # nobody has worked in it yet
                 raise SandboxLost("start", error) from error
             raise
-        return self
 
     async def __aexit__(self, *_):
         def close():
@@ -1423,8 +1423,8 @@ REMOVE = 'rm -rf -- "$0" || { chmod -R u+rwX -- "$0"; rm -rf -- "$0"; }'
 
 
 class Bubblewrap:
-    """The host's /usr, read-only, and a folder of its own, where the host opens nothing that may be a link.
-    What a command leaves running ends with it. Under root each has an unprivileged uid of its own."""
+    """The host's /usr, read-only, no network, and a folder of its own, where the host opens nothing that may
+    be a link. What a command leaves running ends with it. Under root each has an unprivileged uid."""
 
     def __init__(self, task, cfg):
         self.task, self.top, self.process, self.busy = task, "", None, threading.Lock()
@@ -1473,9 +1473,9 @@ class Bubblewrap:
         self.busy.release()     # a command that comes late finds no folder
 
 
-# It waits for what was just starting.
+# What was starting is there after some seconds.
 JANITOR = f"""trap '' HUP INT TERM; cat; kill -s KILL -- "-$(cat "$0/group")"; sleep 3; {REMOVE}
-containers=$(timeout 60 docker ps -aq --filter "label=tmax.owner=$0") && docker rm -fv $containers"""
+timeout 60 docker ps -aq --filter "label=tmax.owner=$0" | xargs -r docker rm -fv"""
 
 
 def make_memory():
