@@ -999,29 +999,6 @@ class Engine:
         return time.monotonic() - start
 
 
-OWNED = """model tokenizer dtype max_model_len data_parallel_size logprobs_mode load_format generation_config
-    quantization hf_overrides""".split()     # what --vllm may not change: the learner computes with the same
-
-
-def engine_args(model, cfg):
-    """How vLLM is set up: an engine per GPU, the same numerics as the learner's; --vllm is merged over it."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    arguments = dict(
-        model=str(model), dtype=cfg.dtype, max_model_len=cfg.max_prompt_tokens + cfg.max_total_tokens,
-        data_parallel_size=cfg.num_engines,
-        distributed_executor_backend="uni",     # no worker process beside each engine
-        seed=random.SystemRandom().randrange(2**31),    # vLLM's 0 would repeat its noise in each run
-        max_num_batched_tokens=8192, enable_prefix_caching=True, disable_log_stats=True,
-        mamba_ssm_cache_dtype="float32",        # recurrent states, as the learner's
-        logprobs_mode="processed_logprobs",     # after the temperature, as the learner computes them
-        generation_config="vllm",               # else top_k and top_p of the model's own defaults creep in
-        hf_overrides={"head_dtype": "float32"})     # as in token_logprobs
-    if cfg.tiny or not torch.cuda.is_available():
-        cache = small_cache(check_shape(model), cfg)
-        arguments |= dict(enforce_eager=True, kv_cache_memory_bytes=cache, max_num_seqs=64)
-    return AsyncEngineArgs(**(arguments | json.loads(cfg.vllm)))
-
-
 # ============================================================================================================
 # Part II: the machinery
 # ============================================================================================================
@@ -1165,7 +1142,8 @@ DOCKER_ERRORS = OSError, docker.errors.DockerException      # those of requests 
 
 # One line, so that bash's messages number the agent's lines. The command, of $1 bytes, comes on stdin:
 # arguments have a limit, and `pkill -f` would find its own shell. Where the command replaces the EXIT trap,
-# the line's end saves the state. `timeout` sends two SIGTERMs. `builtin`: functions may have any name.
+# the line's end saves the state. A second SIGTERM of `timeout` must not cut it. `builtin`: functions may have
+# any name.
 SAVE_STATE = """{ builtin set +ex -- "$?"; builtin trap '' TERM; builtin unset __command; { \
 builtin umask -p; builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; \
 } >|/tmp/.shell; } >/dev/null 2>&1; builtin exit "$1" """
@@ -1649,15 +1627,17 @@ def find_source(source):
 
 
 def unpacked(archive):
-    """The folder that an archive is unpacked into, once for each content, whole or not at all."""
+    """The folder that an archive is unpacked into, once for each content, whole or not at all. Members that
+    are no file and no folder leave out their task: a link may lead anywhere."""
     folder = huggingface_hub.cached_assets_path("tmax", "tasks")
     tasks = folder / hashlib.sha256(archive.read_bytes()).hexdigest()
     if not tasks.is_dir():
         with (reading(archive, ""), tarfile.open(archive) as tar,
               tempfile.TemporaryDirectory(dir=folder) as partial):
-            plain = all(member.isfile() or member.isdir() for member in tar)
-            require(plain, "holds more than files and folders")     # a link may lead anywhere
-            tar.extractall(f"{partial}/tasks", filter="data")       # refuses paths that lead outside
+            tops = {member: Path(member.name).parts[:1] for member in tar}
+            odd = {top for member, top in tops.items() if not (member.isfile() or member.isdir())}
+            members = [member for member, top in tops.items() if top not in odd]
+            tar.extractall(f"{partial}/tasks", members, filter="data")      # refuses paths that lead outside
             tar.fileobj.read()      # gzip's checksum is at the end
             with contextlib.suppress(OSError):      # another start was faster
                 os.rename(f"{partial}/tasks", tasks)
@@ -2113,8 +2093,32 @@ def warm_start(folder, demonstrations, cfg, target=0.25, noise=0.08):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Plan: memory and seconds, from shapes alone. The seconds are rooflines of an H100, not measurements.
+# Plan: how vLLM is set up; memory and seconds from shapes alone. The seconds are rooflines of an H100, not
+# measurements.
 # ------------------------------------------------------------------------------------------------------------
+
+OWNED = """model tokenizer dtype max_model_len data_parallel_size logprobs_mode load_format generation_config
+    quantization hf_overrides""".split()     # what --vllm may not change: the learner computes with the same
+
+
+def engine_args(model, cfg):
+    """How vLLM is set up: an engine per GPU, the same numerics as the learner's; --vllm is merged over it."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    arguments = dict(
+        model=str(model), dtype=cfg.dtype, max_model_len=cfg.max_prompt_tokens + cfg.max_total_tokens,
+        data_parallel_size=cfg.num_engines,
+        distributed_executor_backend="uni",     # no worker process beside each engine
+        seed=random.SystemRandom().randrange(2**31),    # vLLM's 0 would repeat its noise in each run
+        max_num_batched_tokens=8192, enable_prefix_caching=True, disable_log_stats=True,
+        mamba_ssm_cache_dtype="float32",        # recurrent states, as the learner's
+        logprobs_mode="processed_logprobs",     # after the temperature, as the learner computes them
+        generation_config="vllm",               # else top_k and top_p of the model's own defaults creep in
+        hf_overrides={"head_dtype": "float32"})     # as in token_logprobs
+    if cfg.tiny or not torch.cuda.is_available():
+        cache = small_cache(check_shape(model), cfg)
+        arguments |= dict(enforce_eager=True, kv_cache_memory_bytes=cache, max_num_seqs=64)
+    return AsyncEngineArgs(**(arguments | json.loads(cfg.vllm)))
+
 
 # Of 444 real rollouts: mean length in budgets, the sampled share, a token's mean context, median of turns.
 MEAN_LENGTH, SAMPLED, CONTEXT, TURNS = 0.76, 0.7, 0.65, 28
