@@ -407,8 +407,7 @@ def select_groups(groups, step, cfg):
     groups_stale (a token lags more than async_steps versions: stage two of the bound on staleness),
     groups_zero_spread (rewards equal but for rounding, so all advantages are 0)."""
     kept = []
-    names = "groups_kept groups_void groups_stale groups_zero_spread rollouts_void"
-    counts = dict.fromkeys(names.split(), 0)
+    counts = dict(groups_kept=0, groups_void=0, groups_stale=0, groups_zero_spread=0, rollouts_void=0)
     for group in groups:
         graded = [r for r in group if not r.void]
         counts["rollouts_void"] += len(group) - len(graded)
