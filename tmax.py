@@ -2603,8 +2603,8 @@ def run(cfg):
     join_ranks()
     is_first, run_dir = dist.get_rank() == 0, Path("runs", cfg.name)
     memory = make_memory() if is_first else Path()
+    tasks, eval_tasks = preflight(cfg) if is_first else ([], [])
     if is_first:
-        tasks, eval_tasks = preflight(cfg)
         if cfg.model:
             with reading(cfg.model):
                 check_weights(cfg.model)
@@ -2634,7 +2634,7 @@ def run(cfg):
         if cfg.eval:
             report_scores(evaluate(generator, tasks, cfg), str(model), run_dir)
         else:
-            train(cfg, memory, run_dir, model, generator, eval_tasks if is_first else [])
+            train(cfg, memory, run_dir, model, generator, eval_tasks)
 
 
 def main():
