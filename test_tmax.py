@@ -2,7 +2,7 @@
 
     bash run.sh test                                    the default suite
     bash run.sh test -k 'loss or pack or rollout'       for a change of the algorithm: less than a minute
-    bash run.sh test -m slow                            learning with three seeds, two nodes, more kills
+    bash run.sh test -m slow                            learning with three seeds, more kills
     bash run.sh test -m bench -s                        benchmarks: they print, they assert nothing about time
     bash run.sh test -m gpu                             checks that need a CUDA device (vLLM not needed)
 """
@@ -33,7 +33,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -68,6 +67,8 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import tmax
 
+ROOT = Path(tmax.__file__).parent
+README = (ROOT / "README.md").read_text()
 TINY = tmax.Config(**tmax.TINY | dict(num_learners=1, num_engines=1))
 HOT = replace(TINY, temperature=2.0)     # so that some turns are long
 MARK = f"tmax-test-{os.getpid()}"      # in the environment of everything that a test starts
@@ -76,9 +77,10 @@ FIELDS = {field.name: field.default for field in dataclasses.fields(tmax.Config)
 
 def make_task(folder, test="echo 1 >/logs/verifier/reward.txt", instruction="Do it.", toml=None, seeds=None, files=None):
     """Write a Harbor task folder; None leaves a file out."""
-    (folder / "tests").mkdir(parents=True)
     content = {"tests/test.sh": test, "instruction.md": instruction, "task.toml": toml} | (files or {})
-    for name, data in (content | {f"environment/seeds/{name}": data for name, data in (seeds or {}).items()}).items():
+    content |= {f"environment/seeds/{name}": data for name, data in (seeds or {}).items()}
+    (folder / "tests").mkdir(parents=True)
+    for name, data in content.items():
         if data is not None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
@@ -137,7 +139,6 @@ HYBRID = dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attent
               linear_num_value_heads=2, linear_key_head_dim=64, linear_value_head_dim=64)
 QWEN3_8B = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
                 head_dim=128, vocab_size=151_936, tie_word_embeddings=False, architectures=["Qwen3ForCausalLM"])
-
 QWEN3_5_9B = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=32, num_attention_heads=16, num_key_value_heads=4,
                   head_dim=256, linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
                   linear_value_head_dim=128, vocab_size=248_320, tie_word_embeddings=False, architectures=["Qwen3_5ForCausalLM"])
@@ -175,16 +176,40 @@ def start(*args, **kw):
     return STARTED[-1]
 
 
-def start_run(folder, *flags):
+def start_run(folder, name, flags):
     """`python tmax.py --tiny --name NAME …` in a folder of its own, as a user starts it."""
     (folder / "tmp").mkdir(exist_ok=True)
-    with (folder / f"log-{flags[1]}").open("w") as log:
-        return start([sys.executable, tmax.__file__, "--tiny", *flags], cwd=folder, stdout=log, stderr=log,
-                     env=os.environ | {"TMAX_MARK": MARK, "TMPDIR": str(folder / "tmp"), "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"})
+    path = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
+    with (folder / f"log-{name}").open("w") as log:
+        return start([sys.executable, tmax.__file__, "--tiny", "--name", name, *flags.split()], cwd=folder, stdout=log, stderr=log,
+                     env=os.environ | {"TMAX_MARK": MARK, "TMPDIR": str(folder / "tmp"), "PYTHONPATH": path})
 
 
 def last_line(folder, name):
     return (folder / f"log-{name}").read_text().splitlines()[-1]
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.open()]
+
+
+def metrics_of(run, folder, name, seconds):
+    """metrics.jsonl of a run, which must end well."""
+    assert run.wait(seconds) == 0, last_line(folder, name)
+    return json_lines(folder / f"runs/{name}/metrics.jsonl")
+
+
+def mismatch(metrics):
+    return max(m["mismatch_max"] or 0 for m in metrics)
+
+
+def python(*args, **kw):
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, **kw)
+
+
+def in_a_process(function, *args):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def descendants(pid):
@@ -230,10 +255,6 @@ def assert_nothing_left(folder, used, seconds=30):
     assert left_of(folder, used) == []
 
 
-def json_lines(path):
-    return [json.loads(line) for line in path.open()]
-
-
 @pytest.fixture(scope="session")
 def held_out(tiny_model, tmp_path_factory):
     """Four tasks of three kinds to evaluate on."""
@@ -256,18 +277,13 @@ def tiny_run(tmp_path_factory, held_out):
     """The folder of a short tiny run: tasks, warm-started model, checkpoints, metrics, transcripts."""
     folder = tmp_path_factory.mktemp("e2e")
     (folder / "trackio.py").write_text(TRACKIO)
-    run = start_run(folder, "--name", "e2e", "--training_steps", "6", "--prompts_per_step", "8", "--eval_every", "3",
-                    "--eval_tasks", str(held_out), "--eval_runs", "2", "--save_tokens", "--log_to", "trackio")
+    run = start_run(folder, "e2e", f"""--training_steps 6 --prompts_per_step 8 --eval_every 3 --eval_tasks {held_out}
+                                       --eval_runs 2 --save_tokens --log_to trackio""")
     wait_for(lambda: run.poll() is not None or (folder / "runs/e2e/metrics.jsonl").exists(), 400)
     used = used_memory(run)
     assert run.wait(600) == 0, last_line(folder, "e2e")
     assert_nothing_left(folder, used)
     return folder / "runs/e2e"
-
-
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tiny_run):
-    return tiny_run / "checkpoint-6", []
 
 
 @pytest.fixture(scope="session")
@@ -287,8 +303,7 @@ def evaluation(tiny_run, held_out):
     folder, tasks = tiny_run.parents[1], tiny_run.parents[1] / "tasks"
     shutil.copytree(held_out, tasks)
     make_task(tasks / "never", toml="[environment]\nmemory_mb = 1\n", seeds={"large": "x" * (4 << 20)})
-    run = start_run(folder, "--name", "eval", "--eval", "--model", str(tiny_run / "checkpoint-6"), "--tasks", str(tasks),
-                    "--temperature", "1", "--top_p", "1")
+    run = start_run(folder, "eval", f"--eval --model {tiny_run}/checkpoint-6 --tasks {tasks} --temperature 1 --top_p 1")
     assert run.wait(300) == 0, last_line(folder, "eval")
     return folder / "runs/eval", (folder / "log-eval").read_text()
 
@@ -332,16 +347,13 @@ gdn_attention.cpu_gdn_attention_core, Extension = core, type("Extension", (), {}
 @pytest.fixture(scope="session")
 def fp32_rule(tmp_path_factory):
     """The value of --vllm that brings RULE into an engine; tests are skipped where vLLM cannot load a Qwen3.5."""
-    try:
-        import torchvision  # noqa: F401
-    except Exception as error:
-        pytest.skip(f"vLLM's Qwen3.5 imports torchvision: {error}")
+    pytest.importorskip("torchvision", reason="vLLM's Qwen3.5 imports torchvision", exc_type=Exception)
     folder = tmp_path_factory.mktemp("rule")
     (folder / "fp32_rule.py").write_text(RULE)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setenv("PYTHONPATH", f"{folder}:{os.environ.get('PYTHONPATH', '')}")
-        yield '{"worker_extension_cls": "fp32_rule.Extension"}'
+        yield '{"worker_extension_cls":"fp32_rule.Extension"}'
 
 
 @pytest.fixture(scope="session")
@@ -363,40 +375,19 @@ def hybrid(tmp_path_factory):
     return folder
 
 
-def start_hybrid(folder, hybrid, fp32_rule, *flags):
-    return start_run(folder, "--name", "h", "--model", str(hybrid / "model"), "--tasks", str(hybrid / "tasks"), "--vllm", fp32_rule,
-                     *flags)
+def start_hybrid(folder, hybrid, fp32_rule, flags):
+    return start_run(folder, "h", f"--model {hybrid}/model --tasks {hybrid}/tasks --vllm {fp32_rule} {flags}")
 
 
 @pytest.fixture(scope="session")
 def hybrid_checkpoint(hybrid, fp32_rule, tmp_path_factory):
-    """A checkpoint of three steps on two learners and two engines, which agree, and flags of vLLM's that compute as they did."""
+    """A checkpoint of three steps on two learners and two engines, which agree."""
     folder = tmp_path_factory.mktemp("trained")
-    run = start_hybrid(folder, hybrid, fp32_rule, *"""--num_learners 2 --num_engines 2 --gradient_checkpointing true
-                       --training_steps 3 --prompts_per_step 8""".split())
-    assert run.wait(1700) == 0, last_line(folder, "h")
-    steps = json_lines(folder / "runs/h/metrics.jsonl")
-    assert len(steps) == 3 and 0 < steps[0]["mismatch_max"] and max(m["mismatch_max"] or 0 for m in steps) <= 1e-4
-    return folder / "runs/h/checkpoint-3", ["--worker-extension-cls", json.loads(fp32_rule)["worker_extension_cls"]]
-
-
-@pytest.fixture(scope="session")
-def live(tiny_run):
-    """A real engine on an event loop in a thread; `call` runs a coroutine there."""
-    threads, loop = torch.get_num_threads(), asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    call = lambda coroutine: asyncio.run_coroutine_threadsafe(coroutine, loop).result(300)
-
-    async def make():
-        engine = tmax.Engine(tiny_run / "model", HOT)
-        await engine.llm.update_weight_version("0")
-        return engine
-    engine = call(make())
-    torch.set_num_threads(threads)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):   # vLLM's; a run would take them for torchrun's
-        os.environ.pop(name, None)
-    yield SimpleNamespace(engine=engine, call=call)
-    engine.llm.shutdown(timeout=0)
+    run = start_hybrid(folder, hybrid, fp32_rule, """--num_learners 2 --num_engines 2 --gradient_checkpointing true
+                                                     --training_steps 3 --prompts_per_step 8""")
+    steps = metrics_of(run, folder, "h", 1700)
+    assert len(steps) == 3 and 0 < steps[0]["mismatch_max"] and mismatch(steps) <= 1e-4
+    return folder / "runs/h/checkpoint-3"
 
 
 CFG = tmax.Config(sandbox="bwrap", bash_timeout=100.0)
@@ -602,8 +593,8 @@ def test_defaults_are_the_cards_values():
                 max_turn_tokens=16384, max_total_tokens=32768, max_steps=64, temperature=1.0, top_p=1.0, bash_timeout=120.0,
                 prompts_per_step=32, samples_per_prompt=8, advantage="centered", async_steps=4, pack_length=34816,
                 loss="dppo_tv", dppo_threshold=0.1, learning_rate=1e-6, max_grad_norm=1.0, training_steps=500,
-                dtype="bfloat16", gradient_checkpointing=True, eval_runs=3, sandbox="auto", network="auto", save_every=50, state_every=5, vllm="{}",
-                image_disk_gb=100.0)
+                dtype="bfloat16", gradient_checkpointing=True, eval_runs=3, sandbox="auto", network="auto", save_every=50,
+                state_every=5, vllm="{}", image_disk_gb=100.0)
     cfg = tmax.parse_config([])
     assert {name: value for name, value in vars(cfg).items() if value} == card and cfg == tmax.Config()
 
@@ -649,24 +640,20 @@ def test_help_names_every_field(capsys):
     assert end.value.code == 0 and all(f"--{name}" in said for name in FIELDS)
 
 
-@pytest.mark.parametrize("gpus, ranks, world, flags, split", [
-    (0, 0, 1, "--tiny", (1, 1)), (0, 0, 1, "--tiny --num_learners 2 --num_engines 3", (2, 3)), (8, 0, 1, "", (2, 6)),
-    (8, 0, 1, "--num_learners 4", (4, 4)), (8, 0, 1, "--num_engines 3", (5, 3)), (8, 6, 12, "", (6, 2)),
-    (8, 0, 1, "--eval", (0, 8)), (1, 0, 1, "--tiny", (1, 1)), (0, 2, 4, "--tiny", (2, 1)), (1, 0, 1, "", (1, 1)),
-    (2, 0, 1, "--num_learners 2", "num_learners.* 3 "), (8, 0, 1, """--vllm {"kv_cache_dtype":"fp8"}""", (3, 5)),
-    (0, 0, 1, "", "needs GPUs"), (8, 0, 1, "--num_learners 5 --num_engines 4", "num_learners.* 9 "),
-    (8, 4, 4, "--num_learners 2", "torchrun started 4"), (8, 4, 12, "", "prompts_per_step.* 3 nodes")])
-def test_split_of_a_node(monkeypatch, qwen3_8b, gpus, ranks, world, flags, split):
+@pytest.mark.parametrize("gpus, ranks, flags, split", [
+    (0, 0, "--tiny", (1, 1)), (0, 0, "--tiny --num_learners 2 --num_engines 3", (2, 3)), (8, 0, "", (2, 6)),
+    (8, 0, "--num_learners 4", (4, 4)), (8, 0, "--num_engines 3", (5, 3)), (8, 6, "", (6, 2)), (8, 0, "--eval", (0, 8)),
+    (1, 0, "--tiny", (1, 1)), (0, 2, "--tiny", (2, 1)), (1, 0, "", (1, 1)), (2, 0, "--num_learners 2", "num_learners.* 3 "),
+    (8, 0, """--vllm {"kv_cache_dtype":"fp8"}""", (3, 5)), (0, 0, "", "needs GPUs"),
+    (8, 0, "--num_learners 5 --num_engines 4", "num_learners.* 9 "), (8, 4, "--num_learners 2", "torchrun started 4")])
+def test_split_of_a_node(monkeypatch, qwen3_8b, gpus, ranks, flags, split):
     """Else learners and engines get the wrong numbers of GPUs, alone or under torchrun, or too few without a word."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    for name, value in dict(LOCAL_WORLD_SIZE=ranks, WORLD_SIZE=world).items() if ranks else ():
-        monkeypatch.setenv(name, str(value))
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE") if ranks else ():
+        monkeypatch.setenv(name, str(ranks))
     plain = "--tiny" in flags or split == "needs GPUs"
     cfg = tmax.parse_config(flags.split() if plain else ["--model", qwen3_8b, *flags.split()])
-    if isinstance(split, str):
-        with pytest.raises(tmax.UserError, match=split):
-            tmax.resolve(cfg)
-    else:
+    with pytest.raises(tmax.UserError, match=split) if isinstance(split, str) else contextlib.nullcontext():
         cfg = tmax.resolve(cfg)
         assert (cfg.num_learners, cfg.num_engines) == split and cfg.name
 
@@ -687,17 +674,15 @@ def test_metrics_have_the_agreed_keys(metrics):
 
 
 def test_engine_and_learner_agree_in_every_step(metrics):
-    """Else reloads bring other weights, or a token is marked with a version that did not sample it. And no token that was
-    trained lags more than async_steps versions."""
-    seen = [m["mismatch_max"] for m in metrics if m["mismatch_max"] is not None]
-    assert seen and max(seen) <= 2e-5
+    """Else reloads bring other weights, a token's version is not what sampled it, or it lags more than async_steps."""
+    assert 0 < mismatch(metrics) <= 2e-5
     assert metrics[0]["mismatch_max"] == metrics[0]["drift_max"]            # nothing was stale yet
     assert any(m["drift_max"] > 1e-3 for m in metrics[1:])                  # and then something was
     assert max(m["staleness_max"] for m in metrics) == TINY.async_steps
 
 
 def test_figures_count_everything(metrics, rollout_lines):
-    """Else the reward is that of useful groups alone, which solved ones leave: all graded rollouts that came back count."""
+    """Else the reward is that of useful groups alone, which solved ones leave: all graded rollouts count."""
     for m in metrics:
         lines = [t for t in rollout_lines if t["step"] == m["step"] and "run" not in t]      # none of an evaluation
         graded = [t for t in lines if not t["finish"].startswith("void")]
@@ -712,19 +697,19 @@ def test_figures_count_everything(metrics, rollout_lines):
 
 def test_a_rollout_tells_what_it_did(rollout_lines):
     """Else what made a rollout long, dear or good is not to be found out afterwards."""
+    groups = defaultdict(list)
     for r in rollout_lines:
         turns = [turn for turn in r["transcript"] if turn["role"] == "assistant"]
         assert sum(turn["tokens"] for turn in turns) == r["sampled"] == sum(r["mask"]) and all(turn["seconds"] > 0 for turn in turns)
         assert sum(turn["seconds"] for turn in r["transcript"] if turn["role"] == "tool") == pytest.approx(r["seconds_bash"])
         assert len(r["token_ids"]) == len(r["logprobs"]) == len(r["token_versions"]) == r["tokens"]
-    groups = defaultdict(list)
-    for r in rollout_lines:
-        groups[r["step"], r["group"]] += [r] if "run" not in r else []
+        if "run" not in r:
+            groups[r["step"], r["group"]].append(r)
     assert any(r["advantage"] for r in rollout_lines)
     for group in groups.values():
         rewards = [r["reward"] for r in group]
-        wanted = np.subtract(rewards, np.mean(rewards or 0))
-        assert [r["advantage"] for r in group] in (pytest.approx(list(wanted)), [0] * len(group))     # or it was rejected
+        wanted = list(np.subtract(rewards, np.mean(rewards)))
+        assert [r["advantage"] for r in group] in (pytest.approx(wanted), [0] * len(group))     # or it was rejected
 
 
 def test_metrics_go_where_log_to_says(tiny_run):
@@ -736,10 +721,9 @@ def test_metrics_go_where_log_to_says(tiny_run):
 
 def test_the_readme_looks_at_a_run(tiny_run):
     """Else a command of "Looking at a run" is of keys that are no more."""
-    section = (Path(tmax.__file__).parent / "README.md").read_text().partition("## Looking at a run\n")[2].partition("\n## ")[0]
-    [program] = re.findall("```python\n(.*?)```", section, re.S)
-    env = os.environ | {"PYTHONPATH": str(Path(tmax.__file__).parent), "MPLBACKEND": "agg"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=tiny_run.parents[1], env=env, capture_output=True, text=True)
+    program, = re.findall("## Looking at a run\n[^#]*```python\n(.*?)```", README, re.S)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    done = python("-c", program, cwd=tiny_run.parents[1], env=env)
     assert done.returncode == 0, done.stderr
     assert (tiny_run / "reward.png").stat().st_size > 1000
     for said in (r"=== \S+, step 6: \w+, reward", r"--- assistant, \d+ tokens, \d+\.\d s\n<tool_call>", r"Counter\(\{'", r"\S+ \{1: [01]"):
@@ -751,25 +735,18 @@ def test_the_readme_looks_at_a_run(tiny_run):
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--seed 1", "--seed 2", "--seed 3", "--num_learners 2 --num_engines 2"])
 def test_reward_rises(tmp_path, flags):
-    """Else the recipe does not learn: from at most 0.5 to at least 0.9 with any seed and on several ranks, and engines
-    and learners agree all the way."""
-    run = start_run(tmp_path, "--name", "learn", *flags.split())
-    assert run.wait(1800) == 0, last_line(tmp_path, "learn")
-    metrics = json_lines(tmp_path / "runs/learn/metrics.jsonl")
+    """Else the recipe does not learn, with any seed and on several ranks, or engines and learners come apart."""
+    metrics = metrics_of(start_run(tmp_path, "learn", flags), tmp_path, "learn", 1800)
     rewards = [m["reward"] for m in metrics]
-    assert 0.2 <= np.mean(rewards[:5]) <= 0.5 and np.mean(rewards[-5:]) >= 0.9
-    assert max(m["mismatch_max"] or 0 for m in metrics) <= 2e-5
+    assert 0.2 <= np.mean(rewards[:5]) <= 0.5 and np.mean(rewards[-5:]) >= 0.9 and mismatch(metrics) <= 2e-5
 
 
 @pytest.mark.slow
 def test_reward_of_a_qwen3_5_rises(hybrid, fp32_rule, tmp_path):
     """Else recurrent layers do not learn, or engines and learner compute them differently."""
-    run = start_hybrid(tmp_path, hybrid, fp32_rule, "--training_steps", "28")
-    assert run.wait(1750) == 0, last_line(tmp_path, "h")
-    metrics = json_lines(tmp_path / "runs/h/metrics.jsonl")
+    metrics = metrics_of(start_hybrid(tmp_path, hybrid, fp32_rule, "--training_steps 28"), tmp_path, "h", 1750)
     rewards = [m["reward"] for m in metrics]
-    assert np.mean(rewards[:3]) <= 0.5 and np.mean(rewards[-3:]) >= 0.8
-    assert max(m["mismatch_max"] or 0 for m in metrics) <= 1e-4
+    assert np.mean(rewards[:3]) <= 0.5 and np.mean(rewards[-3:]) >= 0.8 and mismatch(metrics) <= 1e-4
 
 
 # -----------------------------------------------------------------------------
@@ -795,19 +772,18 @@ def commands(text):
     return [arguments["command"] for _, arguments in tmax.parse_tool_calls(text)]
 
 
-def test_a_rollout_submits_by_the_last_echo_alone(tmp_path):
+def test_a_rollout_submits_by_the_last_echo_alone():
     """Else work is graded before it is done, as where a file that holds the marker is printed, or never. S: echo MARKER."""
     yes = ["  S\n", "echo 'M'", 'echo \t"M"', "ls; S", "cd /\nS", "true && S", "false || S", "cat <<X\na\nX\nS"]
     no = ["M", "", "S;", "S && ls", "S\nls", "echo\nM", 'echo "M\n"', "printf x;S", "echo -n M", "echo M M", "echo xM",
           "printf M", 'echo "M', "S >out", "# S", "true #;S", "false && S", "exit 3;S", "ls | S", "echo 'S' >p; cat p",
           "cat <<X\nS", "exec >/dev/null; S", "trap 'exit 1' EXIT; S"]
 
-    async def submitted():
-        async with tmax.Sandbox(tmax.load_task(make_task(tmp_path / "t")), CFG) as box:
-            for command in yes + no:
-                await tmax.bash(box, re.sub("S|M", lambda letter: {"S": SUBMIT, "M": MARKER}[letter[0]], command))
-                assert box.submitted == (command in yes), command
-    asyncio.run(submitted())
+    async def submit(box):
+        for command in yes + no:
+            await tmax.bash(box, command.replace("S", "echo M").replace("M", MARKER))
+            assert box.submitted == (command in yes), command
+    in_sandbox(submit)
 
 
 def test_observations():
@@ -828,11 +804,11 @@ class Script:
         self.calls.append((list(tokens), budget, list(stop_ids), engine_rank, cfg))
         pieces = re.findall(r"<\|?/?\w+\|?>|.", self.says.pop(0), re.S)
         ids = sum((self.tokenizer.encode(piece, add_special_tokens=False) for piece in pieces), [])
-        ids.append(self.tokenizer.eos_token_id)
-        start = sum(map(len, self.sampled))
-        self.sampled.append(ids[:budget])
-        numbers = range(start, start + len(ids[:budget]))
-        return tmax.Turn(ids[:budget], [-0.25 * (i + 1) for i in numbers], [i // 7 for i in numbers], len(ids) > budget)
+        ids, start = [*ids, self.tokenizer.eos_token_id], sum(map(len, self.sampled))
+        said = ids[:budget]
+        self.sampled.append(said)
+        numbers = range(start, start + len(said))
+        return tmax.Turn(said, [-0.25 * (i + 1) for i in numbers], [i // 7 for i in numbers], len(ids) > budget)
 
 
 def rolled_out(folder, tokenizer, *says, test="[ -e /tmp/done ] && echo 1 >/logs/verifier/reward.txt", toml=None, seeds=None,
@@ -861,8 +837,7 @@ def told(r, *roles):
 @FAMILIES
 def test_a_rollout_works_and_submits(tmp_path, tokenizers, monkeypatch, family):
     """Else tokens, turns or outputs are not what was sampled and what the template makes: several calls in one turn run in
-    order, each a step; one header follows the last output; nothing runs after a submission; in an evaluation a turn without
-    a call is answered by a user's turn. A fork's second tool is an entry."""
+    order, each a step; nothing runs after a submission; an evaluation answers a turn without a call. A fork's second tool."""
     async def repeat(box, command, times):
         return "".join([(await box.run(command)).text for _ in range(times)])
     schema = {"type": "object", "properties": {"command": {"type": "string"}, "times": {"type": "integer"}}}
@@ -871,7 +846,8 @@ def test_a_rollout_works_and_submits(tmp_path, tokenizers, monkeypatch, family):
     first = [hermes("cd /tmp; printf '<|im_end|>ü'"), xml("echo a >>done", "second", times=2), xml("pwd; exit 3")]
     says = ["First.\n" + "".join(first), "I think.", "<tool_call>{oops</tool_call>", hermes("cat done"),
             hermes("true") + xml(f"ls\n{SUBMIT}") + hermes("touch /tmp/late")]
-    r, _ = rolled_out(tmp_path, tokenizers[family], *says, test=test, eval=True)
+    tokenizer = tokenizers[family]
+    r, _ = rolled_out(tmp_path, tokenizer, *says, test=test, eval=True)
     assert (r.finish, r.reward, r.steps, r.problem, r.touches_grader) == ("submitted", 1.0, 8, "", False) and r.seconds_bash > 0
     assert told(r, "tool")[:4] == ["<|im_end|>ü\n\n(exit_code=0)", "", "/tmp\n\n\n(exit_code=3)", "a\na\n\n\n(exit_code=0)"]
     assert told(r, "assistant") == says and told(r, "verifier") and len(told(r, "error")) == 2
@@ -879,8 +855,8 @@ def test_a_rollout_works_and_submits(tmp_path, tokenizers, monkeypatch, family):
     for m in messages:
         if m["role"] == "error":
             m |= dict(role="user", content=f"{m['content']} {tmax.FORMAT_MESSAGE}")
-    text = tokenizers[family].apply_chat_template(messages, tools=tmax.tool_schemas(), tokenize=False)
-    assert tokenizers[family].decode(r.tokens, skip_special_tokens=False) == text.rstrip("\n")
+    text = tokenizer.apply_chat_template(messages, tools=tmax.tool_schemas(), tokenize=False)
+    assert tokenizer.decode(r.tokens, skip_special_tokens=False) == text.rstrip("\n")
 
 
 DONE = hermes("touch /tmp/done")
@@ -905,8 +881,7 @@ SMALL = "[environment]\nmemory_mb = 64\n"
     ([DONE, "x" * 300], dict(eval=True, max_turn_tokens=99), ("max_tokens", 1.0, 1)),
 ])
 def test_ends_of_a_rollout(tmp_path, tokenizers, says, options, wanted):
-    """Else work that was not submitted is rewarded, or submitted work is not: what submits or runs out of time is graded,
-    max_steps counts calls, all that was sampled stays. The model's own faults are 0, this machine's are void."""
+    """Else work that was not submitted is rewarded, or submitted work is not; the model's faults are 0, this machine's void."""
     r, turns = rolled_out(tmp_path, tokenizers["qwen"], *says, **options)
     assert (r.finish, r.reward, r.steps) == wanted and r.tokens[-len(turns[-1]):] == turns[-1] if says else r.void
     assert bool(told(r, "verifier")) == (r.finish in ("submitted", "timeout") or "eval" in options) and r.transcript
@@ -934,16 +909,14 @@ def test_a_rollout_is_told_of_a_stopped_command(tmp_path, tokenizers):
 
 @pytest.mark.parametrize("error, finish", [
     ("builtins.ValueError", "void:ValueError"), ("asyncio.CancelledError", ""), ("vllm.v1.engine.exceptions.EngineDeadError", "")])
-def test_what_ends_a_rollout_and_what_the_run(tmp_path, tokenizers, error, finish):
+def test_what_ends_a_rollout_and_what_the_run(tokenizers, error, finish):
     """Else an engine that died leaves a run of voids, or an error that nobody foresaw ends it; the end of a run must pass."""
     error = pydoc.locate(error)
 
-    class Failing(Script):
-        async def generate(self, *args):
-            raise error("reason")
-    task = tmax.load_task(make_task(tmp_path / "t"))
+    async def generate(*args):
+        raise error("reason")
     with contextlib.nullcontext() if finish else pytest.raises(error):
-        r = asyncio.run(tmax.rollout(Failing(None), task, tokenizers["tiny"], CFG))
+        r = asyncio.run(tmax.rollout(SimpleNamespace(generate=generate), NO_TASK, tokenizers["tiny"], CFG))
         assert r.finish == finish and re.search("Traceback.*generate.*reason", told(r, "error")[0], re.S)
 
 
@@ -959,22 +932,21 @@ def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
     """Else a task that its own solution cannot solve goes unnoticed: where the agent would work, files beside it, no model.
     A broken task, whatever it holds, ends no run: it is left out, void or without a reward, and the reason is printed."""
     test = "[ ! -e /app/done ] || { grep yes /app/done && echo 1 || echo 0.5; } | tail -n 1 >/logs/verifier/reward.txt"
-    right = '[ "$A" = "b c" ] && cp /solution/data done'
+    right, tasks = '[ "$A" = "b c" ] && cp /solution/data done', tmp_path / "tasks"
     for name, solution in {"right": right, "wrong": "echo no >done", "slow": f"{right}; sleep 60", "none": None}.items():
         files = {"solution/solve.sh": solution, "solution/data": "yes"} if solution else {}
         toml = f"agent.timeout_sec = {4 if name == 'slow' else 60}\nsolution.env = {{A = 'b c'}}"
-        make_task(tmp_path / "tasks" / name, test, toml=toml, files=files)
+        make_task(tasks / name, test, toml=toml, files=files)
     for i, (holds, _) in enumerate(LEFT_OUT):
-        make_task(tmp_path / f"tasks/{i}", **holds)
+        make_task(tasks / f"{i}", **holds)
     for name, (holds, *_) in BROKEN.items():
-        make_task(tmp_path / "tasks" / name, **holds | dict(files={"solution/solve.sh": "true"}))
+        make_task(tasks / name, **holds, files={"solution/solve.sh": "true"})
     deep = "import os\nfor _ in range(300): os.mkdir('d' * 20); os.chdir('d' * 20)"
-    subprocess.run([sys.executable, "-c", deep], cwd=tmp_path / "tasks/deep/environment/seeds", check=True)
-    (tmp_path / "tasks/loop/environment").mkdir()
-    (tmp_path / "tasks/loop/environment/seeds").symlink_to("seeds")
-    flags = "--oracle --sandbox bwrap --model /nowhere --name o --tasks tasks"
-    run = start([sys.executable, tmax.__file__, *flags.split()], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    said = run.communicate(timeout=200)[0]
+    assert python("-c", deep, cwd=tasks / "deep/environment/seeds").returncode == 0
+    (tasks / "loop/environment").mkdir()
+    (tasks / "loop/environment/seeds").symlink_to("seeds")
+    run = python(tmax.__file__, *"--oracle --sandbox bwrap --model /nowhere --name o --tasks tasks".split(), cwd=tmp_path, timeout=200)
+    said, count = run.stdout, 4 + len(BROKEN)
     assert run.returncode == 0 and len(LEFT_OUT) + len(BROKEN) > 40
     for i, (_, reason) in enumerate(LEFT_OUT):
         assert re.search(rf"left out: .*{reason}.*\(\[.*'{i}'.*\]\)\n", said), (reason, said)
@@ -984,7 +956,7 @@ def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
         assert (line["finish"], line["problem"]) == (finish, problem) and re.search(printed, said), said
     assert {name: (line["reward"], line["finish"]) for name, line in lines.items()} == {
         "right": (1.0, "submitted"), "wrong": (0.5, "submitted"), "slow": (1.0, "timeout"), "none": (0.0, "no_solution")}
-    assert f"({4 + len(BROKEN)} of {4 + len(BROKEN)} tasks, mean {3.5 / (4 + len(BROKEN)):.3f})" in said and "Traceback" in said
+    assert f"({count} of {count} tasks, mean {3.5 / count:.3f})" in said and "Traceback" in said
 
 
 # -----------------------------------------------------------------------------
@@ -1047,8 +1019,7 @@ def segments(pack):
 def test_pack_keeps_every_rollout(lengths, num_ranks, spare):
     """Else a token is lost, doubled or gets another's figures, a rank lacks a pack, or packs are nearly empty."""
     rollouts, pack_length = numbered_rollouts(lengths), max(lengths, default=1) + spare
-    ranks = tmax.pack(rollouts, pack_length, num_ranks)
-    packs = sum(ranks, [])
+    packs = sum(ranks := tmax.pack(rollouts, pack_length, num_ranks), [])
     assert len(ranks) == num_ranks and len({len(packs) for packs in ranks}) == 1
     assert all(len(p.tokens) <= pack_length and p.cu_seqlens[-1] == len(p.tokens) for p in packs)
     assert (len(packs) - num_ranks) * pack_length <= 2 * sum(lengths)       # with fewer, a rollout of half a pack finds room
@@ -1077,13 +1048,11 @@ def test_empty_pack_adds_exactly_nothing():
 
 
 def test_packs_are_balanced():
-    """Else all ranks wait for one that has more than its part of the work: lengths as real ones, of which nearly half are cut
-    at the budget; one long among many short."""
+    """Else all ranks wait for one: lengths as real ones, nearly half cut at the budget; one long among many short."""
     flops = lambda n: 2 * 8e9 * n + 2 * 36 * 4096 * n * n       # of Qwen3-8B: matrix products, attention
     draw = random.Random(0)
-    real = [[min(34_816, draw.randrange(2_000, 65_000)) for _ in range(256)] for _ in range(3)]
-    batches = [(4, lengths) for lengths in real] + [(2, [20_000] + [500] * 60)]
-    for num_ranks, lengths in batches:
+    real = [(4, [min(34_816, draw.randrange(2_000, 65_000)) for _ in range(256)]) for _ in range(3)]
+    for num_ranks, lengths in [*real, (2, [20_000] + [500] * 60)]:
         ranks = tmax.pack(numbered_rollouts(lengths), 34_816, num_ranks)
         assert (len(ranks[0]) - 1) * num_ranks * 34_816 < 1.05 * sum(lengths)
         work = [sum(flops(np.diff(p.cu_seqlens).astype(float)).sum() for p in packs) for packs in ranks]
@@ -1100,7 +1069,7 @@ LOSSES = ["dppo_tv", "dppo_kl", "grpo", "pg"]
 def equation(loss, logp, logmu, advantage, threshold=0.15, low=0.8, high=1.272):
     """One token by DPPO's equations 11 to 14, PPO's clip, or neither: (what is compared, M, loss, d loss / d log pi)."""
     pi, mu, r = math.exp(logp), math.exp(logmu), math.exp(logp - logmu)
-    compared = r
+    compared, outside, value = r, False, -r * advantage
     if loss == "dppo_tv":
         compared = abs(mu - pi)
     elif loss == "dppo_kl":
@@ -1108,7 +1077,6 @@ def equation(loss, logp, logmu, advantage, threshold=0.15, low=0.8, high=1.272):
         compared = mu * (logmu - logp)
         if not_mu > 0:
             compared += not_mu * math.log(not_mu / not_pi) if not_pi > 0 else math.inf
-    outside, value = False, -r * advantage
     if loss == "grpo":
         outside = (advantage > 0 and r > high) or (advantage < 0 and r < low)
         value = -min(r * advantage, min(max(r, low), high) * advantage)
@@ -1399,39 +1367,22 @@ def test_a_file_is_widened_exactly(process_group, tiny_model, tmp_path, dtype):
 
 
 def updates_of_a_rank(folder, cell):
-    """Three steps on recorded groups, as train() takes them. Nodes have unequal shares, so that one must fill up its packs."""
+    """What a state gives on these ranks: all of it, whole, and the next gradient; and three steps on recorded groups."""
     groups = torch.load(folder / "groups.pt", weights_only=False)
-    if cell.nodes == 2:
-        groups = groups[5:] if cell.node else groups[:5]
-    learner = tmax.Learner(RECORDED, folder / "model", cell)
-    layout = f"{cell.nodes}x{cell.ranks}"
-    if cell.nodes == 1:
-        resumed = resumed_on(folder, cell)
-        if cell.rank == 0:
-            torch.save(resumed, folder / f"resumed-{layout}.pt")
-    metrics = []
+    packs, counts = tmax.pack(with_advantages(groups), 200, cell.ranks), tmax.tally(groups)
+    resumed = tmax.Learner(RECORDED, folder / "model", cell._replace(memory=folder / f"memory-{cell.ranks}"))
+    tmax.load_state(resumed, no_engines() if cell.rank == 0 else None, folder)
+    tensors = tensors_of(resumed)
+    tmax.backward_packs(resumed.policy, packs[cell.rank], 1000, RECORDED, cell.ranks)
+    gradient = {name: p.grad.full_tensor() for name, p in resumed.policy.named_parameters()}
+    learner, metrics = tmax.Learner(RECORDED, folder / "model", cell), []
     for _ in range(3):
-        packs, counts = [[]] * cell.ranks, {}
-        if cell.rank == 0:
-            packs, counts = tmax.pack(with_advantages(groups), 200, cell.ranks), tmax.tally(groups)
-        packs, counts = tmax.share(cell, packs, counts, None)
-        metrics.append(counts | learner.update(packs))
-        learner.save_weights(folder / f"{layout}-{cell.node}")
-    if dist.get_rank() == 0:
-        torch.save(metrics, folder / f"{layout}.pt")
-
-
-def resumed_on(folder, cell):
-    """What a state gives on these ranks: all of it, whole, and the next gradient."""
-    learner = tmax.Learner(RECORDED, folder / "model", cell._replace(memory=folder / "memory"))
-    tmax.load_state(learner, no_engines() if cell.rank == 0 else None, folder)
-    packs, tensors = tmax.pack(recorded_rollouts(folder), 200, cell.ranks)[cell.rank], tensors_of(learner)
-    tmax.backward_packs(learner.policy, packs, 1000, RECORDED, cell.ranks)
-    return tensors, {name: p.grad.full_tensor() for name, p in learner.policy.named_parameters()}
-
-
-def recorded_rollouts(folder):
-    return with_advantages(torch.load(folder / "groups.pt", weights_only=False))
+        shared = (packs, counts) if cell.rank == 0 else ([[]] * cell.ranks, {})
+        own, all_counts = tmax.share(cell, *shared, None)
+        metrics.append(all_counts | learner.update(own))
+    learner.save_weights(folder / f"on-{cell.ranks}")
+    if cell.rank == 0:
+        torch.save((tensors, gradient, metrics), folder / f"on-{cell.ranks}.pt")
 
 
 def recorded_weights(folder):
@@ -1440,63 +1391,30 @@ def recorded_weights(folder):
     return torch.cat([state[name].flatten() for name in sorted(state)])
 
 
-def agent(*args, **kw):
-    """A torchrun agent."""
-    return start([sys.executable, "-m", "torch.distributed.run", *map(str, args)], stderr=subprocess.STDOUT,
-                 env=os.environ | {"TMAX_MARK": MARK, "OMP_NUM_THREADS": "1"}, **kw)
-
-
-def two_nodes(*args, **kw):
-    """Two agents on this machine, a rank each."""
-    with socket.create_server(("localhost", 0)) as free:
-        meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free.getsockname()[1]}"]
-    return [agent("--nnodes", 2, "--nproc_per_node", 1, *meet, *args, **kw) for _ in range(2)]
-
-
-def test_updates_do_not_depend_on_ranks_and_nodes(tmp_path, policy, groups, process_group):
-    """Else a run on two ranks, of one node or two, is another than on one: in weights, or metrics (Adam hides scale)."""
+def test_updates_do_not_depend_on_ranks(tmp_path, policy, groups, process_group):
+    """Else a run on two ranks is another than on one: in weights, metrics (Adam hides scale), or what --resume finds."""
     policy.lm.save_pretrained(tmp_path / "model")
-    for version in (1, 2):      # the newest tokens are on one node alone: in step 2 on the first, in step 3 on the other
+    for version in (1, 2):      # the newest tokens of steps 2 and 3 are few, and may be on one rank alone
         for r in groups[3 + version]:
             r.versions = [version if m else -1 for m in r.mask]
-    torch.save([[r for r in group if not r.void] for group in groups], tmp_path / "groups.pt")
+    groups = [[r for r in group if not r.void] for group in groups]
+    torch.save(groups, tmp_path / "groups.pt")
     before = tmax.Learner(RECORDED, tmp_path / "model", ALONE)
-    before.update(tmax.pack(recorded_rollouts(tmp_path), 200, 1)[0])
+    before.update(tmax.pack(with_advantages(groups), 200, 1)[0])
     tmax.save_state(before, no_engines(), tmp_path, 1)
-    agents = [agent("--standalone", "--nproc_per_node", 2, __file__, tmp_path), *two_nodes(__file__, tmp_path)]
+    two_ranks = start([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, tmp_path],
+                      env=os.environ | {"TMAX_MARK": MARK, "OMP_NUM_THREADS": "1"})
     updates_of_a_rank(tmp_path, ALONE)
-    assert [a.wait(600) for a in agents] == [0, 0, 0]
-    wanted = torch.load(tmp_path / "1x1.pt")
-    first = recorded_weights(tmp_path / "model")
-    change = recorded_weights(tmp_path / "1x1-0") - first
-    assert change.abs().max() > 2e-3     # three steps of 1e-3
-    for layout, nodes in [("1x2", 1), ("2x1", 2)]:
-        for got, want in zip(torch.load(tmp_path / f"{layout}.pt"), wanted, strict=True):
-            assert got == pytest.approx(want | dict(packs=got["packs"]), rel=1e-4)
-        for node in range(nodes):
-            delta = recorded_weights(tmp_path / f"{layout}-{node}") - first
-            assert (delta - change).norm() <= 1e-3 * change.norm()
-    saved, (alone, gradient) = tensors_of(before), torch.load(tmp_path / "resumed-1x1.pt")
-    on_two, gradient_on_two = torch.load(tmp_path / "resumed-1x2.pt")
-    assert all(torch.equal(saved[name], x) and torch.equal(saved[name], on_two[name]) for name, x in alone.items())
+    assert two_ranks.wait(600) == 0
+    first, on_one, on_two = (recorded_weights(tmp_path / name) for name in ("model", "on-1", "on-2"))
+    assert (on_one - first).abs().max() > 2e-3     # three steps of 1e-3
+    assert (on_two - on_one).norm() <= 1e-3 * (on_one - first).norm()
+    (alone, gradient, wanted), (halves, gradient_of_halves, metrics) = (torch.load(tmp_path / f"on-{n}.pt") for n in (1, 2))
+    for got, want in zip(metrics, wanted, strict=True):
+        assert got == pytest.approx(want | dict(packs=got["packs"]), rel=1e-4)
+    assert all(torch.equal(x, alone[name]) and torch.equal(x, halves[name]) for name, x in tensors_of(before).items())
     for name, x in gradient.items():
-        assert (gradient_on_two[name] - x).norm() <= 1e-5 * x.norm()
-
-
-@pytest.mark.slow
-def test_two_nodes_train(tmp_path):
-    """Else two nodes run the same tasks, report one's reward, or their engines do not follow the weights."""
-    flags = "--tiny --name nodes --training_steps 3 --prompts_per_step 4".split()
-    agents = two_nodes(tmax.__file__, *flags, cwd=tmp_path, stdout=(tmp_path / "log-nodes").open("w"))
-    assert [a.wait(900) for a in agents] == [0, 0], last_line(tmp_path, "nodes")
-    metrics, first, second = (json_lines(tmp_path / "runs/nodes" / name)
-                              for name in ("metrics.jsonl", "rollouts.jsonl", "rollouts-1.jsonl"))
-    assert len(metrics) == 3 and {m["groups_kept"] for m in metrics} == {4}
-    assert not {t["task"] for t in first} & {t["task"] for t in second}
-    for m in metrics:
-        rewards = [t["reward"] for t in first + second if t["step"] == m["step"] and not t["finish"].startswith("void")]
-        assert m["reward"] == pytest.approx(np.mean(rewards)) and (m["mismatch_max"] or 0) <= 1e-4
-    AutoModelForCausalLM.from_pretrained(tmp_path / "runs/nodes/checkpoint-3")
+        assert (gradient_of_halves[name] - x).norm() <= 1e-5 * x.norm()
 
 
 @pytest.mark.gpu
@@ -1610,8 +1528,8 @@ def test_groups_go_to_the_engine_with_the_fewest(monkeypatch):
 
 
 def test_settings_of_vllm(tiny_model, tmp_path, monkeypatch):
-    """Else an fp8 cache needs an edit, two runs draw the same noise, a flag changes what the learner computes with, or vLLM's own
-    config classes refuse what a node with GPUs passes."""
+    """Else an fp8 cache needs an edit, two runs draw the same noise, a flag changes what the learner computes with (an FP32
+    head, the sampler's own logprobs), or vLLM's config classes refuse what a node with GPUs passes."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     one, other = (tmax.engine_args(tiny_model[0], replace(TINY, vllm='{"max_num_seqs": 7}')) for _ in range(2))
     assert (one.max_num_seqs, one.enable_prefix_caching) == (7, True) and one.seed != other.seed
@@ -1626,12 +1544,13 @@ def test_settings_of_vllm(tiny_model, tmp_path, monkeypatch):
         args = tmax.engine_args(tmp_path, tmax.Config(num_learners=2, num_engines=6, vllm='{"kv_cache_dtype": "fp8"}'))
     args.skip_tokenizer_init = True     # there is none
     config = args.create_engine_config()
-    assert (config.parallel_config.data_parallel_size, config.cache_config.cache_dtype, config.model_config.head_dtype,
-            config.scheduler_config.max_num_batched_tokens) == (6, "fp8", torch.float32, 8192)
-    assert config.cache_config.mamba_ssm_cache_dtype == "float32"
+    model, cache = config.model_config, config.cache_config
+    assert (model.dtype, model.head_dtype, model.logprobs_mode) == (torch.bfloat16, torch.float32, "processed_logprobs")
+    assert (cache.cache_dtype, cache.mamba_ssm_cache_dtype) == ("fp8", "float32")
+    assert (config.parallel_config.data_parallel_size, config.scheduler_config.max_num_batched_tokens) == (6, 8192)
 
 
-PROMPT = list(range(300, 340))
+PROMPT = list(range(260, 300))
 
 
 def learner_logprobs(folder, turn, prompt, dtype="float32"):
@@ -1642,27 +1561,6 @@ def learner_logprobs(folder, turn, prompt, dtype="float32"):
     with torch.no_grad():
         policy = tmax.load_policy(folder, HOT, sharded=False).to(getattr(torch, dtype))
         return policy(tmax.build_pack([r]))[0]
-
-
-def test_requests_in_flight_go_on_under_new_weights(live, tiny_run):
-    """Else a reload ends turns, or their tokens are marked with other weights than those that gave them their logprobs; or a
-    seed is sent, which would repeat its noise."""
-    async def turns(delay):
-        requests = [asyncio.create_task(live.engine.generate(PROMPT, 256, [])) for _ in range(48)]
-        await asyncio.sleep(delay)
-        await live.engine.reload(tiny_run / "checkpoint-6", 7)
-        return await asyncio.gather(*requests)
-    for delay in (0.1, 0.3, 1, 3):      # until some were in the middle
-        live.call(live.engine.reload(tiny_run / "model", 6))
-        done = live.call(turns(delay))
-        if spanning := [turn for turn in done if len(set(turn.versions)) == 2]:
-            break
-    assert spanning and len({tuple(turn.tokens) for turn in done}) > 40
-    for turn in spanning:
-        assert turn.versions == sorted(turn.versions) and set(turn.versions) == {6, 7}
-        for version, folder in [(6, tiny_run / "model"), (7, tiny_run / "checkpoint-6")]:
-            gap = learner_logprobs(folder, turn, PROMPT) - torch.tensor(turn.logprobs)
-            assert gap[torch.tensor(turn.versions) == version].abs().max() <= 1e-4
 
 
 def gaps_around_a_reload(folders, dtype, vllm):
@@ -1693,57 +1591,60 @@ def gaps_around_a_reload(folders, dtype, vllm):
                 before = len(prompt)
                 prompt = prompt + turn.tokens + PROMPT
             assert cached[-1] > 0
-        for delay in (0.3, 1, 3, 9):
+        for delay in (0.1, 0.3, 1, 3, 9):       # until some are in the middle
             await engine.reload(folders[0], 0)
-            requests = [asyncio.create_task(engine.generate(PROMPT, 256, [])) for _ in range(8)]
+            requests = [asyncio.create_task(engine.generate(PROMPT, 256, [])) for _ in range(16)]
             await asyncio.sleep(delay)
             await engine.reload(folders[1], 1)
-            if spanning := [turn for turn in await asyncio.gather(*requests) if len(set(turn.versions)) == 2]:
+            turns = await asyncio.gather(*requests)
+            if spanning := [turn for turn in turns if len(set(turn.versions)) == 2]:
                 break
-        assert spanning
+        assert spanning and len({tuple(turn.tokens) for turn in turns}) > 13
         for turn, version in itertools.product(spanning, (0, 1)):
+            assert turn.versions == sorted(turn.versions)
             compare(version, PROMPT, turn)
         engine.llm.shutdown(timeout=0)
         return max(gaps), max(prefilled)
     return asyncio.run(main())
 
 
-def compare_around_a_reload(lm, hybrid, folder, vllm, limit):
-    """In a process of its own, with other weights for the reload."""
-    folders = [folder / "0", folder / "1"]
-    for part in folders:
-        lm.save_pretrained(part)
-        AutoTokenizer.from_pretrained(hybrid / "model").save_pretrained(part)
-        for p in lm.parameters():
-            p.data *= 1 + 0.1 * torch.randn_like(p)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        gap, prefilled = pool.submit(gaps_around_a_reload, folders, str(lm.dtype)[6:], vllm).result()
+def compare_around_a_reload(folders, dtype, vllm, limit):
+    gap, prefilled = in_a_process(gaps_around_a_reload, folders, dtype, vllm)
     assert gap <= limit and prefilled <= 1, (gap, prefilled)
 
 
+def with_noise(lm, model, folder):
+    """Folders of a model and of the same with other weights, with the tokenizer of `model`."""
+    for part in ("0", "1"):
+        lm.save_pretrained(folder / part)
+        AutoTokenizer.from_pretrained(model).save_pretrained(folder / part)
+        for p in lm.parameters():
+            p.data *= 1 + 0.1 * torch.randn_like(p)
+    return [folder / "0", folder / "1"]
+
+
+def test_requests_in_flight_go_on_under_new_weights(tiny_run):
+    """Else a reload ends turns, their tokens are marked with other weights than their logprobs', or a seed repeats its noise."""
+    compare_around_a_reload([tiny_run / "model", tiny_run / "checkpoint-6"], "float32", "{}", 1e-4)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, tied, limit", [("float32", False, 1e-4), ("float32", True, 1e-4), ("bfloat16", False, 0.3)])
+@pytest.mark.parametrize("dtype, tied, limit", [("float32", True, 1e-4), ("bfloat16", False, 0.3)])
 def test_recurrent_engines_compute_as_the_learner(hybrid, fp32_rule, tmp_path, dtype, tied, limit):
     """Else states of cached prefixes or of weights before outlive a reload, or tied weights come apart; BF16 is vLLM's kernel."""
     lm = AutoModelForCausalLM.from_pretrained(hybrid / "model", dtype=dtype, tie_word_embeddings=tied)
-    compare_around_a_reload(lm, hybrid, tmp_path, fp32_rule if dtype == "float32" else "{}", limit)
+    folders = with_noise(lm, hybrid / "model", tmp_path)
+    compare_around_a_reload(folders, dtype, fp32_rule if dtype == "float32" else "{}", limit)
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_engines_on_gpu_compute_a_2b_as_the_learner(hybrid, tmp_path):
-    """Else vLLM's kernels of a GPU differ from the learner's by more than BF16 does, or of a prompt more is prefilled than a block."""
+    """Else vLLM's kernels of a GPU differ from the learner's by more than BF16 does, or more than a block is prefilled again."""
     config = Qwen3_5TextConfig(**QWEN3_5_9B | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=24,
                                num_attention_heads=8, num_key_value_heads=2, linear_num_value_heads=16, tie_word_embeddings=True))
-    compare_around_a_reload(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), hybrid, tmp_path, "{}", 0.3)
-
-
-def test_engines_compute_as_the_learner(tiny_model, monkeypatch):
-    """Else logprobs of bf16 models never agree: the LM head is FP32 in vLLM too, and its logprobs are the sampler's own."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")     # vLLM writes it too; so it is gone with this test
-    args = tmax.engine_args(tiny_model[0], replace(HOT, dtype="bfloat16"))
-    model = args.create_engine_config().model_config
-    assert (model.dtype, model.head_dtype, model.logprobs_mode) == (torch.bfloat16, torch.float32, "processed_logprobs")
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    compare_around_a_reload(with_noise(lm, hybrid / "model", tmp_path), "bfloat16", "{}", 0.3)
 
 
 started = itertools.count()
@@ -2706,27 +2607,12 @@ def test_families_train(family_model):
     assert (packed - alone).abs().max() <= 1e-5 and alone.std() > 0.5
 
 
-def sampled_gap(folder, vllm):
-    """Largest |log mu - log pi| of turns that an engine samples."""
-    prompts = [[token % 300 for token in range(20 + i)] for i in range(8)]
-
-    async def turns():
-        engine = tmax.Engine(folder, replace(HOT, vllm=vllm))
-        try:
-            await engine.llm.update_weight_version("0")
-            return await asyncio.gather(*[engine.generate(prompt, 64, []) for prompt in prompts])
-        finally:
-            engine.llm.shutdown(timeout=0)
-    return max(float((learner_logprobs(folder, turn, prompt) - torch.tensor(turn.logprobs)).abs().max())
-               for prompt, turn in zip(prompts, asyncio.run(turns())))
-
-
 @pytest.mark.slow
-def test_families_sample(family_model, request):
-    """vLLM and the learner agree to 1e-4 in fp32 for every family; else the ratio would hold back tokens for no reason."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        vllm = request.getfixturevalue("fp32_rule") if "qwen3_5" in family_model.name else "{}"
-        assert pool.submit(sampled_gap, family_model, vllm).result() <= 1e-4
+def test_families_sample(family_model, tmp_path, request):
+    """Else vLLM and the learner disagree for a family, and the ratio holds back tokens for no reason."""
+    vllm = request.getfixturevalue("fp32_rule") if "qwen3_5" in family_model.name else "{}"
+    lm = AutoModelForCausalLM.from_pretrained(family_model)
+    compare_around_a_reload(with_noise(lm, family_model, tmp_path), "float32", vllm, 1e-4)
 
 
 @pytest.mark.parametrize("family, changes", [
@@ -2895,15 +2781,6 @@ def test_a_full_disk_loses_no_state(process_group, tiny_model, tmp_path, capsys)
     assert os.listdir(tmp_path) == ["state-1"]
     tmax.save_state(learner, no_engines(), tmp_path, 3)
     assert os.listdir(tmp_path) == ["state-3"]      # the one before has gone
-
-
-def test_other_nodes_are_refused(process_group, tiny_model, tmp_path):
-    """Else a run on another number of nodes takes some tasks twice and others never."""
-    learner, _ = recorded_learner(tmp_path, tiny_model)
-    tmax.save_state(learner, no_engines(), tmp_path, 1)
-    learner.cell = learner.cell._replace(nodes=2)
-    with pytest.raises(tmax.UserError, match=r"^--resume: .* 1 node\(s\), not 2$"):
-        tmax.load_state(learner, no_engines(), tmp_path)
 
 
 @pytest.mark.parametrize("kills, steps, prompts", [(3, 6, 8), pytest.param(20, 30, 16, marks=pytest.mark.slow)])
@@ -3212,8 +3089,7 @@ def peak_of_a_step(folder, ranks):
 def test_plan_of_a_learner_is_what_a_step_takes(tmp_path, config, ranks):
     """Else --plan forgets a part: within 10 % of a real FSDP2 step of a model's shapes, which needs no GPU on fake tensors."""
     config.save_pretrained(tmp_path)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        peak, said = pool.submit(peak_of_a_step, tmp_path, ranks).result()
+    peak, said = in_a_process(peak_of_a_step, tmp_path, ranks)
     assert peak <= said <= 1.1 * peak
 
 
@@ -3489,15 +3365,5 @@ def test_benchmark_node(monkeypatch, capsys):
               f"wait {waited / seconds:.0%}, rollouts of an engine, fewest to most: {np.mean(figures, axis=0).round(1)}")
 
 
-@pytest.mark.bench
-def test_benchmark_parser(capsys):
-    """Seconds to read hostile texts against their length."""
-    for length, before in itertools.product((10_000, 100_000, 1_000_000), HOSTILE_STARTS):
-        start = time.monotonic()
-        read_hostile(length, [before])
-        with capsys.disabled():
-            print(f"\n{length:9,} characters after {before!r:.30}: {(time.monotonic() - start) / 2 / len(HOSTILE):.4f} s")
-
-
-if __name__ == "__main__":      # a rank of test_updates_do_not_depend_on_ranks_and_nodes
+if __name__ == "__main__":      # a rank of test_updates_do_not_depend_on_ranks
     updates_of_a_rank(Path(sys.argv[1]), tmax.join_ranks())
