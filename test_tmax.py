@@ -37,7 +37,7 @@ import uuid
 import weakref
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import AsyncExitStack, closing, nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,7 +119,6 @@ LLAMA_TOKENS = "<|end_of_text|> <|begin_of_text|> <|start_header_id|> <|end_head
 
 
 def small_tokenizer(template, tokens, eos):
-    """A byte-level tokenizer, trained on a few words."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=330, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
@@ -154,13 +153,11 @@ QWEN3_5_9B = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=3
 
 @pytest.fixture
 def qwen3_8b(tmp_path):
-    """A folder with the config.json of Qwen3-8B alone."""
     Qwen3Config(**QWEN3_8B).save_pretrained(tmp_path)
     return str(tmp_path)
 
 
 def wait_for(condition, seconds=120):
-    """Wait until condition() is true; fail after so many seconds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -179,7 +176,6 @@ def nothing_runs_on():
 
 
 def start(*args, **kw):
-    """A process that ends with the test at the latest."""
     STARTED.append(subprocess.Popen(*args, **kw))
     return STARTED[-1]
 
@@ -202,7 +198,6 @@ def json_lines(path):
 
 
 def metrics_of(run, folder, name, seconds):
-    """metrics.jsonl of a run, which must end well."""
     assert run.wait(seconds) == 0, last_line(folder, name)
     return json_lines(folder / f"runs/{name}/metrics.jsonl")
 
@@ -221,7 +216,6 @@ def in_a_process(function, *args):
 
 
 def descendants(pid):
-    """{pid: command line} of all processes below one."""
     below = {}
     for process in psutil.Process(pid).children(recursive=True) if psutil.pid_exists(pid) else []:
         with suppress(psutil.Error):
@@ -280,7 +274,6 @@ def finish(): note("finish")
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, held_out):
-    """The folder of a short tiny run."""
     folder = tmp_path_factory.mktemp("e2e")
     (folder / "trackio.py").write_text(TRACKIO)
     run = start_run(folder, "e2e", f"""--training_steps 6 --prompts_per_step 8 --eval_every 3 --eval_tasks {held_out}
@@ -352,7 +345,6 @@ gdn_attention.cpu_gdn_attention_core, Extension = core, type("Extension", (), {}
 
 @pytest.fixture(scope="session")
 def fp32_rule(tmp_path_factory):
-    """The value of --vllm that brings RULE into an engine."""
     pytest.importorskip("torchvision", reason="vLLM's Qwen3.5 imports torchvision", exc_type=Exception)
     folder = tmp_path_factory.mktemp("rule")
     (folder / "fp32_rule.py").write_text(RULE)
@@ -405,7 +397,6 @@ PAD, EOS, VOCAB = 0, 1, 32      # of small_policy
 
 @pytest.fixture
 def process_group():
-    """A world of one rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -424,7 +415,6 @@ def small_policy(checkpointing=False, kind=Qwen3Config, **changes):
 
 
 def ordinary(lm):
-    """A copy of the model with ordinary attention and recurrence."""
     lm = copy.deepcopy(lm)
     for module in lm.modules():
         vars(module).pop("forward", None)
@@ -559,7 +549,6 @@ def host_image(client):
 
 @pytest.fixture(scope="session")
 def image():
-    """Name of an image in the Docker engine."""
     if not tmax.docker_answers():
         pytest.skip("no Docker engine answers; .ci/run starts one")
     return host_image(tmax.docker_client())
@@ -572,7 +561,6 @@ def docker_cfg(image):
 
 @pytest.fixture(params=["bwrap", "docker"])
 def cfg(request):
-    """CFG for each kind of sandbox."""
     return CFG if request.param == "bwrap" else request.getfixturevalue("docker_cfg")
 
 
@@ -580,7 +568,6 @@ NO_TASK = tmax.Task("t", Path("/nonexistent"), "")
 
 
 def in_sandbox(work, task=NO_TASK, cfg=CFG):
-    """Run `work(box)`, a coroutine function, in a sandbox of its own."""
     async def main():
         async with tmax.Sandbox(task, cfg) as box:
             return await work(box)
@@ -633,13 +620,13 @@ def test_wrong_values_are_refused_by_name(argv, named):
 def test_presets_yield_to_given_flags():
     """Else a flag beside a preset is lost, or depends on its place, or a 0 that means something is refused."""
     tiny = replace(TINY, num_learners=0, num_engines=0)
-    for argv in ("--tiny", "--tiny true", "--tiny=True"):
-        assert tmax.parse_config(argv.split()) == tiny
-    assert tmax.parse_config(["--tiny", "false"]) == tmax.Config()
-    for argv in ("--tiny --max_steps 3 --dtype=bfloat16", "--max_steps 3 --tiny --dtype=bfloat16"):
-        assert tmax.parse_config(argv.split()) == replace(tiny, max_steps=3, dtype="bfloat16")
-    both = tmax.parse_config("--eval --tiny --top_p 1 --seed 0 --async_steps 0".split())
-    assert both == tmax.Config(**tmax.EVAL | tmax.TINY | dict(top_p=1.0, seed=0, async_steps=0))
+    changed = replace(tiny, max_steps=3, dtype="bfloat16")
+    both = tmax.Config(**tmax.EVAL | tmax.TINY | dict(top_p=1.0, seed=0, async_steps=0))
+    for argv, wanted in {
+            "--tiny": tiny, "--tiny true": tiny, "--tiny=True": tiny, "--tiny false": tmax.Config(),
+            "--tiny --max_steps 3 --dtype=bfloat16": changed, "--max_steps 3 --tiny --dtype=bfloat16": changed,
+            "--eval --tiny --top_p 1 --seed 0 --async_steps 0": both}.items():
+        assert tmax.parse_config(argv.split()) == wanted, argv
     assert tmax.parse_config(["--oracle"]).eval
 
 
@@ -1185,7 +1172,6 @@ def test_packs_need_no_square_mask(policy):
 
 
 def head_inputs(n, dtype=torch.float64, width=16, vocab=97):
-    """hidden, weight (both want gradients), targets."""
     g = torch.Generator().manual_seed(n)
     random_matrix = lambda rows, scale: (torch.randn(rows, width, generator=g, dtype=torch.float64) * scale).to(dtype)
     hidden, weight = random_matrix(n, 1.0), random_matrix(vocab, 4 * width ** -0.5)
@@ -1193,24 +1179,20 @@ def head_inputs(n, dtype=torch.float64, width=16, vocab=97):
 
 
 def dense_logprobs(hidden, weight, targets, temperature=1.0):
-    """Logprobs and entropy from the full logits, in float64."""
     logp = torch.log_softmax(hidden.double() @ weight.double().T / temperature, -1)
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
-@parametrize("n, chunk, temperature",
-                         [(0, 8, 1.0), (1, 8, 1.0), (37, 8, 1.0), (37, 1, 0.7), (37, 37, 1.3), (37, 1000, 1.0)])
+@parametrize("n, chunk, temperature", [(0, 8, 1.0), (1, 8, 1.0), (37, 8, 1.0), (37, 1, 0.7), (37, 37, 1.3), (37, 1000, 1.0)])
 def test_token_logprobs_equal_dense(n, chunk, temperature):
     """Else the gradient written by hand is wrong, or chunks that do not divide N."""
     hidden, weight, targets = head_inputs(n)
-    logprobs, entropy = tmax.token_logprobs(hidden, weight, targets, chunk, temperature)
-    wanted, wanted_entropy = dense_logprobs(hidden, weight, targets, temperature)
-    assert not entropy.requires_grad
-    torch.testing.assert_close(logprobs, wanted, rtol=0, atol=1e-12)
-    torch.testing.assert_close(entropy, wanted_entropy, rtol=0, atol=1e-12)
+    got, wanted = tmax.token_logprobs(hidden, weight, targets, chunk, temperature), dense_logprobs(hidden, weight, targets, temperature)
+    assert not got[1].requires_grad
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
     upstream = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for got, want in zip(*(torch.autograd.grad(x, (hidden, weight), upstream) for x in (logprobs, wanted))):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    gradients = (torch.autograd.grad(logprobs, (hidden, weight), upstream) for logprobs, _ in (got, wanted))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -1221,11 +1203,11 @@ def test_head_is_fp32_over_bf16_weights(device, tolerance):
     """Else bf16 inputs are multiplied or summed in bf16, and logprobs are not the engine's."""
     hidden, weight, targets = (x.detach().to(device) for x in head_inputs(64, torch.bfloat16, width=256, vocab=500))
     inputs = hidden.requires_grad_(), weight.requires_grad_()
-    (logprobs, entropy), wanted = tmax.token_logprobs(*inputs, targets, 24), dense_logprobs(*inputs, targets)
-    assert logprobs.dtype == entropy.dtype == torch.float32
-    assert (logprobs - wanted[0]).abs().max() < tolerance and (entropy - wanted[1]).abs().max() < tolerance
-    for got, want in zip(*(torch.autograd.grad(x.sum(), inputs) for x in (logprobs, wanted[0]))):
-        assert got.dtype == torch.bfloat16 and (got - want).norm() < 0.01 * want.norm()
+    got, wanted = tmax.token_logprobs(*inputs, targets, 24), dense_logprobs(*inputs, targets)
+    for a, b in zip(got, wanted):
+        assert a.dtype == torch.float32 and (a - b).abs().max() < tolerance
+    for a, b in zip(*(torch.autograd.grad(logprobs.sum(), inputs) for logprobs, _ in (got, wanted))):
+        assert a.dtype == torch.bfloat16 and (a - b).norm() < 0.01 * b.norm()
 
 
 def test_full_logits_never_exist():
@@ -1372,7 +1354,6 @@ def updates_of_a_rank(folder, cell):
 
 
 def recorded_weights(folder):
-    """A written folder as one vector, in FP32."""
     state = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
     return torch.cat([state[name].flatten() for name in sorted(state)])
 
@@ -1476,7 +1457,6 @@ def test_rollouts_at_once():
 
 
 def idle_generator(cfg, at_once):
-    """A Generator without engines, for rollouts of a test's own."""
     generator = tmax.Generator(cfg, None)
     generator.tokenizer = generator.engine = None
     generator.at_once, generator.slots = at_once, [asyncio.Semaphore(at_once) for _ in generator.load]
@@ -1543,7 +1523,6 @@ PROMPT = list(range(260, 300))
 
 
 def learner_logprobs(folder, turn, prompt, dtype="float32"):
-    """Logprobs of a turn by the learner's own path."""
     r = tmax.Rollout("t", [], [], [], [])
     r.append(prompt, 0)
     r.append(turn.tokens, 1, turn.logprobs, turn.versions)
@@ -1809,16 +1788,12 @@ HOSTILE = [     # each repeated to 1 MB, behind each of HOSTILE_STARTS
 HOSTILE_STARTS = "", "<think>", "<tool_call>[", '<tool_call>{"name": "', "<tool_call><function=bash><parameter=command>" * 60
 
 
-def read_hostile(length, starts=HOSTILE_STARTS):
-    for before, unit, after in itertools.product(starts, HOSTILE, ("", "</think>")):
-        with suppress(tmax.FormatError):
-            tmax.parse_tool_calls(before + unit * (length // len(unit)) + after)
-
-
 @pytest.mark.timeout(60)
 def test_hostile_texts_are_read_in_linear_time():
     """Else a turn of a model that repeats itself holds up all rollouts for minutes: 1 MB of anything."""
-    read_hostile(1_000_000)
+    for before, unit, after in itertools.product(HOSTILE_STARTS, HOSTILE, ("", "</think>")):
+        with suppress(tmax.FormatError):
+            tmax.parse_tool_calls(before + unit * (1_000_000 // len(unit)) + after)
 
 
 @FAMILIES
@@ -2236,7 +2211,6 @@ PROBE_DEFAULTS = "", "", True, [], None, ""
 
 
 def stands_in(folder, place="docker.py:1410", toml=None, lines=""):
-    """Agent and tests start there."""
     test = f"[ $PWD = {folder} ] && [ $(cat /tmp/pwd) = {folder} ] && {OK}"
     return place, test, True, ["pwd >/tmp/pwd; cd /"], toml, lines
 
@@ -2599,17 +2573,15 @@ def test_models_that_cannot_be_trained_are_refused(tmp_path, family, changes):
         tmax.check_shape(tmp_path)
 
 
-def test_text_part_of_a_model_that_sees_images(tiny_model, tmp_path, process_group, capsys):
+def test_text_part_of_a_model_that_sees_images(tokenizers, tmp_path, process_group, capsys):
     """Else the paper's own models need a conversion by hand, or another text part is trained."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model[0])
-    vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=64, out_hidden_size=64)
-    config = Qwen3_5Config(text_config=SHAPE | HYBRID | dict(vocab_size=len(tokenizer)), vision_config=vision)
-    whole = Qwen3_5ForConditionalGeneration(config)
-    whole.save_pretrained(tmp_path / "whole")
-    tokenizer.save_pretrained(tmp_path / "whole")
-    tmax.check_weights(tmp_path / "whole", tmax.check_shape(tmp_path / "whole"))
+    text, vision = SHAPE | HYBRID | dict(vocab_size=400), dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=64, out_hidden_size=64)
+    whole, model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision)), tmp_path / "whole"
+    for part in (whole, tokenizers["tiny"]):
+        part.save_pretrained(model)
+    tmax.check_weights(model, tmax.check_shape(model))
     for _ in range(2):
-        folder = tmax.text_part(tmp_path / "whole", tmp_path / "text")
+        folder = tmax.text_part(model, tmp_path / "text")
     assert tmax.text_part(folder, tmp_path / "again") == folder == tmp_path / "text" and not (tmp_path / "again").exists()
     assert capsys.readouterr().out.count(f"its text part is in {folder}") == 1
     assert AutoConfig.from_pretrained(folder).model_type == "qwen3_5_text" and AutoTokenizer.from_pretrained(folder).chat_template
@@ -2639,18 +2611,18 @@ def test_a_broken_model_folder_is_one_line(tiny_model, tmp_path, name, damage, r
             tmax.check_weights(folder, tmax.check_shape(folder))
 
 
-def test_checkpoint_keeps_dtype_and_generation_config(tiny_model, tmp_path, process_group):
+def test_checkpoint_keeps_dtype_and_generation_config(tiny_model, tokenizers, tmp_path, process_group):
     """Else weights are not the masters rounded, or a generation config that transformers finds odd ends the run."""
-    learner = tmax.Learner(replace(TINY, dtype="bfloat16"), tiny_model[0], ALONE)
+    learner, tokenizer = tmax.Learner(replace(TINY, dtype="bfloat16"), tiny_model[0], ALONE), tokenizers["tiny"]
     learner.policy.lm.generation_config.temperature = 0.6       # without do_sample
-    folder = tmp_path / "checkpoint-1"
-    tmax.save_checkpoint(learner, AutoTokenizer.from_pretrained(tiny_model[0]), tmp_path, 1)
-    assert os.listdir(tmp_path) == ["checkpoint-1"]
+    tmax.save_checkpoint(learner, tokenizer, tmp_path, 1)
+    folder, = tmp_path.iterdir()
     saved = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     masters = AutoModelForCausalLM.from_pretrained(tiny_model[0]).bfloat16().state_dict()
     assert saved.dtype == torch.bfloat16 and all(x.equal(masters[name]) for name, x in saved.state_dict().items())
     written = json.loads((folder / "generation_config.json").read_text())
-    assert (written["temperature"], written["eos_token_id"]) == (0.6, AutoTokenizer.from_pretrained(folder).eos_token_id)
+    assert (folder.name, written["temperature"], written["eos_token_id"]) == ("checkpoint-1", 0.6, tokenizer.eos_token_id)
+    assert AutoTokenizer.from_pretrained(folder).eos_token_id == tokenizer.eos_token_id
 
 
 def no_engines(log=None):
@@ -2660,16 +2632,14 @@ def no_engines(log=None):
 
 def recorded_learner(folder, tiny_model, dtype="float32"):
     """A Learner on the tiny model, and a batch of recorded rollouts for it."""
-    draw = random.Random(0)
+    draw, cell = random.Random(0), ALONE._replace(memory=folder / "memory")
     rollouts = [random_rollout(draw) for _ in range(3)]
     for i, r in enumerate(rollouts):
         r.advantage = i - 0.5
-    cell = ALONE._replace(memory=folder / "memory")
     return tmax.Learner(replace(TINY, loss="pg", dtype=dtype), tiny_model[0], cell), [tmax.build_pack(rollouts)]
 
 
 def tensors_of(learner):
-    """Weights, moments and steps as whole tensors, by name."""
     return {f"{name}.{key}": (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
             for name, parts in tmax.tensors_of(learner).items() for key, x in parts.items()}
 
@@ -2718,11 +2688,10 @@ getattr(t.tmax, sys.argv[3])(learner, *eval(sys.argv[4]), folder, 2)
 
 
 @parametrize("save, arguments", [("save_state", "[t.no_engines()]"),
-                                             ("save_checkpoint", "[t.AutoTokenizer.from_pretrained(sys.argv[2])]")])
+                                 ("save_checkpoint", "[t.AutoTokenizer.from_pretrained(sys.argv[2])]")])
 def test_a_kill_inside_a_save_leaves_the_state_before(process_group, tiny_model, tmp_path, save, arguments):
     """Else half a state is taken for one, or stays; or lines of steps that come again stand twice."""
-    command = [sys.executable, "-c", KILLED_IN_A_SAVE, tmp_path, tiny_model[0], save, arguments]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = python("-c", KILLED_IN_A_SAVE, tmp_path, tiny_model[0], save, arguments, cwd=Path(__file__).parent)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert list(tmp_path.glob("*-2.partial")) and not list(tmp_path.glob("*-2"))
     learner, _ = recorded_learner(tmp_path, tiny_model)
@@ -2732,18 +2701,17 @@ def test_a_kill_inside_a_save_leaves_the_state_before(process_group, tiny_model,
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
-def test_a_full_disk_loses_no_state(process_group, tiny_model, tmp_path, capsys):
+def test_a_full_disk_loses_no_state(process_group, tiny_model, tokenizers, tmp_path, capsys):
     """Else a write that fails ends the run, or costs the last good state."""
-    learner, packs = recorded_learner(tmp_path, tiny_model)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model[0])
+    learner, _ = recorded_learner(tmp_path, tiny_model)
     tmax.save_state(learner, no_engines(), tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))     # as on a full disk, a write ends early with an error
     try:
         tmax.save_state(learner, no_engines(), tmp_path, 2)
-        tmax.save_checkpoint(learner, tokenizer, tmp_path, 2)
+        tmax.save_checkpoint(learner, tokenizers["tiny"], tmp_path, 2)
         with pytest.raises(tmax.RunFailed, match=f"^{tmp_path}/checkpoint-{TINY.training_steps} cannot be written: [^\n]+$"):
-            tmax.save_checkpoint(learner, tokenizer, tmp_path, TINY.training_steps)
+            tmax.save_checkpoint(learner, tokenizers["tiny"], tmp_path, TINY.training_steps)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().out
@@ -2954,8 +2922,7 @@ def test_plan_names_what_does_not_fit(planned, qwen3_8b):
     assert re.match("a learner needs .*--num_learners.*--pack_length", learner)
     assert re.match("an engine has .*--max_total_tokens", engine)
     assert f"does not fit: {learner}\ndoes not fit: {engine}\n" in plan.text
-    run = subprocess.run([sys.executable, tmax.__file__, "--plan", "--model", qwen3_8b, *flags], capture_output=True, text=True,
-                         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    run = python(tmax.__file__, "--plan", "--model", qwen3_8b, *flags, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert (run.returncode, run.stdout) == (1, plan.text + "\n")
 
 
@@ -2981,7 +2948,6 @@ def test_a_cpu_has_room_for_four_rollouts(qwen3_8b):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that are alive."""
     sizes, now, peak = {}, 0, 0
 
     def see(self, x):
@@ -3061,8 +3027,7 @@ def test_plan_of_a_learner_is_what_a_step_takes(tmp_path, config, ranks):
 
 def test_what_a_machine_lacks_is_named(tiny_model, tmp_path, monkeypatch):
     """Else /dev/shm loses the first update, a full disk every state, and a low ulimit is blamed on namespaces."""
-    lm, usage = tmax.check_shape(tiny_model[0]), shutil.disk_usage("/dev/shm")
-    full = ["nothing"]
+    lm, usage, full = tmax.check_shape(tiny_model[0]), shutil.disk_usage("/dev/shm"), []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0 if path in full else 2**50))
     tmax.check_machine(lm, TINY)
     for full, where in (["/dev/shm"], "/dev/shm"), (["."], os.getcwd()):
@@ -3091,10 +3056,9 @@ def test_errors_are_one_line(tmp_path, tiny_model):
     make_task(tmp_path / "untested/a", test=None)
     make_task(tmp_path / "good/a")
     AutoConfig.for_model("qwen3_5").save_pretrained(tmp_path / "hybrid")
-    (taken := tmp_path / "runs/taken").mkdir(parents=True)
-    (taken / "config.json").touch()
-    (tmp_path / "runs/ended").mkdir()
-    (tmp_path / "runs/ended/config.json").write_text(json.dumps(dataclasses.asdict(TINY)))
+    for name in ("taken", "ended"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / f"runs/{name}/config.json").write_text(json.dumps(dataclasses.asdict(TINY)))
     shutil.copytree(tiny_model[0], tmp_path / "cut")
     (tmp_path / "cut/model.safetensors").write_text("cut off")
     table = {"--lerning_rate 1": "--lerning_rate", "--tiny --tasks untested": "--tasks: untested: .*tests/test.sh",
@@ -3104,12 +3068,11 @@ def test_errors_are_one_line(tmp_path, tiny_model):
              "--resume none": "--resume: none: .*config.json", "--resume ended --seed 2": "--seed: .* keeps its own: 1",
              "--resume ended --name other": "--name: .* keeps its own: ended"}
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    started = [start([sys.executable, tmax.__file__, *argv.split()], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=env)
-               for argv in table]
-    for process, wanted in zip(started, table.values()):
-        said = process.communicate()[1]
-        assert process.returncode == 2 and re.fullmatch(f"error: {wanted}[^\n]*\n", said), said
-    assert sorted(os.listdir(tmp_path / "runs")) == ["ended", "taken"] and os.listdir(taken) == ["config.json"]
+    with ThreadPoolExecutor() as pool:
+        ends = pool.map(lambda argv: python(tmax.__file__, *argv.split(), cwd=tmp_path, env=env), table)
+    for end, wanted in zip(ends, table.values()):
+        assert end.returncode == 2 and re.fullmatch(f"error: {wanted}[^\n]*\n", end.stderr), end.stderr
+    assert sorted(os.listdir(tmp_path / "runs")) == ["ended", "taken"] and os.listdir(tmp_path / "runs/taken") == ["config.json"]
 
 
 def test_a_step_of_void_rollouts_ends_the_run(process_group, tmp_path, capsys):
@@ -3228,7 +3191,7 @@ def step_of(folder, source, *recorded):
     folder.mkdir()
     (folder / "tmax.py").write_text(source)
     (folder / "recorded").write_bytes(pickle.dumps(recorded))
-    done = subprocess.run([sys.executable, "-c", ONE_STEP], cwd=folder, capture_output=True, text=True)
+    done = python("-c", ONE_STEP, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
