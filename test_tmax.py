@@ -33,7 +33,6 @@ import sys
 import tarfile
 import tempfile
 import time
-import uuid
 import weakref
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -183,23 +182,24 @@ def start(*args, **kw):
 def start_run(folder, name, flags):
     """`python tmax.py --tiny --name NAME …` as a user starts it, in a folder of its own."""
     (folder / "tmp").mkdir(exist_ok=True)
-    path = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
-    with (folder / f"log-{name}").open("w") as log:
-        return start([sys.executable, tmax.__file__, "--tiny", "--name", name, *flags.split()], cwd=folder, stdout=log, stderr=log,
-                     env=os.environ | {"TMAX_MARK": MARK, "TMPDIR": str(folder / "tmp"), "PYTHONPATH": path})
+    log, path = folder / f"log-{name}", f"{folder}:{os.environ.get('PYTHONPATH', '')}"
+    run = start([sys.executable, tmax.__file__, "--tiny", "--name", name, *flags.split()], cwd=folder, stdout=log.open("w"),
+                stderr=subprocess.STDOUT, env=os.environ | dict(TMAX_MARK=MARK, TMPDIR=str(folder / "tmp"), PYTHONPATH=path))
+    run.log, run.folder = log, folder / "runs" / name
+    return run
 
 
-def last_line(folder, name):
-    return (folder / f"log-{name}").read_text().splitlines()[-1]
+def last_line(run):
+    return run.log.read_text().splitlines()[-1]
 
 
 def json_lines(path):
     return [json.loads(line) for line in path.open()]
 
 
-def metrics_of(run, folder, name, seconds):
-    assert run.wait(seconds) == 0, last_line(folder, name)
-    return json_lines(folder / f"runs/{name}/metrics.jsonl")
+def metrics_of(run, seconds):
+    assert run.wait(seconds) == 0, last_line(run)
+    return json_lines(run.folder / "metrics.jsonl")
 
 
 def mismatch(metrics):
@@ -278,11 +278,11 @@ def tiny_run(tmp_path_factory, held_out):
     (folder / "trackio.py").write_text(TRACKIO)
     run = start_run(folder, "e2e", f"""--training_steps 6 --prompts_per_step 8 --eval_every 3 --eval_tasks {held_out}
                                        --eval_runs 2 --save_tokens --log_to trackio""")
-    wait_for(lambda: run.poll() is not None or (folder / "runs/e2e/metrics.jsonl").exists(), 400)
+    wait_for(lambda: run.poll() is not None or (run.folder / "metrics.jsonl").exists(), 400)
     used = used_memory(run)
-    assert run.wait(600) == 0, last_line(folder, "e2e")
+    assert run.wait(600) == 0, last_line(run)
     assert_nothing_left(folder, used)
-    return folder / "runs/e2e"
+    return run.folder
 
 
 @pytest.fixture(scope="session")
@@ -299,12 +299,12 @@ def rollout_lines(tiny_run):
 @pytest.fixture(scope="session")
 def evaluation(tiny_run, held_out):
     """(run folder, what was printed) of --eval, sampling as in training, so that runs differ; one task cannot start."""
-    folder, tasks = tiny_run.parents[1], tiny_run.parents[1] / "tasks"
-    shutil.copytree(held_out, tasks)
-    make_task(tasks / "never", toml="[environment]\nmemory_mb = 1\n", seeds={"large": "x" * (4 << 20)})
+    folder = tiny_run.parents[1]
+    tasks = shutil.copytree(held_out, folder / "tasks")
+    make_task(tasks / "never", toml="environment.memory_mb = 1", seeds={"large": "x" * (4 << 20)})
     run = start_run(folder, "eval", f"--eval --model {tiny_run}/checkpoint-6 --tasks {tasks} --temperature 1 --top_p 1")
-    assert run.wait(300) == 0, last_line(folder, "eval")
-    return folder / "runs/eval", (folder / "log-eval").read_text()
+    assert run.wait(300) == 0, last_line(run)
+    return run.folder, run.log.read_text()
 
 
 # Of Gated DeltaNet vLLM has BF16 alone on a CPU. This puts transformers' FP32 rule in its place, with vLLM's own states.
@@ -350,7 +350,7 @@ def fp32_rule(tmp_path_factory):
     (folder / "fp32_rule.py").write_text(RULE)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        patch.setenv("PYTHONPATH", f"{folder}:{os.environ.get('PYTHONPATH', '')}")
+        patch.setenv("PYTHONPATH", str(folder), prepend=":")
         yield '{"worker_extension_cls":"fp32_rule.Extension"}'
 
 
@@ -383,9 +383,9 @@ def hybrid_checkpoint(hybrid, fp32_rule, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     run = start_hybrid(folder, hybrid, fp32_rule, """--num_learners 2 --num_engines 2 --gradient_checkpointing true
                                                      --training_steps 3 --prompts_per_step 8""")
-    steps = metrics_of(run, folder, "h", 1700)
+    steps = metrics_of(run, 1700)
     assert len(steps) == 3 and 0 < steps[0]["mismatch_max"] and mismatch(steps) <= 1e-4
-    return folder / "runs/h/checkpoint-3"
+    return run.folder / "checkpoint-3"
 
 
 CFG = tmax.Config(sandbox="bwrap", bash_timeout=100.0)
@@ -660,23 +660,22 @@ def test_split_of_a_node(monkeypatch, qwen3_8b, gpus, ranks, flags, split):
 # Train
 # -----------------------------------------------------------------------------
 
-def test_metrics_have_the_agreed_keys(metrics):
-    """Else forks and plots that read metrics.jsonl break."""
+def test_metrics_of_a_run(tiny_run, metrics):
+    """Else forks, plots and browsers that read metrics miss keys, reloads bring other weights, or a token's version is not what
+    sampled it, or too old."""
     keys = set("""step version updated reward groups_kept groups_zero_spread groups_stale groups_void groups_tried rollouts_void
                   rollouts_graded no_reward clipped touches_grader tokens loss grad_norm steps_skipped kept_fraction entropy
                   mismatch_max drift_max staleness_mean staleness_max seconds_generate seconds_train seconds_reload
                   seconds_gather_write learners_waited waiting_model waiting_bash waiting_grading mismatch_mean mismatch_p999
                   rollouts_by_engine engine_tokens_per_second learner_tokens_per_second""".split())
-    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
-    assert all(keys <= set(m) for m in metrics)
-
-
-def test_engine_and_learner_agree_in_every_step(metrics):
-    """Else reloads bring other weights, or a token's version is not what sampled it, or too old."""
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6] and all(keys <= set(m) for m in metrics)
     assert 0 < mismatch(metrics) <= 2e-5
     assert metrics[0]["mismatch_max"] == metrics[0]["drift_max"]            # nothing was stale yet
     assert any(m["drift_max"] > 1e-3 for m in metrics[1:])                  # and then something was
     assert max(m["staleness_max"] for m in metrics) == TINY.async_steps
+    first, *logged, last = json_lines(tiny_run.parents[1] / "tracked")
+    assert (first, last) == (["init", "tmax", "e2e", "dppo_tv", "allow"], ["finish"])
+    assert logged == [["log", m] for m in json_lines(tiny_run / "metrics.jsonl")]
 
 
 def test_figures_count_everything(metrics, rollout_lines):
@@ -710,13 +709,6 @@ def test_a_rollout_tells_what_it_did(rollout_lines):
         assert [r["advantage"] for r in group] in (pytest.approx(wanted), [0] * len(group))     # or it was rejected
 
 
-def test_metrics_go_where_log_to_says(tiny_run):
-    """Else who watches a run in a browser sees other figures than metrics.jsonl has."""
-    first, *logged, last = json_lines(tiny_run.parents[1] / "tracked")
-    assert (first, last) == (["init", "tmax", "e2e", "dppo_tv", "allow"], ["finish"])
-    assert logged == [["log", m] for m in json_lines(tiny_run / "metrics.jsonl")]
-
-
 def test_the_readme_looks_at_a_run(tiny_run):
     """Else a command of "Looking at a run" is of keys that are no more."""
     program, = re.findall("## Looking at a run\n[^#]*```python\n(.*?)```", README, re.S)
@@ -734,7 +726,7 @@ def test_the_readme_looks_at_a_run(tiny_run):
 @parametrize("flags", ["--seed 1", "--seed 2", "--seed 3", "--num_learners 2 --num_engines 2"])
 def test_reward_rises(tmp_path, flags):
     """Else the recipe does not learn, with any seed and on several ranks, or engines and learners disagree."""
-    metrics = metrics_of(start_run(tmp_path, "learn", flags), tmp_path, "learn", 1800)
+    metrics = metrics_of(start_run(tmp_path, "learn", flags), 1800)
     rewards = [m["reward"] for m in metrics]
     assert 0.2 <= np.mean(rewards[:5]) <= 0.5 and np.mean(rewards[-5:]) >= 0.9 and mismatch(metrics) <= 2e-5
 
@@ -742,7 +734,7 @@ def test_reward_rises(tmp_path, flags):
 @pytest.mark.slow
 def test_reward_of_a_qwen3_5_rises(hybrid, fp32_rule, tmp_path):
     """Else recurrent layers do not learn, or engines and learner disagree."""
-    metrics = metrics_of(start_hybrid(tmp_path, hybrid, fp32_rule, "--training_steps 28"), tmp_path, "h", 1750)
+    metrics = metrics_of(start_hybrid(tmp_path, hybrid, fp32_rule, "--training_steps 28"), 1750)
     rewards = [m["reward"] for m in metrics]
     assert np.mean(rewards[:3]) <= 0.5 and np.mean(rewards[-3:]) >= 0.8 and mismatch(metrics) <= 1e-4
 
@@ -1154,21 +1146,16 @@ def test_packed_attention_of_another_kind_is_an_error(name, value):
         tmax.packed_attention(None, q, q, q, None, **given | {name: value})
 
 
-def test_positions_restart_in_packs(policy, rollouts):
-    """Else positions run on from rollout to rollout: rotary embeddings alone would hardly show it."""
-    seen = []
-    with policy.lm.base_model.rotary_emb.register_forward_pre_hook(lambda _, args: seen.append(args[1].tolist())):
-        policy(tmax.build_pack(rollouts))
-    assert seen == [[[i for r in rollouts for i in range(len(r.tokens))]]]
-
-
 def test_packs_need_no_square_mask(policy):
-    """Else a mask or scores of [N, N] exist, forward or backward: 4.8 GB a head for a full pack."""
-    draw = random.Random(3)
-    pack = tmax.build_pack([random_rollout(draw) for _ in range(40)])
+    """Else a mask or scores of [N, N] exist, 4.8 GB a head for a full pack; or positions run on, which would hardly show."""
+    draw, positions = random.Random(3), []
+    rollouts = [random_rollout(draw) for _ in range(40)]
+    pack = tmax.build_pack(rollouts)
     n = len(pack.tokens)
-    largest, _ = allocations(lambda: policy(pack)[0].sum().backward())
+    with policy.lm.base_model.rotary_emb.register_forward_pre_hook(lambda _, args: positions.append(args[1].tolist())):
+        largest, _ = allocations(lambda: policy(pack)[0].sum().backward())
     assert 4 * n <= largest <= 4 * 64 * n < 4 * n * n / 8      # FP32; 64: the widest layer
+    assert positions == [[[i for r in rollouts for i in range(len(r.tokens))]]]
 
 
 def head_inputs(n, dtype=torch.float64, width=16, vocab=97):
@@ -1899,7 +1886,7 @@ def test_what_is_not_seen_and_not_done(cfg, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret-token")
     with open(__file__) as file, socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as unix:
         os.set_inheritable(file.fileno(), True)
-        unix.bind(f"\0tmax-{uuid.uuid4()}")
+        unix.bind(f"\0{MARK}")
         port = server.getsockname()[1]
         nothing, names, devices, processes, env, status, *refused = shell(
             f"""for host in 127.0.0.1 localhost; do (exec 3<>/dev/tcp/$host/{port}) 2>/dev/null && echo reached; done
@@ -2726,20 +2713,20 @@ def test_a_killed_run_is_resumed(tiny_run, tmp_path, kills, steps, prompts):
     """Else a crash costs the run: killed again and again, it has each step and group once, and learns."""
     flags = f"--tasks {tiny_run}/tasks --prompts_per_step {prompts} --training_steps {steps} --state_every 1"
     flags += f" --model {tiny_run}/model" if kills == 3 else ""     # else one of its own
-    folder, seed = tmp_path / "runs/k", random.randrange(10**6)
+    run, seed = start_run(tmp_path, "k", flags), random.randrange(10**6)
+    folder, draw = run.folder, random.Random(seed)
     newest = lambda: max([int(state.name[6:]) for state in folder.glob("state-*[0-9]")], default=0)
-    run, draw = start_run(tmp_path, "k", flags), random.Random(seed)
     print("seed", seed)
     for _ in range(kills):
         before = newest()
         wait_for(lambda: run.poll() is not None or newest() > before, 240)
-        assert run.poll() is None, last_line(tmp_path, "k")
+        assert run.poll() is None, last_line(run)
         time.sleep(draw.random() / 2)
         generator = next(p.pid for p in psutil.Process(run.pid).children() if "spawn_main" in " ".join(p.cmdline()))
         os.kill(draw.choice([run.pid, generator]), signal.SIGKILL)
         assert run.wait(60) != 0
         run = start_run(tmp_path, "k", "--resume k")
-    metrics = metrics_of(run, tmp_path, "k", 300)
+    metrics = metrics_of(run, 300)
     assert [m["step"] for m in metrics] == list(range(1, steps + 1)) and mismatch(metrics) <= 1e-4
     assert set(Counter(line["group"] for line in json_lines(folder / "rollouts.jsonl")).values()) == {TINY.samples_per_prompt}
     assert not list(folder.glob("*.partial")) and (folder / f"checkpoint-{steps}").is_dir() and newest() == steps
@@ -2753,7 +2740,7 @@ def test_checkpoint_serves(made_by, parser, request, tmp_path):
     checkpoint = request.getfixturevalue(made_by)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    flags = f"""--dtype float32 --enforce-eager --kv-cache-memory-bytes {64 << 20} --enable-auto-tool-choice
+    url, flags = f"http://127.0.0.1:{port}", f"""--dtype float32 --enforce-eager --kv-cache-memory-bytes {64 << 20} --enable-auto-tool-choice
                 --tool-call-parser {parser} --host 127.0.0.1 --port {port}""".split()
     if made_by == "tiny_run":
         checkpoint /= "checkpoint-6"
@@ -2766,14 +2753,13 @@ def test_checkpoint_serves(made_by, parser, request, tmp_path):
 
     def healthy():
         with suppress(requests.RequestException):
-            return requests.get(f"http://127.0.0.1:{port}/health", timeout=60).ok
+            return requests.get(f"{url}/health", timeout=60).ok
     try:
         wait_for(lambda: server.poll() is not None or healthy(), 240)
         assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
-        messages = [{"role": "system", "content": tmax.SYSTEM_PROMPT},
-                    {"role": "user", "content": "Write the word amber to the file /workspace/fern"}]
+        messages = tmax.tiny_conversation("Write the word amber to the file /workspace/fern", [])[:2]
         question = dict(messages=messages, tools=tmax.tool_schemas(), temperature=0, max_tokens=64)
-        answer = requests.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=question, timeout=60).json()
+        answer = requests.post(f"{url}/v1/chat/completions", json=question, timeout=60).json()
         choice, = answer["choices"]
         call, = choice["message"]["tool_calls"]
         assert choice["finish_reason"] == "tool_calls" and call["function"]["name"] == "bash"
@@ -3147,8 +3133,8 @@ def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim, sent, learners, e
                 --num_learners {learners} --num_engines {engines}"""
     if sent != "SIGTERM" and engines == 1 and tmax.docker_answers():
         flags += f" --sandbox docker --image {request.getfixturevalue('image')}"
-    run, folder = start_run(tmp_path, victim, flags), tmp_path / "runs" / victim
-    wait_for(lambda: run.poll() is not None or list(folder.glob("checkpoint-*[0-9]")), 240)
+    run = start_run(tmp_path, victim, flags)
+    wait_for(lambda: run.poll() is not None or list(run.folder.glob("checkpoint-*[0-9]")), 240)
     used, below = used_memory(run), descendants(run.pid)
     named = lambda title: [p for p in below if title in below[p]]
     victims = dict(run=[run.pid], rank=named("tmax.py"), engine=named("EngineCore"),
@@ -3156,10 +3142,10 @@ def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim, sent, learners, e
     os.kill(max(victims[victim]), signal.Signals[sent])
     assert run.wait(60) != 0
     assert_nothing_left(tmp_path, used)
-    assert all(m["step"] for m in json_lines(folder / "metrics.jsonl"))
+    assert all(m["step"] for m in json_lines(run.folder / "metrics.jsonl"))
     end = r".*; newest checkpoint: runs/\w+/checkpoint-[1-9]" if said.startswith("error") else ""
-    log = (tmp_path / f"log-{victim}").read_text()
-    assert re.search(f"^{said}{end}", log if learners > 1 else last_line(tmp_path, victim), re.M), log[-2000:]
+    log = run.log.read_text()
+    assert re.search(f"^{said}{end}", log if learners > 1 else last_line(run), re.M), log[-2000:]
 
 
 # -----------------------------------------------------------------------------
