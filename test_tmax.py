@@ -33,7 +33,6 @@ import sys
 import tarfile
 import tempfile
 import time
-import uuid
 import weakref
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -184,23 +183,24 @@ def start(*args, **kw):
 def start_run(folder, name, flags):
     """`python tmax.py --tiny --name NAME …` as a user starts it, in a folder of its own."""
     (folder / "tmp").mkdir(exist_ok=True)
-    path = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
-    with (folder / f"log-{name}").open("w") as log:
-        return start([sys.executable, tmax.__file__, "--tiny", "--name", name, *flags.split()], cwd=folder, stdout=log, stderr=log,
-                     env=os.environ | {"TMAX_MARK": MARK, "TMPDIR": str(folder / "tmp"), "PYTHONPATH": path})
+    log, path = folder / f"log-{name}", f"{folder}:{os.environ.get('PYTHONPATH', '')}"
+    run = start([sys.executable, tmax.__file__, "--tiny", "--name", name, *flags.split()], cwd=folder, stdout=log.open("w"),
+                stderr=subprocess.STDOUT, env=os.environ | dict(TMAX_MARK=MARK, TMPDIR=str(folder / "tmp"), PYTHONPATH=path))
+    run.log, run.folder = log, folder / "runs" / name
+    return run
 
 
-def last_line(folder, name):
-    return (folder / f"log-{name}").read_text().splitlines()[-1]
+def last_line(run):
+    return run.log.read_text().splitlines()[-1]
 
 
 def json_lines(path):
     return [json.loads(line) for line in path.open()]
 
 
-def metrics_of(run, folder, name, seconds):
-    assert run.wait(seconds) == 0, last_line(folder, name)
-    return json_lines(folder / f"runs/{name}/metrics.jsonl")
+def metrics_of(run, seconds):
+    assert run.wait(seconds) == 0, last_line(run)
+    return json_lines(run.folder / "metrics.jsonl")
 
 
 def mismatch(metrics):
@@ -225,7 +225,7 @@ def descendants(pid):
 
 
 def used_memory(run):
-    """A run's paths in /dev/shm: folders, which its janitors' command lines name, and semaphores."""
+    """A run's paths in /dev/shm: folders, which janitors' command lines name, and semaphores."""
     below = descendants(run.pid)
     used = "".join(below.values())
     for pid in [run.pid, *below]:
@@ -249,7 +249,7 @@ def left_of(folder, used):
 
 
 def assert_nothing_left(folder, used, seconds=30):
-    """All of the run is gone, or goes within some seconds: its janitor waits for its end."""
+    """All is gone, or goes within some seconds: the janitor waits for the run's end."""
     assert any("/tmax-" in path for path in used)
     with suppress(AssertionError):
         wait_for(lambda: not left_of(folder, used), seconds)
@@ -279,11 +279,11 @@ def tiny_run(tmp_path_factory, held_out):
     (folder / "trackio.py").write_text(TRACKIO)
     run = start_run(folder, "e2e", f"""--training_steps 6 --prompts_per_step 8 --eval_every 3 --eval_tasks {held_out}
                                        --eval_runs 2 --save_tokens --log_to trackio""")
-    wait_for(lambda: run.poll() is not None or (folder / "runs/e2e/metrics.jsonl").exists(), 400)
+    wait_for(lambda: run.poll() is not None or (run.folder / "metrics.jsonl").exists(), 400)
     used = used_memory(run)
-    assert run.wait(600) == 0, last_line(folder, "e2e")
+    assert run.wait(600) == 0, last_line(run)
     assert_nothing_left(folder, used)
-    return folder / "runs/e2e"
+    return run.folder
 
 
 @pytest.fixture(scope="session")
@@ -299,13 +299,13 @@ def rollout_lines(tiny_run):
 
 @pytest.fixture(scope="session")
 def evaluation(tiny_run, held_out):
-    """(run folder, what was printed) of --eval, sampling as in training, so that runs differ; one task cannot start."""
-    folder, tasks = tiny_run.parents[1], tiny_run.parents[1] / "tasks"
-    shutil.copytree(held_out, tasks)
-    make_task(tasks / "never", toml="[environment]\nmemory_mb = 1\n", seeds={"large": "x" * (4 << 20)})
+    """(folder, what was printed) of --eval, sampling as in training: runs differ; one task cannot start."""
+    folder = tiny_run.parents[1]
+    tasks = shutil.copytree(held_out, folder / "tasks")
+    make_task(tasks / "never", toml="environment.memory_mb = 1", seeds={"large": "x" * (4 << 20)})
     run = start_run(folder, "eval", f"--eval --model {tiny_run}/checkpoint-6 --tasks {tasks} --temperature 1 --top_p 1")
-    assert run.wait(300) == 0, last_line(folder, "eval")
-    return folder / "runs/eval", (folder / "log-eval").read_text()
+    assert run.wait(300) == 0, last_line(run)
+    return run.folder, run.log.read_text()
 
 
 # Of Gated DeltaNet vLLM has BF16 alone on a CPU. This puts transformers' FP32 rule in its place, with vLLM's own states.
@@ -351,7 +351,7 @@ def fp32_rule(tmp_path_factory):
     (folder / "fp32_rule.py").write_text(RULE)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        patch.setenv("PYTHONPATH", f"{folder}:{os.environ.get('PYTHONPATH', '')}")
+        patch.setenv("PYTHONPATH", str(folder), prepend=":")
         yield '{"worker_extension_cls":"fp32_rule.Extension"}'
 
 
@@ -384,9 +384,9 @@ def hybrid_checkpoint(hybrid, fp32_rule, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     run = start_hybrid(folder, hybrid, fp32_rule, """--num_learners 2 --num_engines 2 --gradient_checkpointing true
                                                      --training_steps 3 --prompts_per_step 8""")
-    steps = metrics_of(run, folder, "h", 1700)
+    steps = metrics_of(run, 1700)
     assert len(steps) == 3 and 0 < steps[0]["mismatch_max"] and mismatch(steps) <= 1e-4
-    return folder / "runs/h/checkpoint-3"
+    return run.folder / "checkpoint-3"
 
 
 CFG = tmax.Config(sandbox="bwrap", bash_timeout=100.0)
@@ -530,7 +530,7 @@ RUN mkdir -p /app /workspace /home/worker /opt /var /root && mkdir -m 1777 /tmp 
 
 
 def host_image(client):
-    """Name of an image of this machine's own programs, their libraries and Python: needs no registry. Made once."""
+    """Name of an image of this machine's own programs and Python: needs no registry. Made once."""
     name = "tmax-test:latest"
     if client.images.list(name):
         return name
@@ -618,7 +618,7 @@ def test_wrong_values_are_refused_by_name(argv, named):
 
 
 def test_presets_yield_to_given_flags():
-    """Else a flag beside a preset is lost, or depends on its place, or a 0 that means something is refused."""
+    """Else a flag beside a preset is lost, or depends on its place, or 0 is refused."""
     tiny = replace(TINY, num_learners=0, num_engines=0)
     changed = replace(tiny, max_steps=3, dtype="bfloat16")
     both = tmax.Config(**tmax.EVAL | tmax.TINY | dict(top_p=1.0, seed=0, async_steps=0))
@@ -646,7 +646,7 @@ def test_help_names_every_field(capsys):
     (0, 0, "", "needs GPUs"), (8, 0, "--num_learners 5 --num_engines 4", "num_learners.* 9 "),
     (8, 4, "--num_learners 2", "torchrun started 4")])
 def test_split_of_a_node(monkeypatch, qwen3_8b, gpus, ranks, flags, split):
-    """Else learners and engines get wrong numbers of GPUs, alone or under torchrun, or too few."""
+    """Else learners and engines get wrong numbers of GPUs, alone or under torchrun."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE") if ranks else ():
         monkeypatch.setenv(name, str(ranks))
@@ -661,27 +661,25 @@ def test_split_of_a_node(monkeypatch, qwen3_8b, gpus, ranks, flags, split):
 # Train
 # -----------------------------------------------------------------------------
 
-def test_metrics_have_the_agreed_keys(metrics):
-    """Else forks and plots that read metrics.jsonl break."""
+def test_metrics_of_a_run(tiny_run, metrics):
+    """Else plots miss keys, reloads bring other weights, or a version is not what sampled its token."""
     keys = set("""step version updated reward groups_kept groups_zero_spread groups_stale groups_void groups_tried rollouts_void
                   rollouts_graded no_reward clipped touches_grader tokens loss grad_norm steps_skipped kept_fraction entropy
                   mismatch_max drift_max staleness_mean staleness_max seconds_generate seconds_train seconds_reload
                   seconds_gather_write learners_waited waiting_model waiting_bash waiting_grading mismatch_mean mismatch_p999
                   rollouts_by_engine engine_tokens_per_second learner_tokens_per_second""".split())
-    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
-    assert all(keys <= set(m) for m in metrics)
-
-
-def test_engine_and_learner_agree_in_every_step(metrics):
-    """Else reloads bring other weights, or a token's version is not what sampled it, or too old."""
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6] and all(keys <= set(m) for m in metrics)
     assert 0 < mismatch(metrics) <= 2e-5
     assert metrics[0]["mismatch_max"] == metrics[0]["drift_max"]            # nothing was stale yet
     assert any(m["drift_max"] > 1e-3 for m in metrics[1:])                  # and then something was
     assert max(m["staleness_max"] for m in metrics) == TINY.async_steps
+    first, *logged, last = json_lines(tiny_run.parents[1] / "tracked")
+    assert (first, last) == (["init", "tmax", "e2e", "dppo_tv", "allow"], ["finish"])
+    assert logged == [["log", m] for m in json_lines(tiny_run / "metrics.jsonl")]
 
 
 def test_figures_count_everything(metrics, rollout_lines):
-    """Else the reward is that of useful groups alone, which solved ones leave."""
+    """Else the reward is that of the groups alone that solved ones leave."""
     for m in metrics:
         lines = [t for t in rollout_lines if t["step"] == m["step"] and "run" not in t]      # none of an evaluation
         graded = [t for t in lines if not t["finish"].startswith("void")]
@@ -695,7 +693,7 @@ def test_figures_count_everything(metrics, rollout_lines):
 
 
 def test_a_rollout_tells_what_it_did(rollout_lines):
-    """Else what made a rollout long, dear or good is not to be found out afterwards."""
+    """Else nobody can find out what made a rollout long, dear or good."""
     groups = defaultdict(list)
     for r in rollout_lines:
         turns = [turn for turn in r["transcript"] if turn["role"] == "assistant"]
@@ -709,13 +707,6 @@ def test_a_rollout_tells_what_it_did(rollout_lines):
         rewards = [r["reward"] for r in group]
         wanted = list(np.subtract(rewards, np.mean(rewards)))
         assert [r["advantage"] for r in group] in (pytest.approx(wanted), [0] * len(group))     # or it was rejected
-
-
-def test_metrics_go_where_log_to_says(tiny_run):
-    """Else who watches a run in a browser sees other figures than metrics.jsonl has."""
-    first, *logged, last = json_lines(tiny_run.parents[1] / "tracked")
-    assert (first, last) == (["init", "tmax", "e2e", "dppo_tv", "allow"], ["finish"])
-    assert logged == [["log", m] for m in json_lines(tiny_run / "metrics.jsonl")]
 
 
 def test_the_readme_looks_at_a_run(tiny_run):
@@ -734,16 +725,16 @@ def test_the_readme_looks_at_a_run(tiny_run):
 @pytest.mark.slow
 @parametrize("flags", ["--seed 1", "--seed 2", "--seed 3", "--num_learners 2 --num_engines 2"])
 def test_reward_rises(tmp_path, flags):
-    """Else the recipe does not learn, with any seed and on several ranks, or engines and learners disagree."""
-    metrics = metrics_of(start_run(tmp_path, "learn", flags), tmp_path, "learn", 1800)
+    """Else the recipe does not learn, with any seed or on several ranks."""
+    metrics = metrics_of(start_run(tmp_path, "learn", flags), 1800)
     rewards = [m["reward"] for m in metrics]
     assert 0.2 <= np.mean(rewards[:5]) <= 0.5 and np.mean(rewards[-5:]) >= 0.9 and mismatch(metrics) <= 2e-5
 
 
 @pytest.mark.slow
 def test_reward_of_a_qwen3_5_rises(hybrid, fp32_rule, tmp_path):
-    """Else recurrent layers do not learn, or engines and learner disagree."""
-    metrics = metrics_of(start_hybrid(tmp_path, hybrid, fp32_rule, "--training_steps 28"), tmp_path, "h", 1750)
+    """Else recurrent layers do not learn."""
+    metrics = metrics_of(start_hybrid(tmp_path, hybrid, fp32_rule, "--training_steps 28"), 1750)
     rewards = [m["reward"] for m in metrics]
     assert np.mean(rewards[:3]) <= 0.5 and np.mean(rewards[-3:]) >= 0.8 and mismatch(metrics) <= 1e-4
 
@@ -772,7 +763,7 @@ def commands(text):
 
 
 def test_a_rollout_submits_by_the_last_echo_alone():
-    """Else work is graded before it is done, as where a file with the marker is shown. S: echo MARKER."""
+    """Else work is graded too early, as where a file with the marker is shown. S: echo M, M: the marker."""
     yes = ["  S\n", "echo 'M'", 'echo \t"M"', "ls; S", "cd /\nS", "true && S", "false || S", "cat <<X\na\nX\nS"]
     no = ["M", "", "S;", "S && ls", "S\nls", "echo\nM", 'echo "M\n"', "printf x;S", "echo -n M", "echo M M", "echo xM",
           "printf M", 'echo "M', "S >out", "# S", "true #;S", "false && S", "exit 3;S", "ls | S", "echo 'S' >p; cat p",
@@ -786,7 +777,7 @@ def test_a_rollout_submits_by_the_last_echo_alone():
 
 
 def test_observations():
-    """Else the model sees all of a long output, or not that it was cut, or no exit code."""
+    """Else the model sees all of a long output, or no cut, or no exit code."""
     assert tmax.render_observation("", 137) == "(no output)\n\n(exit_code=137)"
     assert tmax.render_observation("ü" * 9_999 + "\n", 1) == "ü" * 9_999 + "\n\n\n(exit_code=1)"
     hint, _, rest = tmax.render_observation("a" * 5_000 + "X" + "b" * 5_000, 1).partition("\n")
@@ -812,7 +803,7 @@ class Script:
 
 def rolled_out(folder, tokenizer, *says, test="[ -e /tmp/done ] && echo 1 >/logs/verifier/reward.txt", toml=None, seeds=None,
                **cfg):
-    """A Rollout of the script in a real sandbox, checked for what holds of each; and its turns' tokens."""
+    """A Rollout of the script in a real sandbox, checked for what holds of each; its turns' tokens."""
     task = tmax.load_task(make_task(folder / "t", test=test, toml=toml, seeds=seeds))
     engine, cfg, chat = Script(tokenizer, *says), replace(CFG, **cfg), tmax.ChatFormat(tokenizer)
     r = asyncio.run(tmax.rollout(engine, task, tokenizer, cfg, 2))
@@ -835,8 +826,8 @@ def told(r, *roles):
 
 @FAMILIES
 def test_a_rollout_works_and_submits(tmp_path, tokenizers, monkeypatch, family):
-    """Else tokens are not what was sampled and what the template makes, or calls in one turn do not run in order, each a
-    step, or run after a submission; or a turn without a call ends an evaluation. A fork's second tool is an entry."""
+    """Else tokens are not what was sampled and the template makes, calls in one turn run out of order or after a submission,
+    or a turn without a call ends an evaluation. A fork's second tool is an entry."""
     async def repeat(box, command, times):
         return "".join([(await box.run(command)).text for _ in range(times)])
     schema = {"type": "object", "properties": {"command": {"type": "string"}, "times": {"type": "integer"}}}
@@ -880,14 +871,14 @@ SMALL = "[environment]\nmemory_mb = 64\n"
     ([DONE, "x" * 300], dict(eval=True, max_turn_tokens=99), ("max_tokens", 1.0, 1)),
 ])
 def test_ends_of_a_rollout(tmp_path, tokenizers, says, options, wanted):
-    """Else unsubmitted work is rewarded, or submitted work is not. The model's faults are 0, this machine's void."""
+    """Else unsubmitted work is rewarded, or this machine's faults are the model's."""
     r, turns = rolled_out(tmp_path, tokenizers["qwen"], *says, **options)
     assert (r.finish, r.reward, r.steps) == wanted and r.tokens[-len(turns[-1]):] == turns[-1] if says else r.void
     assert bool(told(r, "verifier")) == (r.finish in ("submitted", "timeout") or "eval" in options) and r.transcript
 
 
 def test_an_observation_of_a_rollout_must_fit(tmp_path, tokenizers):
-    """Else a rollout is longer than a pack: after an output one more token must have room."""
+    """Else a rollout is longer than a pack: one more token must have room."""
     tokenizer, command = tokenizers["qwen"], hermes("echo hello")
     turn = len(rolled_out(tmp_path / "a", tokenizer, command, "")[1][0])
     full = turn + len(tmax.ChatFormat(tokenizer).tool_turn(["hello\n\n\n(exit_code=0)"]))
@@ -898,7 +889,7 @@ def test_an_observation_of_a_rollout_must_fit(tmp_path, tokenizers):
 
 
 def test_a_rollout_is_told_of_a_stopped_command(tmp_path, tokenizers):
-    """Else bash_timeout ends the rollout, or in silence; or none shows that it looked for the grader."""
+    """Else bash_timeout ends the rollout, or in silence; or looking for the grader goes unseen."""
     says = [hermes("echo before; sleep 300"), hermes("ls app/tests ./tests"), "end"]
     r, _ = rolled_out(tmp_path / "a", tokenizers["qwen"], *says, bash_timeout=1.0)
     assert told(r, "tool")[0] == "before\n\n(stopped after 1 s)\n\n(exit_code=124)" and not r.touches_grader
@@ -928,8 +919,7 @@ BROKEN = {  # a name -> what its folder holds, end, problem, and a part of what 
 
 
 def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
-    """Else a task that its own solution cannot solve goes unnoticed, or a broken one, whatever it holds, ends the run:
-    it is left out, void or without a reward, and the reason is printed."""
+    """Else a task that its own solution cannot solve goes unnoticed, or a broken one, whatever it holds, ends the run."""
     test = "[ ! -e /app/done ] || { grep yes /app/done && echo 1 || echo 0.5; } | tail -n 1 >/logs/verifier/reward.txt"
     right, tasks = '[ "$A" = "b c" ] && cp /solution/data done', tmp_path / "tasks"
     for name, solution in {"right": right, "wrong": "echo no >done", "slow": f"{right}; sleep 60", "none": None}.items():
@@ -969,7 +959,7 @@ def outcome(reward, finish="submitted", versions=(10,)):
 
 
 def test_groups_of_rollouts_are_selected():
-    """Else groups too old or without gradient are trained on, or good ones lost. Version 10, async_steps 4."""
+    """Else groups too old or without gradient are trained on, or good ones lost."""
     good, bad, void = outcome(1.0), outcome(0.0), outcome(0.0, "void:died")
     old, too_old = outcome(0.0, versions=(-1, 6, 10)), outcome(0.0, versions=(-1, 10, 5))
     table = [
@@ -988,7 +978,7 @@ def test_groups_of_rollouts_are_selected():
     ("centered", [-0.5, 0.5, 0.25, -0.25]), ("leave_one_out", [-2 / 3, 2 / 3, 1 / 3, -1 / 3]),
     ("normalized", [a / (math.sqrt(0.625 / 3) + 1e-6) for a in (-0.5, 0.5, 0.25, -0.25)])])
 def test_advantages_of_rollouts(kind, wanted):
-    """Else a wrong sign, baseline or deviation passes: a run learns all the same, only worse."""
+    """Else a wrong sign, baseline or deviation passes: a run learns, only worse."""
     advantages = tmax.advantages([0.0, 1.0, 0.75, 0.25], kind)
     assert advantages.dtype == np.float64 and advantages.tolist() == pytest.approx(wanted, rel=1e-12)
     assert abs(tmax.advantages([0.3] * 3, kind)).max() < 1e-9        # 0.3 is no sum of powers of two
@@ -1036,7 +1026,7 @@ def test_pack_keeps_every_rollout(lengths, num_ranks, spare):
 
 
 def test_empty_pack_adds_exactly_nothing(process_group):
-    """Else a rank without work adds to the step, or hangs the collectives, which want all gradients."""
+    """Else a rank without work adds to the step, or hangs collectives, which want all gradients."""
     policy = small_policy()
     seen = tmax.backward_packs(policy, [tmax.build_pack([])], 1000, CFG, scale=3)
     assert all(len(x) == 0 for x in seen.values()) and set(tmax.step_metrics(seen, 9).values()) == {0, None}
@@ -1044,7 +1034,7 @@ def test_empty_pack_adds_exactly_nothing(process_group):
 
 
 def test_packs_are_balanced():
-    """Else all ranks wait for one: lengths as real ones, nearly half cut; one long among many short."""
+    """Else all ranks wait for one: real lengths, nearly half cut; one long among many short."""
     flops = lambda n: 2 * 8e9 * n + 2 * 36 * 4096 * n * n       # of Qwen3-8B: matrix products, attention
     draw = random.Random(0)
     real = [(4, [min(34_816, draw.randrange(2_000, 65_000)) for _ in range(256)]) for _ in range(3)]
@@ -1102,7 +1092,7 @@ def random_tokens(n, dtype):
 @parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5)], ids=["float64", "float32"])
 @parametrize("loss", LOSSES)
 def test_loss_equals_equations(loss, dtype, tolerance):
-    """Else mask, value or gradient is not the paper's. In float32 without tokens within 1e-6 of a bound."""
+    """Else mask, value or gradient is not the paper's. In float32 but for tokens at a bound."""
     logp, logmu, advantage = random_tokens(30_000, dtype)
     logp.requires_grad_()
     value, kept = tmax.policy_loss(tmax.Config(loss=loss, dppo_threshold=0.15), logp, logmu, advantage)
@@ -1124,7 +1114,7 @@ def test_loss_equals_equations(loss, dtype, tolerance):
 @parametrize("loss, advantage, wanted", [(loss, 0.0, 0.0) for loss in LOSSES]
                          + [("dppo_tv", 1.0, 0.0), ("dppo_kl", 1.0, 0.0), ("grpo", 1.0, -1.272)])
 def test_loss_of_overflowing_ratio_leaves_no_nan(loss, advantage, wanted):
-    """Else a masked, clipped or worthless token has gradient inf * 0, and the step is skipped."""
+    """Else a token that does not count has gradient inf * 0, and the step is skipped."""
     logp = torch.tensor([-1.0], requires_grad=True)
     value, _ = tmax.policy_loss(tmax.Config(loss=loss), logp, torch.tensor([-200.0]), torch.tensor([advantage]))
     value.sum().backward()
@@ -1147,7 +1137,7 @@ def allocations(function):
 @parametrize("name, value", [
     ("cu_seqlens", None), ("softcap", 50.0), ("s_aux", torch.zeros(2)), ("sliding_window", 7), ("dropout", 0.1)])
 def test_packed_attention_of_another_kind_is_an_error(name, value):
-    """Else rollouts without borders see each other, or a window, cap, sink or dropout is left out in silence."""
+    """Else rollouts see each other, or a window, cap, sink or dropout is left out in silence."""
     q = torch.zeros(1, 2, 8, 4)
     given = dict(sliding_window=8, dropout=0.0, position_ids=torch.zeros(1, 8), cu_seqlens=torch.tensor([0, 8]), scaling=None)
     tmax.packed_attention(None, q, q, q, None, **given)
@@ -1155,21 +1145,16 @@ def test_packed_attention_of_another_kind_is_an_error(name, value):
         tmax.packed_attention(None, q, q, q, None, **given | {name: value})
 
 
-def test_positions_restart_in_packs(policy, rollouts):
-    """Else positions run on from rollout to rollout: rotary embeddings alone would hardly show it."""
-    seen = []
-    with policy.lm.base_model.rotary_emb.register_forward_pre_hook(lambda _, args: seen.append(args[1].tolist())):
-        policy(tmax.build_pack(rollouts))
-    assert seen == [[[i for r in rollouts for i in range(len(r.tokens))]]]
-
-
 def test_packs_need_no_square_mask(policy):
-    """Else a mask or scores of [N, N] exist, forward or backward: 4.8 GB a head for a full pack."""
-    draw = random.Random(3)
-    pack = tmax.build_pack([random_rollout(draw) for _ in range(40)])
+    """Else a mask or scores of [N, N] exist, 4.8 GB a head for a full pack; or positions run on, which would hardly show."""
+    draw, positions = random.Random(3), []
+    rollouts = [random_rollout(draw) for _ in range(40)]
+    pack = tmax.build_pack(rollouts)
     n = len(pack.tokens)
-    largest, _ = allocations(lambda: policy(pack)[0].sum().backward())
+    with policy.lm.base_model.rotary_emb.register_forward_pre_hook(lambda _, args: positions.append(args[1].tolist())):
+        largest, _ = allocations(lambda: policy(pack)[0].sum().backward())
     assert 4 * n <= largest <= 4 * 64 * n < 4 * n * n / 8      # FP32; 64: the widest layer
+    assert positions == [[[i for r in rollouts for i in range(len(r.tokens))]]]
 
 
 def head_inputs(n, dtype=torch.float64, width=16, vocab=97):
@@ -1201,7 +1186,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @parametrize("device, tolerance", [("cpu", 1e-5), pytest.param("cuda", 1e-4, marks=[pytest.mark.gpu, needs_gpu])])
 def test_head_is_fp32_over_bf16_weights(device, tolerance):
-    """Else bf16 inputs are multiplied or summed in bf16, and logprobs are not the engine's."""
+    """Else bf16 is multiplied or summed in bf16, and logprobs are not the engine's."""
     hidden, weight, targets = (x.detach().to(device) for x in head_inputs(64, torch.bfloat16, width=256, vocab=500))
     inputs = hidden.requires_grad_(), weight.requires_grad_()
     got, wanted = tmax.token_logprobs(*inputs, targets, 24), dense_logprobs(*inputs, targets)
@@ -1212,7 +1197,7 @@ def test_head_is_fp32_over_bf16_weights(device, tolerance):
 
 
 def test_full_logits_never_exist():
-    """Else a tensor is larger than [chunk, vocab], or the forward pass holds three of those."""
+    """Else a tensor is larger than [chunk, vocab], or forward holds three of those."""
     hidden, weight, targets = head_inputs(1000, torch.float32, width=8, vocab=5000)
     chunk, logprobs = 4 * 20 * 5000, []
     largest, most = allocations(lambda: logprobs.append(tmax.token_logprobs(hidden, weight, targets, chunk=20)[0]))
@@ -1227,8 +1212,7 @@ def test_full_logits_never_exist():
     lambda rollouts: tmax.pack(rollouts[::-1], 120, 3), lambda rollouts: tmax.pack(rollouts, 1000, 5)],
     ids=["one per pack", "2 ranks", "3 ranks, other order", "ranks without work"])
 def test_step_of_packs_is_the_equations(layout, checkpointing, rollouts, reference):
-    """Else packs, ranks or checkpointing change gradient or loss, or a rollout sees another, or a policy that samples at 0.9
-    is trained at 1."""
+    """Else packs, ranks, checkpointing or a temperature change gradient or loss, or rollouts see each other."""
     policy, ranks, loss = small_policy(checkpointing), layout(rollouts), 0.0
     num_tokens = sum(len(p.targets) for packs in ranks for p in packs)
     for packs in ranks:
@@ -1240,7 +1224,7 @@ def test_step_of_packs_is_the_equations(layout, checkpointing, rollouts, referen
 
 @parametrize("checkpointing", [False, True])
 def test_recurrent_layers_take_packs_apart(checkpointing, groups, rollouts):
-    """Else a state or convolution runs on into the next rollout: others, in another order, must change no bit."""
+    """Else a state runs on into the next rollout: others, in another order, change no bit."""
     policy = small_policy(checkpointing, Qwen3_5TextConfig, **HYBRID).double()
     packs = [tmax.build_pack(rollouts[:9]), tmax.build_pack(rollouts[9:])]
     tmax.backward_packs(policy, packs, sum(sum(r.mask) for r in rollouts), replace(WARM, loss="pg"))
@@ -1254,7 +1238,7 @@ def test_recurrent_layers_take_packs_apart(checkpointing, groups, rollouts):
 
 
 def test_metrics_of_a_step_by_hand(policy, rollouts, process_group):
-    """Else a figure is of the last pack alone, or not what its name says, or no JSON, or 0 where there are no tokens."""
+    """Else a figure is of the last pack alone, misnamed, no JSON, or 0 where there are no tokens."""
     packs = [tmax.build_pack(rollouts[:10]), tmax.build_pack(rollouts[10:])]
     of_packs = tmax.backward_packs(policy, packs, 100, CFG)
     assert of_packs["rollout_logprobs"].tolist() == pytest.approx([x for r in rollouts for x in sampled(r, "logprobs")])
@@ -1278,7 +1262,7 @@ RECORDED = tmax.Config(dtype="float32", learning_rate=1e-3, pack_length=200)
 
 
 def test_update_warms_up_and_skips_what_is_not_finite(tmp_path, policy, rollouts, process_group):
-    """Else the learning rate is not the step's, gradients are not clipped, or one bad token turns all weights into NaN."""
+    """Else the learning rate is wrong, gradients are not clipped, or one bad token makes all weights NaN."""
     policy.lm.save_pretrained(tmp_path)
     learner = tmax.Learner(replace(RECORDED, warmup_steps=3, max_grad_norm=1e-3), tmp_path)
     weight, pack = learner.policy.lm.lm_head.weight, tmax.build_pack(rollouts)
@@ -1293,7 +1277,7 @@ def test_update_warms_up_and_skips_what_is_not_finite(tmp_path, policy, rollouts
 
 
 def test_moments_that_wait_elsewhere_change_nothing(process_group, tiny_model, tmp_path, monkeypatch):
-    """Else AdamW goes on with other moments than it left: three steps with copies give the same bits."""
+    """Else AdamW goes on with other moments than it left, to the bit."""
     def train(move):
         monkeypatch.setattr(tmax.Learner, "_move_moments", move)
         learner, packs = recorded_learner(tmp_path, tiny_model)
@@ -1316,7 +1300,7 @@ def test_moments_that_wait_elsewhere_change_nothing(process_group, tiny_model, t
 
 
 def test_learners_of_a_node_wait_for_hours(monkeypatch):
-    """Else rollouts that take longer than gloo's own half an hour end the run."""
+    """Else rollouts longer than gloo's own half an hour end the run."""
     monkeypatch.setattr(tempfile, "tempdir", None)      # make_memory sets it
     tmax.join_ranks()
     assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(hours=12)
@@ -1360,7 +1344,7 @@ def recorded_weights(folder):
 
 
 def test_updates_do_not_depend_on_ranks(tmp_path, policy, groups, process_group):
-    """Else a run on two ranks has other weights, metrics (Adam hides scale) or states than on one."""
+    """Else two ranks have other weights, metrics (Adam hides scale) or states than one."""
     policy.lm.save_pretrained(tmp_path / "model")
     for version in (1, 2):      # the newest tokens of steps 2 and 3 are few, and may be on one rank alone
         for r in groups[3 + version]:
@@ -1388,7 +1372,7 @@ def test_updates_do_not_depend_on_ranks(tmp_path, policy, groups, process_group)
 @pytest.mark.gpu
 @needs_gpu
 def test_attention_on_gpu_equals_cpu():
-    """Else bf16's variable-length attention or its gradients are wrong; heads of Qwen3-8B."""
+    """Else bf16's variable-length attention or its gradients are wrong."""
     lengths = [1, 17, 300, 64, 2, 513]
     borders, g = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), torch.Generator().manual_seed(0)
     some = lambda *shape: torch.randn(1, *shape, 128, generator=g).bfloat16()
@@ -1407,7 +1391,7 @@ def test_attention_on_gpu_equals_cpu():
 @pytest.mark.gpu
 @needs_gpu
 def test_recurrence_on_gpu_equals_the_rule(monkeypatch):
-    """Else flash-linear-attention is missing, or is wrong on a full pack of long rollouts."""
+    """Else flash-linear-attention is missing, or wrong on a full pack."""
     import fla  # noqa: F401
     layer = modeling_qwen3_5.Qwen3_5GatedDeltaNet(Qwen3_5TextConfig(**QWEN3_5_9B), 0).to("cuda", torch.bfloat16)
     borders = torch.tensor([0, 17, 5_000, 34_816], device="cuda", dtype=torch.int32)
@@ -1425,7 +1409,7 @@ def test_recurrence_on_gpu_equals_the_rule(monkeypatch):
 @pytest.mark.gpu
 @needs_gpu
 def test_peak_memory_on_gpu_is_the_plans(process_group, tmp_path, monkeypatch):
-    """Else --plan promises what CUDA has no memory for: four layers of the 9B, a full pack."""
+    """Else --plan promises what CUDA has no memory for."""
     Qwen3_5TextConfig(**QWEN3_5_9B | dict(num_hidden_layers=4)).save_pretrained(tmp_path)
     lm, cfg = tmax.check_shape(tmp_path), tmax.Config()
     make = lambda *args, **kw: AutoModelForCausalLM.from_config(lm.config, attn_implementation="packed")
@@ -1450,7 +1434,7 @@ def test_engines_get_the_other_gpus(monkeypatch, visible, devices):
 
 
 def test_rollouts_at_once():
-    """Else engines idle while rollouts are in bash, or more sandboxes are open than may work."""
+    """Else engines idle while rollouts are in bash, or too many sandboxes are open."""
     cfg = tmax.Config(num_engines=4)
     assert tmax.concurrency(cfg, 380_000) == math.ceil(380_000 / (0.76 * 34_816) / 0.6) == 24
     assert tmax.concurrency(cfg, 10 ** 12) == 5 * 32 * 8 / 4
@@ -1465,7 +1449,7 @@ def idle_generator(cfg, at_once):
 
 
 def test_groups_go_to_the_engine_with_the_fewest(monkeypatch):
-    """Else some engines thrash their KV caches while others idle: index modulo engines costs a third. A group stays on one."""
+    """Else some engines thrash their KV caches while others idle, which costs a third."""
     cfg = replace(CFG, num_engines=3, samples_per_prompt=4)
     in_flight, at_once, homes, seconds = Counter(), [], defaultdict(set), random.Random(0)
 
@@ -1498,8 +1482,8 @@ def test_groups_go_to_the_engine_with_the_fewest(monkeypatch):
 
 
 def test_settings_of_vllm(tiny_model, tmp_path, monkeypatch):
-    """Else an fp8 cache needs an edit, two runs draw the same noise, a flag changes what the learner computes with (FP32 head,
-    logprobs of what is sampled), or vLLM's config classes refuse what a node with GPUs passes."""
+    """Else an fp8 cache needs an edit, two runs draw the same noise, a flag changes what the learner computes with, or vLLM's
+    config classes refuse what a node with GPUs passes."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     one, other = (tmax.engine_args(tiny_model[0], replace(TINY, vllm='{"max_num_seqs": 7}')) for _ in range(2))
     assert (one.max_num_seqs, one.enable_prefix_caching) == (7, True) and one.seed != other.seed
@@ -1533,8 +1517,7 @@ def learner_logprobs(folder, turn, prompt, dtype="float32"):
 
 
 def gaps_around_a_reload(folders, dtype, vllm):
-    """Of turns before, during and after a reload: the largest |log mu - log pi|; and the most of the prompt before, in blocks
-    of vLLM's cache, that was prefilled again."""
+    """Around a reload: the largest |log mu - log pi|; the most of a prompt that was prefilled again, in blocks of vLLM's cache."""
     gaps, prefilled = [], []
 
     def compare(version, prompt, turn):
@@ -1583,7 +1566,7 @@ def compare_around_a_reload(folders, dtype, vllm, limit):
 
 
 def with_noise(lm, model, folder):
-    """Two folders: a model, and the same with other weights; the tokenizer is that of `model`."""
+    """Two folders: a model with the tokenizer of `model`, and the same with other weights."""
     for part in ("0", "1"):
         lm.save_pretrained(folder / part)
         AutoTokenizer.from_pretrained(model).save_pretrained(folder / part)
@@ -1593,7 +1576,7 @@ def with_noise(lm, model, folder):
 
 
 def test_requests_in_flight_go_on_under_new_weights(tiny_run):
-    """Else a reload ends turns, tokens are marked with other weights than their logprobs', or noise is repeated."""
+    """Else a reload ends turns, tokens are marked with wrong versions, or noise is repeated."""
     compare_around_a_reload([tiny_run / "model", tiny_run / "checkpoint-6"], "float32", "{}", 1e-4)
 
 
@@ -1609,7 +1592,7 @@ def test_recurrent_engines_compute_as_the_learner(hybrid, fp32_rule, tmp_path, d
 @pytest.mark.gpu
 @needs_gpu
 def test_engines_on_gpu_compute_a_2b_as_the_learner(hybrid, tmp_path):
-    """Else vLLM's GPU kernels differ by more than BF16 does, or more than a block is prefilled again."""
+    """Else vLLM's GPU kernels differ by more than BF16 does, or too much is prefilled again."""
     config = Qwen3_5TextConfig(**QWEN3_5_9B | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=24,
                                num_attention_heads=8, num_key_value_heads=2, linear_num_value_heads=16, tie_word_embeddings=True))
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -1664,7 +1647,7 @@ def replay(tmp_path, tiny_model, process_group, monkeypatch):
 @parametrize("async_steps, seconds_update, bash", [(0, 0.0, 1.0), (2, 0.6, 0.0)],
                          ids=["synchronous", "slow learner"])
 def test_staleness_never_exceeds_the_bound(replay, tmp_path, async_steps, seconds_update, bash):
-    """Else tokens are too old, or, behind a slow learner, groups are sampled to be thrown away; or metrics hide who waits."""
+    """Else tokens are too old, groups are sampled to be thrown away, or metrics hide who waits."""
     times = [[2, 30, bash * (i % 8 < 4)] for i in range(48)]     # every other group is slow
     metrics = replay(times, seconds_update, async_steps=async_steps, training_steps=6 if async_steps else 4)
     assert all(m["updated"] for m in metrics)
@@ -1678,7 +1661,7 @@ def test_staleness_never_exceeds_the_bound(replay, tmp_path, async_steps, second
 
 @pytest.mark.slow
 def test_a_larger_shape_needs_no_preset(replay, tmp_path):
-    """Else two CPU cores run --tiny alone: 135M parameters train and are evaluated with the same code."""
+    """Else two CPU cores run --tiny alone: 135M parameters train and are evaluated."""
     tokenizer, folder = small_tokenizer(QWEN, QWEN_TOKENS, "<|im_end|>"), tmp_path / "135m"
     config = AutoConfig.for_model("llama", vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                                   num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
@@ -1730,7 +1713,7 @@ def test_a_generator_that_works_is_not_silent(monkeypatch):
 
 
 def test_failed_engine_ends_the_run(replay):
-    """Else an engine that cannot start leaves the run waiting: tasks are longer than the pipe's buffer."""
+    """Else the run waits for an engine that cannot start: tasks are longer than the pipe's buffer."""
     with pytest.raises(tmax.RunFailed, match=r"^generator: [^\n]*ModelConfig[^\n]*generator.log\)$"):
         replay([[1, 10, 0.0]], max_total_tokens=40_000)     # more than the model has positions
 
@@ -1741,7 +1724,7 @@ def test_failed_engine_ends_the_run(replay):
 
 @parametrize("form", [hermes, xml])
 def test_calls_are_found_outside_thinking(form):
-    """Else a call that was only thought of runs, or one that was made does not. A and B are calls."""
+    """Else a call that was only thought of runs, or one that was made does not."""
     for text, wanted in [
             ("no call at all", ""), ("first A then\n\nB end", "ab"), ("<think>A", ""), ("A<think>B", "a"), ("B</think>A", "a"),
             ("<think>B</think>A<think>B</think>A", "aa"), ("<think><tool_call>{</think>A", "a"),
@@ -1758,7 +1741,7 @@ TAGS = """<tool_call> </tool_call> <think> </think> <function=bash> </function> 
 @example('echo "a\\n\'b\'" \\\r\n\0\ud800🌲')
 @given(st.lists(st.text(st.characters()) | st.sampled_from([*TAGS, "\n", " "])).map("".join))
 def test_any_command_comes_back(command):
-    """Else quotes, newlines or tags change a command. XML has no escape for what closes its parameter."""
+    """Else quotes, newlines or tags change a command. XML has no escape for its own end."""
     assert commands("Well. " + hermes(command) + "\n" + xml("pwd")) == [command, "pwd"]
     assert commands(hermes("C").replace('"C"', json.dumps(command, ensure_ascii=False))) == [command]
     if not re.search(r"</parameter>\s*(</function>|<parameter=)", command):
@@ -1776,7 +1759,7 @@ def test_any_command_comes_back(command):
         "<function=bash>" + 2 * "<parameter=command>ls</parameter>" + "</function>"]),
 ], ids=lambda text: text[:60])
 def test_malformed_calls_raise(text):
-    """Else a call that cannot be read, or of an unknown tool or argument, runs as something else."""
+    """Else a call that cannot be read, or of an unknown tool, runs as something else."""
     with pytest.raises(tmax.FormatError) as error:
         tmax.parse_tool_calls(text)
     assert len(str(error.value)) < 400
@@ -1791,7 +1774,7 @@ HOSTILE_STARTS = "", "<think>", "<tool_call>[", '<tool_call>{"name": "', "<tool_
 
 @pytest.mark.timeout(60)
 def test_hostile_texts_are_read_in_linear_time():
-    """Else a turn of a model that repeats itself holds up all rollouts for minutes: 1 MB of anything."""
+    """Else a model that repeats itself for 1 MB holds up all rollouts for minutes."""
     for before, unit, after in itertools.product(HOSTILE_STARTS, HOSTILE, ("", "</think>")):
         with suppress(tmax.FormatError):
             tmax.parse_tool_calls(before + unit * (1_000_000 // len(unit)) + after)
@@ -1799,7 +1782,7 @@ def test_hostile_texts_are_read_in_linear_time():
 
 @FAMILIES
 def test_observations_forge_nothing(tokenizers, family):
-    """Else a file that holds `<|im_end|>` ends the tool's turn: no added token comes out of text, and it decodes back."""
+    """Else a file that holds `<|im_end|>` ends the tool's turn; as text it decodes back."""
     tokenizer = tokenizers[family]
     chat, added = tmax.ChatFormat(tokenizer), tokenizer.added_tokens_decoder
     text = "".join(f"{token.content} {token.content}\n" for token in added.values())
@@ -1828,7 +1811,7 @@ def test_a_tokenizer_that_cannot_serve_is_refused(template):
 
 
 def test_turns_end_with_any_end_token(tmp_path):
-    """Else a model runs on behind its own end, or a turn is closed otherwise than by its template."""
+    """Else a model runs on behind its own end, or a turn is closed against its template."""
     small_tokenizer(LLAMA, LLAMA_TOKENS, "<|end_of_text|>").save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     python, eos, turn = (tokenizer.convert_tokens_to_ids(t) for t in ("<|python_tag|>", "<|end_of_text|>", "<|eot_id|>"))
@@ -1894,13 +1877,13 @@ SEEN_IN_BUBBLEWRAP = "alternatives|app|bin|dev|etc|home|lib|lib64|opt|proc|root|
 
 
 def test_what_is_not_seen_and_not_done(cfg, monkeypatch):
-    """Else the agent sees files, processes, networks or variables of the host, or gains rights."""
+    """Else the agent sees the host's files, processes, networks or variables, or gains rights."""
     bwrap = cfg.sandbox == "bwrap"
     commands = REFUSED + REFUSED_BY_BUBBLEWRAP * bwrap
     monkeypatch.setenv("HF_TOKEN", "secret-token")
     with open(__file__) as file, socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as unix:
         os.set_inheritable(file.fileno(), True)
-        unix.bind(f"\0tmax-{uuid.uuid4()}")
+        unix.bind(f"\0{MARK}")
         port = server.getsockname()[1]
         nothing, names, devices, processes, env, status, *refused = shell(
             f"""for host in 127.0.0.1 localhost; do (exec 3<>/dev/tcp/$host/{port}) 2>/dev/null && echo reached; done
@@ -2032,7 +2015,7 @@ def test_who_ended_a_container(docker_cfg, built, memory, monkeypatch, case, com
 
 
 def test_who_ended_bubblewrap(memory, monkeypatch):
-    """As above: silence is the agent's doing, a failed start is not; to kill all ends one command only."""
+    """As above; to kill all ends one command only."""
     monkeypatch.setattr(tmax, "GRACE", 2)
     assert [o.text for o in shell("A=1", "kill -9 -1; sleep 9", "echo $A")] == ["", "", "1\n"]
     with pytest.raises(tmax.KilledItself, match="not answer"):
@@ -2043,7 +2026,7 @@ def test_who_ended_bubblewrap(memory, monkeypatch):
 
 
 def test_an_engine_that_is_killed(tmp_path, monkeypatch):
-    """Else rollouts are blamed for their engine's death, or one that starts without an engine hangs."""
+    """Else rollouts are blamed for their engine's death, or one without an engine hangs."""
     engine = ["bash", ROOT / ".ci/run", "engine", tmp_path]
     monkeypatch.setenv("PATH", f"/usr/sbin:{os.environ['PATH']}")
     if os.getuid() or not shutil.which("dockerd") or subprocess.run(engine, capture_output=True).returncode:
@@ -2110,7 +2093,7 @@ def test_grading(cfg, request, tmp_path):
 
 
 def test_tests_that_cannot_be_uploaded(tmp_path, cfg):
-    """Else tests of ours that cannot be read are the agent's fault, or a sandbox that it broke is ours."""
+    """Else unreadable tests of ours are the agent's fault, or a sandbox that it broke is ours."""
     task = tmax.load_task(make_task(tmp_path / "t"))
 
     async def grade(box):
@@ -2321,7 +2304,7 @@ LEFT_OUT = [    # what a task folder holds -> a pattern of the reason against it
 
 
 def test_zoo_of_task_folders(tmp_path, capsys):
-    """Else a task runs otherwise than it says, or a broken one stops a run; a fault of one that was named is one line."""
+    """Else a task runs otherwise than it says, or a broken one stops a run, or has no name."""
     for i, (holds, _) in enumerate(TAKEN + LEFT_OUT):
         make_task(tmp_path / f"{i:02}", **holds)
     wanted = [replace(tmax.Task(f"{i:02}", tmp_path / f"{i:02}", "Do it."), **fields)
@@ -2360,7 +2343,7 @@ def test_which_tasks_are_taken(tmp_path, monkeypatch, capsys, changes, left, sai
 
 
 def test_long_prompts_are_dropped_by_name(tokenizers, capsys):
-    """Else nobody learns which tasks are missing, or an evaluation is of other tasks."""
+    """Else nobody learns which tasks are missing, or an evaluation is of others."""
     tasks = [replace(NO_TASK, name=name, instruction="x" * n) for name, n in [("long\x1b", 9000), ("short", 9)]]
     assert tmax.drop_long_prompts(tasks, tokenizers["tiny"], CFG) == tasks[1:] and "['long\\x1b']" in capsys.readouterr().out
     for tasks, cfg in [(tasks, replace(CFG, eval=True)), (tasks[:1], CFG)]:
@@ -2369,7 +2352,7 @@ def test_long_prompts_are_dropped_by_name(tokenizers, capsys):
 
 
 def test_task_order():
-    """Else some tasks are seen more often: an epoch is a permutation, the next is another."""
+    """Else some tasks are seen more often."""
     names = lambda first, seed: [tmax.task_at(range(20), first + i, seed) for i in range(20)]
     epochs = [names(20 * epoch, 1) for epoch in range(4)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and len(set(map(tuple, epochs))) == 4
@@ -2405,7 +2388,7 @@ def make_dataset(folder, *members, rows=("t1", "t2")):
 
 
 def test_datasets(hub, tmp_path, capsys):
-    """Else a row's image is lost, an id or a link leads to files of this machine, or a fault has no name."""
+    """Else a row's image is lost, an id or link leads to files of this machine, or a fault has no name."""
     make_task(tmp_path / "outside")
     odd = "link", ("link/a", tarfile.SYMTYPE, "tests"), "hard", ("hard/a", tarfile.LNKTYPE, "t2/image.txt")
     local = make_dataset(tmp_path / "local", "t1", *odd, ("out", tarfile.SYMTYPE, "../../outside"), "t2", "rowless",
@@ -2443,7 +2426,7 @@ def test_a_broken_archive_is_refused(hub, tmp_path, fault):
 
 
 def test_an_archive_is_extracted_once(hub, tmp_path, monkeypatch):
-    """Else a start that was ended in the middle leaves a part, which the next takes for the whole."""
+    """Else the part that an interrupted start left is taken for the whole."""
     data, extract, done = make_dataset(tmp_path / "d", "t1", "t2"), tarfile.TarFile.extractall, []
 
     def interrupted(*args, **kw):
@@ -2460,7 +2443,7 @@ def test_an_archive_is_extracted_once(hub, tmp_path, monkeypatch):
 
 @pytest.fixture
 def asked(image, monkeypatch):
-    """What image_of asks the docker program for, as in a fresh process. here:1 is pulled from the test's image."""
+    """What image_of asks docker for, as in a fresh process. here:1 is pulled from the test's image."""
     asked, run = [], subprocess.run
 
     def answer(command, **kw):
@@ -2475,7 +2458,7 @@ def asked(image, monkeypatch):
 
 
 def test_an_image_is_made_once(asked, image, tmp_path):
-    """Else rollouts of a task, all at once, build or pull its image again, or run in another."""
+    """Else rollouts of a task build or pull its image again, or run in another."""
     recipe = {"environment/Dockerfile": f"FROM {image}\nCOPY f /f"}
     built = [tmax.load_task(make_task(tmp_path / f, files=recipe | {"environment/f": str(tmp_path / f)})) for f in "ab"]
     tasks = [*built, tmax.Task("t", tmp_path, "", "here:1")] * 4
@@ -2488,8 +2471,8 @@ def test_an_image_is_made_once(asked, image, tmp_path):
 
 
 def test_idle_images_make_room(asked, image, tmp_path, monkeypatch):
-    """Else 14,600 images fill a node's disk, or one goes that the user had (old), that is in use or that a waiting group
-    names (twice). One task after another; the disk is short once a second image is there."""
+    """Else 14,600 images fill a disk, or one goes that the user had (old) or a waiting group names (twice). One task after
+    another; the disk is short once a second image is there."""
     folder = tmax.docker_client().info()["DockerRootDir"]
     if not os.path.isdir(folder):
         pytest.skip("the engine's disk is on another machine")
@@ -2562,7 +2545,7 @@ def test_families_train(family_model):
 
 @pytest.mark.slow
 def test_families_sample(family_model, tmp_path, request):
-    """Else vLLM and the learner disagree for a family, and the ratio holds back tokens for no reason."""
+    """Else vLLM and the learner disagree for a family."""
     vllm = request.getfixturevalue("fp32_rule") if "qwen3_5" in family_model.name else "{}"
     lm = AutoModelForCausalLM.from_pretrained(family_model)
     compare_around_a_reload(with_noise(lm, family_model, tmp_path), "float32", vllm, 1e-4)
@@ -2578,7 +2561,7 @@ def test_models_that_cannot_be_trained_are_refused(tmp_path, family, changes):
 
 
 def test_text_part_of_a_model_that_sees_images(tokenizers, tmp_path, process_group, capsys):
-    """Else the paper's own models need a conversion by hand, or another text part is trained."""
+    """Else the paper's own models need a conversion by hand."""
     text, vision = SHAPE | HYBRID | dict(vocab_size=400), dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=64, out_hidden_size=64)
     whole, model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision)), tmp_path / "whole"
     for part in (whole, tokenizers["tiny"]):
@@ -2650,8 +2633,8 @@ def tensors_of(learner):
 
 @parametrize("dtype", ["float32", "bfloat16"])
 def test_resumed_steps_are_the_steps(process_group, tiny_model, tmp_path, dtype):
-    """Else --resume goes on with rounded weights, cold moments or another warm-up: 2 + 2 steps are 4, bit for bit. And vLLM
-    starts with what files hold in FP32 (Qwen3.5's A_log), the learner with BF16 of it."""
+    """Else --resume goes on with rounded weights, cold moments or another warm-up, to the bit. And vLLM starts with what files
+    hold in FP32 (Qwen3.5's A_log), the learner with BF16 of it."""
     learner, packs = recorded_learner(tmp_path, tiny_model, dtype)
     saved, asked = no_engines(), []
     saved.reload = lambda folder, version: asked.append((version, os.listdir(folder)))
@@ -2694,7 +2677,7 @@ getattr(t.tmax, sys.argv[3])(learner, *eval(sys.argv[4]), folder, 2)
 @parametrize("save, arguments", [("save_state", "[t.no_engines()]"),
                                              ("save_checkpoint", "[t.AutoTokenizer.from_pretrained(sys.argv[2])]")])
 def test_a_kill_inside_a_save_leaves_the_state_before(process_group, tiny_model, tmp_path, save, arguments):
-    """Else half a state is taken for one, or stays; or lines of steps that come again stand twice."""
+    """Else half a state is taken for one, or stays; or lines of steps stand twice."""
     done = python("-c", KILLED_IN_A_SAVE, tmp_path, tiny_model[0], save, arguments, cwd=Path(__file__).parent)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert list(tmp_path.glob("*-2.partial")) and not list(tmp_path.glob("*-2"))
@@ -2727,23 +2710,23 @@ def test_a_full_disk_loses_no_state(process_group, tiny_model, tokenizers, tmp_p
 
 @parametrize("kills, steps, prompts", [(3, 6, 8), slow(20, 30, 16)])
 def test_a_killed_run_is_resumed(tiny_run, tmp_path, kills, steps, prompts):
-    """Else a crash costs the run: killed again and again, it has each step and group once, and learns."""
+    """Else a crash costs the run: killed again and again, it has each step and group once."""
     flags = f"--tasks {tiny_run}/tasks --prompts_per_step {prompts} --training_steps {steps} --state_every 1"
     flags += f" --model {tiny_run}/model" if kills == 3 else ""     # else one of its own
-    folder, seed = tmp_path / "runs/k", random.randrange(10**6)
+    run, seed = start_run(tmp_path, "k", flags), random.randrange(10**6)
+    folder, draw = run.folder, random.Random(seed)
     newest = lambda: max([int(state.name[6:]) for state in folder.glob("state-*[0-9]")], default=0)
-    run, draw = start_run(tmp_path, "k", flags), random.Random(seed)
     print("seed", seed)
     for _ in range(kills):
         before = newest()
         wait_for(lambda: run.poll() is not None or newest() > before, 240)
-        assert run.poll() is None, last_line(tmp_path, "k")
+        assert run.poll() is None, last_line(run)
         time.sleep(draw.random() / 2)
         generator = next(p.pid for p in psutil.Process(run.pid).children() if "spawn_main" in " ".join(p.cmdline()))
         os.kill(draw.choice([run.pid, generator]), signal.SIGKILL)
         assert run.wait(60) != 0
         run = start_run(tmp_path, "k", "--resume k")
-    metrics = metrics_of(run, tmp_path, "k", 300)
+    metrics = metrics_of(run, 300)
     assert [m["step"] for m in metrics] == list(range(1, steps + 1)) and mismatch(metrics) <= 1e-4
     assert set(Counter(line["group"] for line in json_lines(folder / "rollouts.jsonl")).values()) == {TINY.samples_per_prompt}
     assert not list(folder.glob("*.partial")) and (folder / f"checkpoint-{steps}").is_dir() and newest() == steps
@@ -2753,11 +2736,11 @@ def test_a_killed_run_is_resumed(tiny_run, tmp_path, kills, steps, prompts):
 @parametrize("made_by, parser", [("tiny_run", "hermes"),
                                              slow("hybrid_checkpoint", "qwen3_xml")])
 def test_checkpoint_serves(made_by, parser, request, tmp_path):
-    """Else vLLM's OpenAI server does not answer with a parsed call of bash from a checkpoint."""
+    """Else vLLM's OpenAI server does not answer with a call of bash from a checkpoint."""
     checkpoint = request.getfixturevalue(made_by)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    flags = f"""--dtype float32 --enforce-eager --kv-cache-memory-bytes {64 << 20} --enable-auto-tool-choice
+    url, flags = f"http://127.0.0.1:{port}", f"""--dtype float32 --enforce-eager --kv-cache-memory-bytes {64 << 20} --enable-auto-tool-choice
                 --tool-call-parser {parser} --host 127.0.0.1 --port {port}""".split()
     if made_by == "tiny_run":
         checkpoint /= "checkpoint-6"
@@ -2770,14 +2753,13 @@ def test_checkpoint_serves(made_by, parser, request, tmp_path):
 
     def healthy():
         with suppress(requests.RequestException):
-            return requests.get(f"http://127.0.0.1:{port}/health", timeout=60).ok
+            return requests.get(f"{url}/health", timeout=60).ok
     try:
         wait_for(lambda: server.poll() is not None or healthy(), 240)
         assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
-        messages = [{"role": "system", "content": tmax.SYSTEM_PROMPT},
-                    {"role": "user", "content": "Write the word amber to the file /workspace/fern"}]
+        messages = tmax.tiny_conversation("Write the word amber to the file /workspace/fern", [])[:2]
         question = dict(messages=messages, tools=tmax.tool_schemas(), temperature=0, max_tokens=64)
-        answer = requests.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=question, timeout=60).json()
+        answer = requests.post(f"{url}/v1/chat/completions", json=question, timeout=60).json()
         choice, = answer["choices"]
         call, = choice["message"]["tool_calls"]
         assert choice["finish_reason"] == "tool_calls" and call["function"]["name"] == "bash"
@@ -2808,7 +2790,7 @@ def test_scores():
 
 
 def test_printed_table_equals_the_transcripts(evaluation):
-    """Else what is reported is not what happened. A task that stays void counts 0 and is named."""
+    """Else what is reported is not what happened; a void task is named."""
     folder, said = evaluation
     lines, scores = json_lines(folder / "rollouts.jsonl"), json.loads((folder / "eval.json").read_text())
     rewards = defaultdict(list)
@@ -2852,7 +2834,7 @@ def test_a_sandbox_that_does_not_start_is_tried_three_times(tmp_path, monkeypatc
 # -----------------------------------------------------------------------------
 
 def test_tiny_tasks_are_harbor_folders(tiny_model):
-    """Else the tiny run takes another path than real tasks, or its warm start saw what it is trained on."""
+    """Else the tiny run takes another path than real tasks, or its warm start saw them."""
     _, folder, demonstrations = tiny_model
     tasks = tmax.load_tasks(folder, TINY)
     assert len(tasks) >= 100 and len({t.name.split("-")[0] for t in tasks}) >= 3
@@ -2870,7 +2852,7 @@ def test_tiny_tasks_are_harbor_folders(tiny_model):
 
 
 def test_a_demonstration_is_what_a_rollout_would_be(tiny_model, tokenizers):
-    """Else the warm start teaches other tokens than a rollout's: the template's, the turns trained on."""
+    """Else the warm start teaches other tokens than a rollout's."""
     tokenizer, demonstration = tokenizers["tiny"], tiny_model[2][0]
     r, messages = tmax.demonstration_rollout(tokenizer, *demonstration), tmax.tiny_conversation(*demonstration)
     text = tokenizer.apply_chat_template(messages, tools=tmax.tool_schemas(), tokenize=False)
@@ -2892,7 +2874,7 @@ def planned(qwen3_8b, monkeypatch):
 
 
 def test_plan_of_the_recipe_fits(planned):
-    """Else the recipe's own node is refused, engines are left short, or figures are not the arithmetic's."""
+    """Else the recipe's own node is refused, engines are left short, or figures are wrong."""
     plan = planned()
     assert not plan.problems and "it fits" in plan.text and "1 + 7: does not fit; 2 + 6: " in plan.text
     size = 8_190_735_360
@@ -2907,7 +2889,7 @@ def test_plan_of_the_recipe_fits(planned):
 
 
 def test_plan_counts_layers_by_their_kind(planned, qwen3_8b):
-    """Else recurrent layers are given a KV cache and attention, and the paper's 9B seems not to fit."""
+    """Else recurrent layers are given a KV cache, and the paper's 9B seems not to fit."""
     Qwen3_5TextConfig(**QWEN3_5_9B).save_pretrained(qwen3_8b)
     plan = planned(*"--max_total_tokens 65536 --pack_length 67584 --prompts_per_step 8 --samples_per_prompt 32".split())
     size = 2 * 248_320 * 4096 + 4096 + 24 * 218_407_104 + 8 * 209_723_904
@@ -2919,7 +2901,7 @@ def test_plan_counts_layers_by_their_kind(planned, qwen3_8b):
 
 
 def test_plan_names_what_does_not_fit(planned, qwen3_8b):
-    """Else a run ends in CUDA's out-of-memory: no room for a learner, nor for the cache of a long rollout."""
+    """Else a run ends in CUDA's out-of-memory."""
     flags = "--num_learners 1 --num_engines 1 --max_total_tokens 500000 --pack_length 600000".split()
     plan = planned(*flags)
     learner, engine = plan.problems
@@ -3023,14 +3005,14 @@ def peak_of_a_step(folder, ranks):
     *(slow(Qwen3Config(**QWEN3_8B), n) for n in (2, 3, 4)),
     slow(Qwen3_5TextConfig(**QWEN3_5_9B), 4)], ids=lambda x: getattr(x, "model_type", x))
 def test_plan_of_a_learner_is_what_a_step_takes(tmp_path, config, ranks):
-    """Else --plan forgets a part: within 10 % of a real FSDP2 step, which needs no GPU on fake tensors."""
+    """Else --plan forgets a part: within 10 % of an FSDP2 step on fake tensors."""
     config.save_pretrained(tmp_path)
     peak, said = in_a_process(peak_of_a_step, tmp_path, ranks)
     assert peak <= said <= 1.1 * peak
 
 
 def test_what_a_machine_lacks_is_named(tiny_model, tmp_path, monkeypatch):
-    """Else /dev/shm loses the first update, a full disk every state, and a low ulimit is blamed on namespaces."""
+    """Else /dev/shm loses the first update, a full disk every state; or a low ulimit hides."""
     lm, usage, full = tmax.check_shape(tiny_model[0]), shutil.disk_usage("/dev/shm"), []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0 if path in full else 2**50))
     tmax.check_machine(lm, TINY)
@@ -3051,7 +3033,7 @@ def test_what_a_machine_lacks_is_named(tiny_model, tmp_path, monkeypatch):
 # -----------------------------------------------------------------------------
 
 def test_errors_are_one_line(tmp_path, tiny_model):
-    """Else what the user can mend is a traceback, or hidden by torchrun, or leaves a folder that bars its name."""
+    """Else what the user can mend is a traceback, or leaves a folder that bars its name."""
     make_task(tmp_path / "untested/a", test=None)
     make_task(tmp_path / "good/a")
     AutoConfig.for_model("qwen3_5").save_pretrained(tmp_path / "hybrid")
@@ -3113,7 +3095,7 @@ with open(run / "metrics.jsonl", "w") as file:
 
 
 def test_ablations_go_on_and_end_in_a_table(tmp_path):
-    """Else hours of runs are run again, or variants start from other models and tasks than the recipe."""
+    """Else hours of runs are run again, or variants start from another model than the recipe."""
     if not (ROOT / ".venv/installed.txt").is_file():
         pytest.skip("run.sh has not installed .venv")
     for name in ("run.sh", "requirements.txt"):
@@ -3141,13 +3123,13 @@ def test_ablations_go_on_and_end_in_a_table(tmp_path):
         ("run", "SIGINT", 1, 1, "stopped$"), ("rank", "SIGKILL", 2, 1, ""), ("run", "SIGTERM", 2, 2, ""),
         ("generator", "SIGKILL", 2, 2, "error: generator: .*ended unexpectedly")])])
 def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim, sent, learners, engines, said, request):
-    """Else a rank waits for one that is gone, processes, memory or containers are left, or no line says why."""
+    """Else a rank waits for one that is gone, something is left, or no line says why."""
     flags = f"""--model {tiny_run}/model --tasks {tiny_run}/tasks --prompts_per_step 2 --save_every 1
                 --num_learners {learners} --num_engines {engines}"""
     if sent != "SIGTERM" and engines == 1 and tmax.docker_answers():
         flags += f" --sandbox docker --image {request.getfixturevalue('image')}"
-    run, folder = start_run(tmp_path, victim, flags), tmp_path / "runs" / victim
-    wait_for(lambda: run.poll() is not None or list(folder.glob("checkpoint-*[0-9]")), 240)
+    run = start_run(tmp_path, victim, flags)
+    wait_for(lambda: run.poll() is not None or list(run.folder.glob("checkpoint-*[0-9]")), 240)
     used, below = used_memory(run), descendants(run.pid)
     named = lambda title: [p for p in below if title in below[p]]
     victims = dict(run=[run.pid], rank=named("tmax.py"), engine=named("EngineCore"),
@@ -3155,10 +3137,10 @@ def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim, sent, learners, e
     os.kill(max(victims[victim]), signal.Signals[sent])
     assert run.wait(60) != 0
     assert_nothing_left(tmp_path, used)
-    assert all(m["step"] for m in json_lines(folder / "metrics.jsonl"))
+    assert all(m["step"] for m in json_lines(run.folder / "metrics.jsonl"))
     end = r".*; newest checkpoint: runs/\w+/checkpoint-[1-9]" if said.startswith("error") else ""
-    log = (tmp_path / f"log-{victim}").read_text()
-    assert re.search(f"^{said}{end}", log if learners > 1 else last_line(tmp_path, victim), re.M), log[-2000:]
+    log = run.log.read_text()
+    assert re.search(f"^{said}{end}", log if learners > 1 else last_line(run), re.M), log[-2000:]
 
 
 # -----------------------------------------------------------------------------
