@@ -3197,6 +3197,18 @@ def test_readme_patches_apply_and_train(tiny_model, groups, tmp_path):
 
 
 @pytest.mark.bench
+def test_benchmark_parser(capsys):
+    """Seconds to read a hostile text against its length."""
+    for length in (10_000, 100_000, 1_000_000):
+        start = time.monotonic()
+        for before, unit in itertools.product(HOSTILE_STARTS, HOSTILE):
+            with suppress(tmax.FormatError):
+                tmax.parse_tool_calls(before + unit * (length // len(unit)))
+        with capsys.disabled():
+            print(f"\n{length:9,} characters: {(time.monotonic() - start) / len(HOSTILE_STARTS) / len(HOSTILE):.4f} s")
+
+
+@pytest.mark.bench
 def test_benchmark_sandboxes(cfg, capsys):
     """Latency of a command, and its share of real rollouts' time in bash."""
     async def a_hundred(box):
