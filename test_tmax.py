@@ -2041,7 +2041,7 @@ def test_an_engine_that_is_killed(tmp_path, monkeypatch):
     finally:
         kill(signal.SIGTERM)
         wait_for(lambda: not (tmp_path / "docker.pid").exists(), 30)
-        wait_for(lambda: subprocess.run(["umount", "-R", tmp_path / "data"]).returncode == 0, 30)    # its last process may hold it
+        wait_for(lambda: subprocess.run(["umount", "-R", tmp_path / "data"]).returncode == 0, 30)
 
 
 @session_fixture
