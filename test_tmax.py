@@ -4,7 +4,7 @@
     bash run.sh test -k 'loss or pack or rollout'       for a change of the algorithm: less than a minute
     bash run.sh test -m slow                            learning with three seeds, more kills
     bash run.sh test -m bench -s                        benchmarks: they print, they assert nothing about time
-    bash run.sh test -m gpu                             checks that need a CUDA device (vLLM not needed)
+    bash run.sh test -m gpu                             checks that need a CUDA device
 """
 import asyncio
 import copy
@@ -2216,6 +2216,7 @@ PROBES = CONTAINER_PROBES | {
     "txt negative": writes_text("-1", (0, "clipped"), "ours"),
     "txt nan": writes_text("nan"),
     "none": ("verifier.py:303", "echo 1", False),
+    "a link": ("ours", f"echo 1 >/tmp/r; ln -s /tmp/r {TXT}", False),
     "shebang": ("utils/scripts.py:151", f"#!/usr/bin/python3\nopen('{TXT}', 'w').write('1')", True),
     "CRLF": ("docker_unix.py:183", f"#!/bin/bash\r\n{OK}\r\n", False),
     "no shebang": ("utils/scripts.py:151", f"[ -n \"$BASH\" ] && [ $0 = /tests/test.sh ] && {OK}", True),
@@ -2842,7 +2843,8 @@ def test_plan_of_the_recipe_fits(planned):
     tokens = int((0.92 * 80 - 4 - 2 * size / 2**30) * 2**30 / (144 * 1024))
     assert 10 <= tokens / 34816 <= 13 and f"{tokens:,} tokens, {tokens / 34816:.1f} rollouts" in plan.text
     assert "8.19B parameters" in plan.text and "2 learner(s) and 6 engine(s)" in plan.text
-    assert "a reload: 15.3 through" in plan.text and re.search(rf"moments.*: {8 * size / 2 / 2**30:.1f}\n", plan.text)
+    assert "a reload: 15.3 through" in plan.text and f"then a reload of {4 * size / 5e9:.0f};" in plan.text
+    assert re.search(rf"moments.*: {8 * size / 2 / 2**30:.1f}\n", plan.text)
     assert planned("--eval").learners == 2
     fp8 = planned("--vllm", '{"kv_cache_dtype":"fp8"}')
     assert fp8.learners == 3 and fp8.seconds <= 750 and 900 <= plan.seconds <= 1150
@@ -3178,7 +3180,7 @@ def test_benchmark_sandboxes(cfg, capsys):
 
 @pytest.mark.bench
 def test_benchmark_node(patch, capsys):
-    """20 steps of a modelled node (Qwen3-8B, 2 + 6, H100 rooflines) with the code's own routing and bounds."""
+    """20 steps of the modelled node of --plan with the code's own routing and bounds."""
     cfg, scale, draw, live = tmax.Config(num_learners=2, num_engines=6), 3000, random.Random(0), [0] * 6
 
     async def modelled_rollout(engine, task, tokenizer, cfg, rank):
@@ -3187,7 +3189,7 @@ def test_benchmark_node(patch, capsys):
         for _ in range(10):
             decoding = max(1.0, 0.6 * live[rank])
             token = 0.001 + (16.4e9 + min(decoding, 15) * 17_000 * 147_456) / (0.8 * 3.35e12)
-            token *= max(1.0, decoding / 15)  # the KV cache holds 15: the others wait in turn
+            token *= max(1.0, decoding / 15)
             await asyncio.sleep(tokens / 10 * token / scale)
             await asyncio.sleep(tokens / 10 * 0.0093 / scale)
         live[rank] -= 1
