@@ -3185,7 +3185,7 @@ def test_benchmark_node(patch, capsys):
 
     async def modelled_rollout(engine, task, tokenizer, cfg, rank):
         live[rank] += 1
-        tokens = 18_500 * draw.lognormvariate(-0.18, 0.6)  # sampled ones; then bash takes as long as 40 % of the time
+        tokens = 18_500 * draw.lognormvariate(-0.18, 0.6)
         for _ in range(10):
             decoding = max(1.0, 0.6 * live[rank])
             token = 0.001 + (16.4e9 + min(decoding, 15) * 17_000 * 147_456) / (0.8 * 3.35e12)
@@ -3193,6 +3193,7 @@ def test_benchmark_node(patch, capsys):
             await asyncio.sleep(tokens / 10 * token / scale)
             await asyncio.sleep(tokens / 10 * 0.0093 / scale)
         live[rank] -= 1
+        return SimpleNamespace()
     patch(tmax, "rollout", modelled_rollout)
 
     async def node():
