@@ -86,13 +86,11 @@ from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM,
                           Qwen3Config, Qwen3ForCausalLM)
 
 
-# ============================================================================================================
+# =============================================================================
 # Part I: the recipe
-# ============================================================================================================
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Config: one dataclass, which is also the command line. The defaults are those of the Tmax 8B model card.
-# ------------------------------------------------------------------------------------------------------------
 
 def knob(default, why):
     """A Config field whose reason is its --help text."""
@@ -170,9 +168,8 @@ TINY = dict(
 EVAL = dict(eval=True, temperature=0.7, top_p=0.95, max_total_tokens=38912)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Train: the loop reads like the recipe.
-# ------------------------------------------------------------------------------------------------------------
 
 def train(cfg, memory, run_dir, model, generator, eval_tasks):
     """The recipe, on every learner rank. The first has the generator and packs its groups."""
@@ -229,9 +226,8 @@ def train(cfg, memory, run_dir, model, generator, eval_tasks):
         summarize(run_dir)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Rollout: token in, token out. What was sampled is appended as it is and never tokenised again.
-# ------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Rollout:
@@ -396,9 +392,8 @@ def render_observation(output, exit_code):
     return f"{output or '(no output)'}\n\n(exit_code={exit_code})"
 
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Batch: pure functions from rollouts to packs.
-# ------------------------------------------------------------------------------------------------------------
 
 def select_groups(groups, step, cfg):
     """Groups worth a gradient at version `step`, without their void rollouts, and how many left and why.
@@ -509,9 +504,8 @@ def pack(rollouts, pack_length, num_ranks):
     return [packs[rank::num_ranks] for rank in range(num_ranks)]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Loss: one number for each sampled token. mu: the policy that sampled it; pi: the trained one; A: advantage.
-# ------------------------------------------------------------------------------------------------------------
 
 def surrogate(logprobs, rollout_logprobs, advantages, kept):
     """-r A where `kept`, else 0. Masked before exp: else an r that overflows is inf * 0 in the gradient."""
@@ -552,9 +546,8 @@ def policy_loss(cfg, logprobs, rollout_logprobs, advantages):
     return torch.where(kept, loss, -clipped * advantages), kept
 
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Learner: packed attention, logprobs, one optimizer step, weights out.
-# ------------------------------------------------------------------------------------------------------------
 
 def packed_attention(module, query, key, value, mask, cu_seqlens=None, scaling=None, **others):
     """Causal attention within each rollout of a pack, without a [N, N] mask.
@@ -770,7 +763,7 @@ class Learner:
             dist.barrier()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Engine: vLLM, rollouts and sandboxes live in the generator, a process of its own: handling vLLM's outputs,
 # thousands of tokens a second in Python, would hold the GIL against the learner. A pipe joins it with the
 # first learner. Requests: ("train" or "eval", index, task, cfg), ("reload", folder, version). Answers to the
@@ -781,7 +774,6 @@ class Learner:
 # Stage one: GeneratorClient.collect starts no group beyond that; a batch counts as trained when the next is
 # collected. This bounds what is open, not a slow group that others overtake. Stage two: select_groups drops a
 # group with a token older than async_steps.
-# ------------------------------------------------------------------------------------------------------------
 
 SILENCE = 120   # seconds without an answer, also "alive", until that is said
 
@@ -998,13 +990,11 @@ class Engine:
         return time.monotonic() - start
 
 
-# ============================================================================================================
+# =============================================================================
 # Part II: the machinery
-# ============================================================================================================
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Formats: tool calls in the text of a turn, and the tokens of prompts and tool turns.
-# ------------------------------------------------------------------------------------------------------------
 
 class FormatError(Exception):
     """A tool call that cannot be read; the message is for the model."""
@@ -1130,9 +1120,8 @@ class ChatFormat:
 chat_format = functools.lru_cache(ChatFormat)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Sandbox: a container or bubblewrap for each rollout, a process for each command. Methods of backends block.
-# ------------------------------------------------------------------------------------------------------------
 
 OUTPUT_KEPT = 1_000_000     # bytes of an output's beginning, and of its end
 MAX_PROCESSES = 512
@@ -1484,9 +1473,8 @@ def check_sandbox(cfg):
         asyncio.run(probe())
 
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Tasks: folders in Harbor's form (schema 1.x), here or in a Hugging Face data set. Only grading reads tests/.
-# ------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Task:
@@ -1714,9 +1702,8 @@ def make_room(wanted):
                     images_ready.pop(name, None)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Checkpoint: model folders in and out.
-# ------------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def reading(what, prefix="--model: "):
@@ -1857,9 +1844,8 @@ def load_state(learner, generator, memory, run_dir):
     return progress["step"]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Evaluate: every task several times, by the rollout code that trains.
-# ------------------------------------------------------------------------------------------------------------
 
 def evaluate(generator, tasks, cfg, step=0):
     """Rollouts [task][run] by the engines with the newest weights. Raises RunFailed."""
@@ -1967,9 +1953,8 @@ async def run_solution(box, r):
     return "timeout" if output.timed_out else "submitted"
 
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Tiny: a model, a tokenizer and tasks for two CPU cores, made here. After its warm start all is as ever.
-# ------------------------------------------------------------------------------------------------------------
 
 TINY_TEMPLATE = """
 {%- for m in messages %}
@@ -2094,10 +2079,9 @@ def warm_start(folder, demonstrations, cfg, target=0.25, noise=0.08):
     policy.lm.save_pretrained(folder)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Plan: how vLLM is set up; memory and seconds from shapes alone. The seconds are rooflines of an H100, not
 # measurements.
-# ------------------------------------------------------------------------------------------------------------
 
 OWNED = """model tokenizer dtype max_model_len data_parallel_size logprobs_mode load_format generation_config
     quantization hf_overrides""".split()     # what --vllm may not change: the learner computes with the same
@@ -2291,9 +2275,8 @@ def plan_split(lm, cfg):
     return Plan(problems, seconds, learners, vllm / gpu, split, "\n".join(lines))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Main
-# ------------------------------------------------------------------------------------------------------------
 
 class UserError(Exception):
     """Something the user can mend; main() prints it as one line, `error: …`, without a traceback."""
