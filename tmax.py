@@ -22,8 +22,8 @@ What was left out of the usual policy-gradient trainer, and why:
     weigh nearly solved and nearly hopeless tasks up);
   * the reference model and the KL penalty: beta is 0;
   * the "old policy" forward pass: the anchor is the policy that sampled, whose logprobs vLLM returned;
-  * several epochs or minibatches over a batch: one step, then the data is gone;
-  * re-tokenising: ids that were sampled are the ids that are trained on;
+  * several epochs or minibatches: one step, then the data is gone;
+  * re-tokenising: ids that were sampled are trained on;
   * padding: rollouts lie end to end in packs, attention stops at their borders.
 
 Part I, the recipe:     Config, Train, Rollout, Batch, Loss, Learner, Engine
@@ -37,7 +37,6 @@ import ctypes
 import fnmatch
 import functools
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -134,8 +133,6 @@ class Config:
     eval: bool = knob(False, "evaluate --model on --tasks instead of training")
     oracle: bool = knob(False, "evaluate the tasks' own solutions, to find broken tasks")
     eval_runs: int = knob(3, "rollouts of each task; the error bar is over the means of the runs")
-    eval_every: int = knob(0, "steps between evaluations on --eval_tasks, from step 0 on; 0: none")
-    eval_tasks: list[str] = knob([], "of the same kinds as --tasks")
     # where it runs
     num_learners: int = knob(0, "training processes of a node; 0: as --plan chooses, or one")
     num_engines: int = knob(0, "vLLM engines of a node; 0: the other GPUs, or one")
@@ -149,7 +146,6 @@ class Config:
     save_every: int = knob(50, "steps between checkpoints; the last step is always saved")
     state_every: int = knob(5, "steps between states for --resume; the newest is kept; 0: none")
     save_tokens: bool = knob(False, "rollouts.jsonl also has each token's id, mask, logprob and version")
-    log_to: Literal["", "wandb", "trackio"] = knob("", "where metrics go as well; the package is installed")
     resume: str = knob("", "go on with runs/NAME from its state; flags given beside it win")
     plan: bool = knob(False, "say what needs how much memory, from config.json alone, and end")
     tiny: bool = knob(False, "a preset of the fields above for two CPU cores")
@@ -171,16 +167,14 @@ EVAL = dict(eval=True, temperature=0.7, top_p=0.95, max_total_tokens=38912)
 # -----------------------------------------------------------------------------
 # Train: the loop reads like the recipe.
 
-def train(cfg, memory, run_dir, model, generator, eval_tasks):
+def train(cfg, memory, run_dir, model, generator):
     """The recipe, on every learner rank. The first has the generator and packs its groups."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     learner, ranks = Learner(cfg, model), dist.get_world_size()
     done = load_state(learner, generator, memory, run_dir)      # steps, of --resume
-    if cfg.eval_every and not done and dist.get_rank() == 0:    # the baseline
-        report(dict(step=0, **evaluate_step(generator, cfg, eval_tasks, 0)), run_dir, cfg)
     for step in range(done + 1, cfg.training_steps + 1):
         clock = [time.monotonic()]
-        packs, counts, failure = [[]] * ranks, {}, None
+        packs, counts = [[]] * ranks, {}
         if generator:
             finished = generator.collect(step, learner.version)     # until prompts_per_step are useful
             groups, counts = select_groups(finished, learner.version, cfg)
@@ -191,10 +185,10 @@ def train(cfg, memory, run_dir, model, generator, eval_tasks):
             write_rollouts(generator.log, sum(finished, []), cfg, step=step)
             if groups:
                 packs = pack(sum(groups, []), cfg.pack_length, ranks)
-            counts, failure = counts | tally(finished), generator.failure
-        packs, counts = share(packs, counts, failure)
+            counts |= tally(finished)
+        packs, counts = share(packs, counts, generator)
         clock.append(time.monotonic())
-        update = learner.update(packs) if packs else dict.fromkeys(UPDATE_METRICS)      # no useful group
+        update = learner.update(packs) if packs else {}     # no useful group
         clock.append(time.monotonic())
         if generator:   # the engines may still be reading the weights before
             generator.finish_reload()
@@ -204,22 +198,18 @@ def train(cfg, memory, run_dir, model, generator, eval_tasks):
             if generator:
                 generator.reload(memory / "weights", learner.version)
         clock.append(time.monotonic())
-        evaluates = cfg.eval_every and step % cfg.eval_every == 0
-        if evaluates or step % cfg.save_every == 0 or step == cfg.training_steps:
+        if step % cfg.save_every == 0 or step == cfg.training_steps:
             save_checkpoint(learner, tokenizer, run_dir, step)
         if dist.get_rank() == 0:
             generate, compute, wait, write = np.diff(clock).tolist()
-            metrics = dict(
-                step=step, **counts, **update, **generator.waiting, updated=bool(packs),
+            report(run_dir, dict(
+                step=step, **counts, **update, rollouts_by_engine=generator.load, updated=bool(packs),
                 version=learner.version, seconds_generate=generate, seconds_train=compute,
                 seconds_gather_write=write, seconds_reload=generator.reload_seconds,
                 learners_waited=(generate + wait) / (clock[-1] - clock[0]),
                 engine_tokens_per_second=counts["tokens_sampled"] / (clock[-1] - clock[0]),
-                learner_tokens_per_second=(update["tokens"] or 0) / compute,
-                seconds_state=learner.state_seconds)
-            if evaluates:
-                metrics |= evaluate_step(generator, cfg, eval_tasks, step)
-            report(metrics, run_dir, cfg)
+                learner_tokens_per_second=update.get("tokens", 0) / compute,
+                seconds_state=learner.state_seconds))
         if cfg.state_every and step % cfg.state_every == 0:
             save_state(learner, generator, run_dir, step)
     if dist.get_rank() == 0:
@@ -265,9 +255,9 @@ class Rollout:
 async def rollout(engine, task, tokenizer, cfg, engine_rank=0, tries=3):
     """Let the policy work on a task in a fresh sandbox, then grade it. Returns a Rollout.
 
-    What was submitted or ran out of time is graded, in an evaluation every end. Else, also where the agent
-    ended its own sandbox, the reward is 0 and counts in the group's mean. A lost sandbox, or what nobody
-    foresaw, says nothing of the model: the rollout is void and leaves its group; evaluations try thrice."""
+    What was submitted or ran out of time is graded, in an evaluation every end. Else the reward is 0, which
+    counts in the group's mean. A lost sandbox, or what nobody foresaw, says nothing of the model: the rollout
+    is void and leaves its group; evaluations try thrice."""
     r = Rollout(task.name, [], [], [], [])
     try:
         async with Sandbox(task, cfg) as box:
@@ -276,8 +266,7 @@ async def rollout(engine, task, tokenizer, cfg, engine_rank=0, tries=3):
             else:
                 r.finish = await agent_loop(engine, box, r, tokenizer, cfg, engine_rank)
             if cfg.eval or r.finish in ("submitted", "timeout"):
-                with waiting("grading"):
-                    r.reward, text, r.problem = await box.grade()
+                r.reward, text, r.problem = await box.grade()
                 r.say("verifier", text)
     except KilledItself as reason:
         r.finish = "killed_itself"
@@ -305,7 +294,7 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
     while True:
         budget = min(cfg.max_turn_tokens, limit - len(r.tokens))
         start = time.monotonic()
-        turn = await engine.generate(r.tokens, budget, chat.stop_ids, engine_rank, cfg)
+        turn = await engine.generate(r.tokens, budget, chat.stop_ids, cfg, engine_rank)
         seconds = time.monotonic() - start
         r.append(turn.tokens, 1, turn.logprobs, turn.versions)
         said = turn.tokens if turn.cut else turn.tokens[:-1]
@@ -321,8 +310,7 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
         for name, arguments in calls[:cfg.max_steps - r.steps]:
             r.steps += 1
             r.touches_grader |= any(GRADER_FILES.search(str(value)) for value in arguments.values())
-            with waiting("bash"):
-                answers.append(await TOOLS[name].call(box, **arguments))
+            answers.append(await TOOLS[name].call(box, **arguments))
             r.say("tool", answers[-1], seconds=box.seconds - r.seconds_bash)
             r.seconds_bash = box.seconds
             if box.submitted:
@@ -363,8 +351,8 @@ class Tool(NamedTuple):
 
 
 async def bash(box, command):
-    """Run a command. It submits if its text ends in `echo MARKER`, its exit code is 0, and the marker is the
-    last line of its output: to print a file that holds the marker submits nothing."""
+    """Run a command. It submits if its text ends in `echo MARKER`, it exits with 0, and its output ends in
+    the marker: to print a file that holds it submits nothing."""
     limit = box.limit()
     output = await box.run(command, limit)
     last_line = output.text.rstrip().rpartition("\n")[2]
@@ -396,11 +384,11 @@ def render_observation(output, exit_code):
 # Batch: pure functions from rollouts to packs.
 
 def select_groups(groups, step, cfg):
-    """Groups worth a gradient at version `step`, without their void rollouts, and how many left and why.
+    """Groups worth a gradient at version `step`, without their void rollouts. Returns (kept, counts).
 
-    Returns (kept, counts). A rejected group counts once: groups_void (fewer than two rollouts left),
-    groups_stale (a token lags more than async_steps versions: stage two of the bound on staleness),
-    groups_zero_spread (rewards equal but for rounding, so all advantages are 0)."""
+    A rejected group counts once: groups_void (fewer than two rollouts left), groups_stale (a token lags more
+    than async_steps versions: stage two of the bound on staleness), groups_zero_spread (rewards equal but for
+    rounding, so all advantages are 0)."""
     kept = []
     counts = dict(groups_kept=0, groups_void=0, groups_stale=0, groups_zero_spread=0, rollouts_void=0)
     for group in groups:
@@ -447,8 +435,8 @@ class Pack:
 
 
 def build_pack(rollouts):
-    """One Pack of whole rollouts. Without any it is one token that nothing is predicted from: a rank without
-    work still takes part in every collective, and adds exactly zero."""
+    """One Pack of whole rollouts; without any, one token that nothing is predicted from: a rank without work
+    takes part in every collective, and adds exactly zero."""
     rollouts = rollouts or [Rollout("empty", [0], [0], [0.0], [-1])]
 
     def column(name, dtype=np.int64):
@@ -469,10 +457,9 @@ def build_pack(rollouts):
 
 
 def pack(rollouts, pack_length, num_ranks):
-    """Distribute whole rollouts over packs of at most `pack_length` tokens: to each rank equally many.
-
-    As few packs as take every rollout, longest first, where the work so far is least. Raises ValueError for
-    a rollout longer than a pack. No token is dropped, no rollout split."""
+    """Distribute whole rollouts over packs of at most `pack_length` tokens: to each rank equally many, as few
+    as take every rollout, longest first, where the work so far is least. Raises ValueError for a rollout
+    longer than a pack."""
     rollouts = sorted(rollouts, key=lambda r: len(r.tokens), reverse=True)
     for r in rollouts[:1]:
         if len(r.tokens) > pack_length:
@@ -554,12 +541,10 @@ def packed_attention(module, query, key, value, mask, cu_seqlens=None, scaling=N
 
     transformers hands keywords of a model's forward that it does not know to this function: so the borders
     `cu_seqlens` get here from Policy.forward. query [1, heads, N, dim], key and value [1, kv_heads, N, dim],
-    cu_seqlens int32 [S + 1] -> ([1, N, heads, dim], None). Raises ValueError without borders, and for another
-    kind of attention: windows, soft caps, sinks, dropout."""
+    cu_seqlens int32 [S + 1] -> ([1, N, heads, dim], None). Raises ValueError without borders, and for
+    windows, soft caps, sinks, dropout."""
     if cu_seqlens is None:
         raise ValueError("packed attention needs cu_seqlens, the borders of the rollouts")
-    if (others.get("sliding_window") or math.inf) >= query.shape[2]:
-        others["sliding_window"] = None
     others.pop("position_ids", None)
     unknown = [name for name, x in others.items() if torch.is_tensor(x) or x]
     if unknown:
@@ -587,8 +572,8 @@ def mixers(lm, kind):
 
 
 def packed_recurrence(layer, hidden_states, cu_seqlens=None, **others):
-    """A recurrent layer (Gated DeltaNet), on each rollout of a pack alone, as its state would run on into the
-    next one; a full pack has few, so a loop costs little. hidden_states [1, N, d] -> [1, N, d]."""
+    """A recurrent layer (Gated DeltaNet) on each rollout alone, as its state would run on into the next one;
+    a full pack has few, so a loop costs little. hidden_states [1, N, d] -> [1, N, d]."""
     if cu_seqlens is None:
         raise ValueError("a recurrent layer needs cu_seqlens, the rollouts' borders")
     rollouts = hidden_states.split(cu_seqlens.diff().tolist(), dim=1)
@@ -653,7 +638,7 @@ def token_logprobs(hidden, lm_head_weight, targets, chunk=1024, temperature=1.0)
 
 
 class Policy(torch.nn.Module):
-    """A causal LM that returns logprobs: FSDP gathers the LM head's weight only within its forward."""
+    """A causal LM that returns logprobs: FSDP gathers the head's weight only within its forward."""
 
     def __init__(self, lm, cfg):
         super().__init__()
@@ -692,8 +677,8 @@ SEEN = "loss logprobs rollout_logprobs advantages versions entropy kept".split()
 def backward_packs(policy, packs, num_tokens, cfg, scale=1.0):
     """A forward and a backward pass for each pack: gradients of sum(loss) * scale / num_tokens are added up.
 
-    `num_tokens` counts the sampled tokens of the whole step, over all packs and ranks: so the result does not
-    depend on how rollouts were packed or sharded. Returns the SEEN of each token, [M] on the CPU."""
+    `num_tokens` counts the sampled tokens of the step, over all packs and ranks: so the result does not
+    depend on packing or sharding. Returns the SEEN of each token, [M] on the CPU."""
     seen = []
     for p in packs:
         logprobs, entropy = policy(p)
@@ -766,16 +751,16 @@ class Learner:
 # -----------------------------------------------------------------------------
 # Engine: vLLM, rollouts and sandboxes live in the generator, a process of its own: handling vLLM's outputs,
 # thousands of tokens a second in Python, would hold the GIL against the learner. A pipe joins it with the
-# first learner. Requests: ("train" or "eval", index, task, cfg), ("reload", folder, version). Answers to the
-# first: (index, rollouts, WAITING, load), to reload: seconds; unasked come "ready", "alive" and "failed".
+# first learner. Requests: ("group", index, task), ("reload", folder, version). Answers to the first: (index,
+# rollouts, rollouts of each engine), to reload: seconds; unasked come "ready" and "failed".
 #
 # The bound on staleness, in groups:    started - (trained + rejected) <= (async_steps + 1) * prompts_per_step
 #
 # Stage one: GeneratorClient.collect starts no group beyond that; a batch counts as trained when the next is
-# collected. This bounds what is open, not a slow group that others overtake. Stage two: select_groups drops a
-# group with a token older than async_steps.
+# collected. That does not bound a slow group that others overtake. Stage two: select_groups drops a group
+# with a token older than async_steps.
 
-SILENCE = 120   # seconds without an answer, also "alive", until that is said
+SILENCE = 600   # seconds without a group until that is said
 
 
 class GeneratorClient:
@@ -787,8 +772,8 @@ class GeneratorClient:
         self.started = self.trained_or_rejected = self.training = 0
         self.done = set()       # groups that came back, by their index
         self.indices = (i for i in itertools.count() if i not in self.done)
-        self.waiting, self.failure = {}, None
-        self.reloading, self.reload_seconds = False, None
+        self.load = self.failure = self.reload_seconds = None
+        self.reloading = False
         self.received = defaultdict(deque)      # answers by kind
         context = multiprocessing.get_context("spawn")
         self.pipe, other_end = context.Pipe()
@@ -803,9 +788,7 @@ class GeneratorClient:
 
     def receive(self, kind):
         """The next answer of this kind, which is waited for; None, and `failure` is set, if none can come."""
-        while not self.received[kind]:
-            if self.failure:
-                return None
+        while not self.received[kind] and not self.failure:
             try:
                 while not self.pipe.poll(SILENCE):
                     tqdm.write(f"no answer from the generator for {SILENCE} s (see {self.generator_log})")
@@ -814,33 +797,30 @@ class GeneratorClient:
                 name, answer = "failed", "the process ended unexpectedly"
             if name == "failed":
                 self.failure = f"generator: {answer} (see {self.generator_log})"
-                return None
-            if name == "ready":
+            elif name == "ready":
                 tqdm.write(answer)
-            if name != "alive":
+            else:
                 self.received[name].append(answer)
-        return self.received[kind].popleft()
+        return self.received[kind].popleft() if self.received[kind] else None
 
     def collect(self, step, version):
         """Groups as they come back, until prompts_per_step are useful or four times as many have come; fewer
         if the generator fails. Taking a batch makes room for as many groups, rejecting a group for one."""
         self.trained_or_rejected += self.training
         self.training, wanted = 0, self.cfg.prompts_per_step
-        finished, waits, loads = [], Counter(), []
+        finished, loads = [], []
         with tqdm(total=wanted, desc=f"step {step}: groups", leave=False, disable=None) as bar:
             while self.training < wanted and len(finished) < 4 * wanted:
                 while self.started - self.trained_or_rejected < (self.cfg.async_steps + 1) * wanted:
                     index = next(self.indices)
-                    task = task_at(self.tasks, index, self.cfg.seed)
-                    self.send("train", index, task, self.cfg)
+                    self.send("group", index, task_at(self.tasks, index, self.cfg.seed))
                     self.started += 1
-                answer = self.receive("train")
+                answer = self.receive("group")
                 if answer is None:
                     break
-                index, group, waiting_now, load = answer
+                index, group, load = answer
                 self.done.add(index)
                 finished.append(group)
-                waits.update(waiting_now)
                 loads.append(load)
                 show_void(group)
                 useful = len(select_groups([group], version, self.cfg)[0])
@@ -848,8 +828,7 @@ class GeneratorClient:
                 self.trained_or_rejected += 1 - useful
                 bar.update(useful)
         if finished:
-            self.waiting = {f"waiting_{what}": waits[what] / len(finished) for what in WAITING}
-            self.waiting["rollouts_by_engine"] = np.mean(loads, axis=0).tolist()
+            self.load = np.mean(loads, axis=0).tolist()
         return finished
 
     def reload(self, folder, version):
@@ -891,11 +870,7 @@ class Generator:
         ready = (f"vLLM is ready: {engines} engine(s), KV cache for {kv_tokens:,} tokens, "
                  f"at most {self.at_once * engines} rollouts at once")
         self.sender.submit(self.pipe.send, ("ready", ready))
-        told = time.monotonic()
         while not self.engine.llm.errored:
-            if time.monotonic() - told > SILENCE / 4:   # rollouts may take longer
-                told = time.monotonic()
-                self.sender.submit(self.pipe.send, ("alive", ""))
             while self.pipe.poll():
                 kind, *request = self.pipe.recv()
                 work = self.engine.reload(*request) if kind == "reload" else self.group(*request)
@@ -912,9 +887,10 @@ class Generator:
             answer = "failed", root_cause(error)
         self.sender.submit(self.pipe.send, answer)
 
-    async def group(self, index, task, cfg):
+    async def group(self, index, task):
         """The rollouts of a task, all by the engine that has the fewest when the first may start: it caches
         their prefix."""
+        cfg = self.cfg
         size = cfg.eval_runs if cfg.eval else cfg.samples_per_prompt
 
         async def attempt(rank):
@@ -931,7 +907,7 @@ class Generator:
                 rank = self.load.index(min(self.load))
                 self.load[rank] += size
             group = await asyncio.gather(*[attempt(rank) for _ in range(size)])
-        return index, group, dict(WAITING), list(self.load)
+        return index, group, list(self.load)
 
 
 class Turn(NamedTuple):
@@ -950,24 +926,22 @@ class Engine:
         if not torch.cuda.is_available():
             os.environ["TORCH_COMPILE_DISABLE"] = "1"
         from vllm.v1.engine.async_llm import AsyncLLM
-        self.cfg, self.requests = cfg, itertools.count()
+        self.requests = itertools.count()
         self.llm = AsyncLLM.from_engine_args(engine_args(model, cfg))
         cache = self.llm.vllm_config.cache_config
         self.kv_tokens = cache.num_gpu_blocks * cache.block_size    # of all engines together
 
-    async def generate(self, tokens, budget, stop_ids, engine_rank=0, cfg=None):
-        """Sample one turn of at most `budget` tokens after `tokens`, as `cfg` (default: the run's) says. No
-        seed: sent every turn, it would repeat its noise."""
+    async def generate(self, tokens, budget, stop_ids, cfg, engine_rank=0):
+        """Sample one turn of at most `budget` tokens after `tokens`. No seed: sent every turn, it would
+        repeat its noise."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
-        cfg = cfg or self.cfg
         params = SamplingParams(
             temperature=cfg.temperature, top_p=cfg.top_p, max_tokens=budget, stop_token_ids=stop_ids,
             logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
         prompt, request = {"prompt_token_ids": tokens}, str(next(self.requests))
-        with waiting("model"):
-            async for output in self.llm.generate(prompt, params, request, data_parallel_rank=engine_rank):
-                done = output.outputs[0]
+        async for output in self.llm.generate(prompt, params, request, data_parallel_rank=engine_rank):
+            done = output.outputs[0]
         logprobs = [entry[i].logprob for entry, i in zip(done.logprobs, done.token_ids, strict=True)]
         versions = []
         for span in done.weight_versions:
@@ -975,9 +949,9 @@ class Engine:
         return Turn(list(done.token_ids), logprobs, versions, done.finish_reason == "length")
 
     async def reload(self, folder, version):
-        """Load weights from a folder of safetensors into every engine; returns seconds. Requests in flight go
-        on under the new weights. Their KV cache is computed anew, so that each token's logprob is that of the
-        version it is marked with."""
+        """Load a folder of safetensors into every engine; returns seconds. Requests in flight go on under the
+        new weights. Their KV cache is computed anew: each token's logprob is that of the version it is marked
+        with."""
         start = time.monotonic()
         try:
             async with asyncio.timeout(600):
@@ -1589,11 +1563,11 @@ def load_tasks(source, cfg):
     return tasks
 
 
-def all_tasks(sources, cfg, flag="--tasks"):
+def all_tasks(sources, cfg):
     """The tasks of all sources, at least one. Raises UserError."""
     tasks = []
     for source in sources:
-        with reading(source, f"{flag}: "):
+        with reading(source, "--tasks: "):
             tasks += load_tasks(source, cfg)
     require(tasks or not sources, "--tasks, --include, --exclude: no task is left")
     return tasks
@@ -1847,23 +1821,21 @@ def load_state(learner, generator, memory, run_dir):
 # -----------------------------------------------------------------------------
 # Evaluate: every task several times, by the rollout code that trains.
 
-def evaluate(generator, tasks, cfg, step=0):
-    """Rollouts [task][run] by the engines with the newest weights. Raises RunFailed."""
-    generator.finish_reload()
+def evaluate(generator, tasks):
+    """Rollouts [task][run]. Raises RunFailed."""
     for index, task in enumerate(tasks):
-        generator.send("eval", index, task, cfg)
+        generator.send("group", index, task)
     results = [[] for _ in tasks]
     for _ in tqdm(tasks, desc="evaluation: tasks", leave=False, disable=None):
-        answer = generator.receive("eval")
+        answer = generator.receive("group")
         if answer is None:
             raise RunFailed(generator.failure)
         index, rollouts, *_ = answer
         results[index] = rollouts
         show_void(rollouts)
         for run, r in enumerate(rollouts):
-            write_rollouts(generator.log, [r], generator.cfg, step=step, run=run)
-        if generator.cfg.eval:
-            report_task(rollouts, results)
+            write_rollouts(generator.log, [r], generator.cfg, run=run)
+        report_task(rollouts, results)
     return results
 
 
@@ -1914,15 +1886,6 @@ def report_task(rollouts, results):
     for r in rollouts:
         if r.void or r.problem == "no_reward":
             print(f"    {r.transcript[-1]['content'][-300:]!r}")
-
-
-def evaluate_step(generator, cfg, tasks, step):
-    """--eval_every: the same on checkpoint-STEP's weights, with the run's token budgets. Training waits."""
-    start = time.monotonic()
-    cfg = replace(cfg, eval=True, temperature=EVAL["temperature"], top_p=EVAL["top_p"])
-    scores = score(evaluate(generator, tasks, cfg, step))
-    return dict(eval_mean=scores["mean"], eval_stderr=scores["stderr"], eval_void=scores["void"],
-                seconds_eval=time.monotonic() - start)
 
 
 async def oracle(cfg, tasks, run_dir):
@@ -2295,14 +2258,13 @@ def check(cfg):
         value = getattr(cfg, f.name)
         if type(value) in (int, float):
             may_be_zero = f.default == 0 or f.name in ("async_steps", "seed", "image_disk_gb")
-            possible = 0 < value < 2**63 or (may_be_zero and value == 0)
+            possible = value > 0 or (may_be_zero and value == 0)
             need(f.name, possible, "a positive number")
     longest = cfg.max_prompt_tokens + cfg.max_total_tokens
     with reading(cfg.vllm, "--vllm: "):
         owned = sorted(set(OWNED) & json.loads(cfg.vllm).keys())
     need("vllm", not owned, f"possible: {', '.join(owned)} belong to the recipe")
     need("top_p", cfg.top_p == 1 or cfg.eval and cfg.top_p < 1, "1, or in an evaluation at most 1")
-    need("eval_every", bool(cfg.eval_every) == bool(cfg.eval_tasks), "given together with --eval_tasks")
     need("samples_per_prompt", cfg.samples_per_prompt > 1, "at least 2, to be compared")
     need("pack_length", cfg.eval or cfg.pack_length >= longest, f"at least a rollout's {longest}")
     need("name", re.fullmatch(r"(?!\.)[^/\0\n]{0,100}", cfg.name), "the name of one folder")
@@ -2344,19 +2306,6 @@ def parse_config(argv):
     return check(cfg)
 
 
-WAITING = dict(model=0, bash=0, grading=0)      # rollouts of this process by what they wait for
-
-
-@contextlib.contextmanager
-def waiting(what):
-    """Count a rollout as waiting for `what`."""
-    WAITING[what] += 1
-    try:
-        yield
-    finally:
-        WAITING[what] -= 1
-
-
 def tally(groups):
     """Figures of all rollouts that came back, useful or not."""
     rollouts = [r for group in groups for r in group]
@@ -2371,11 +2320,11 @@ def tally(groups):
         **Counter(f"finish_{r.finish}" for r in rollouts))
 
 
-def share(packs, counts, failure):
+def share(packs, counts, generator):
     """Hand each rank its packs, and all the counts of the first rank (a collective).
 
-    Raises RunFailed, on all ranks, for the failure of the generator, and where all rollouts are void."""
-    message = [packs, counts, failure]
+    Raises RunFailed, on all ranks, if the generator failed or all rollouts are void."""
+    message = [packs, counts, generator and generator.failure]
     dist.broadcast_object_list(message)
     packs, counts, failure = message
     if not failure and counts["groups_tried"] and not counts["rollouts_graded"]:
@@ -2410,11 +2359,6 @@ def write_rollouts(file, rollouts, cfg, **extra):
     file.flush()
 
 
-UPDATE_METRICS = """tokens loss grad_norm kept_fraction kept_fraction_positive kept_fraction_negative entropy
-    mismatch_mean mismatch_p999 mismatch_max drift_max divergence_mean divergence_max ratio_max
-    staleness_mean staleness_max steps_skipped""".split()
-
-
 def step_metrics(seen, version):
     """Figures of the update over the tokens of all packs and ranks (a collective); None if not finite.
 
@@ -2440,23 +2384,18 @@ def step_metrics(seen, version):
     return metrics
 
 
-def report(metrics, run_dir, cfg):
-    """Append a step to metrics.jsonl, hand it to --log_to and print its line."""
+def report(run_dir, metrics):
+    """Append a step to metrics.jsonl and print its line."""
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(metrics) + "\n")
-    if cfg.log_to:
-        sys.modules[cfg.log_to].log(metrics)    # run() imported it
-    line = "step {step:>3}  "
-    if "reward" in metrics:
-        line += ("reward {reward:.3f}  groups {groups_kept} of {groups_tried} "
-                 "({groups_zero_spread} flat {groups_stale} stale {groups_void} void)  "
-                 "tokens {tokens:.0f} ({kept_fraction:.3f} kept)  "
-                 "mismatch {mismatch_max:.0e} drift {drift_max:.0e} lag {staleness_max:.0f}  "
-                 "generate {seconds_generate:.1f} train {seconds_train:.1f} reload {seconds_reload:.2f} s  ")
-    if "eval_mean" in metrics:
-        line += "evaluation {eval_mean:.3f} ± {eval_stderr:.3f}"
-    shown = {key: math.nan if value is None else value for key, value in metrics.items()}
-    tqdm.write(line.format(**shown).rstrip())
+    known = {key: value for key, value in metrics.items() if value is not None}
+    shown = defaultdict(lambda: math.nan, known)    # a step without an update has fewer
+    tqdm.write("step {step:>3}  reward {reward:.3f}  groups {groups_kept} of {groups_tried} "
+               "({groups_zero_spread} flat {groups_stale} stale {groups_void} void)  "
+               "tokens {tokens:.0f} ({kept_fraction:.3f} kept)  "
+               "mismatch {mismatch_max:.0e} drift {drift_max:.0e} lag {staleness_max:.0f}  "
+               "generate {seconds_generate:.1f} train {seconds_train:.1f} reload {seconds_reload:.2f} s"
+               .format_map(shown))
 
 
 def summarize(run_dir):
@@ -2492,19 +2431,17 @@ def resolve(cfg):
             "the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
             "python tmax.py --tiny runs the same code on two CPU cores, as does a small --model")
     gpus = gpus or 8 * cfg.plan
-    learns = cfg.plan or not cfg.eval
-    if not cfg.num_learners and cfg.num_engines:
-        cfg.num_learners = max(1, gpus - cfg.num_engines)
-    if not cfg.num_learners and learns and gpus > 1 and not cfg.tiny:
-        cfg.num_learners = plan(cfg).learners
-    cfg.num_learners = (cfg.num_learners or 1) if learns else 0
-    others = 1 if cfg.tiny else max(1, gpus - cfg.num_learners)
-    cfg.num_engines = cfg.num_engines or others
+    has_a_choice = gpus > 1 and not cfg.tiny
+    if cfg.eval and not cfg.plan:
+        cfg.num_learners = 0
+    elif not cfg.num_learners:
+        cfg.num_learners = plan(cfg).learners if has_a_choice else 1
+    others = gpus - cfg.num_learners if has_a_choice else 1
+    cfg.num_engines = cfg.num_engines or max(1, others)
     cfg.name = cfg.name or time.strftime("%Y%m%d-%H%M%S")
-    wanted = str(cfg.num_learners)
-    for variable in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):     # all on this node
-        started = os.environ.get(variable, wanted)
-        require(started == wanted, f"--num_learners: torchrun started {started}, not {wanted}")
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", cfg.num_learners))
+    require(started == cfg.num_learners,
+            f"--num_learners: torchrun started {started}, not {cfg.num_learners}")
     needed = cfg.num_learners + cfg.num_engines
     one_for_both = gpus == 1 and needed == 2
     if one_for_both and not cfg.tiny:
@@ -2519,27 +2456,23 @@ def make_run_dir(cfg):
     """The folder runs/NAME with the Config in it: a new one, or that of --resume."""
     run_dir = Path("runs", cfg.name)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file, partial = run_dir / "config.json", run_dir / "config.partial"
-        if not cfg.resume:
-            file.touch(exist_ok=False)
+        run_dir.mkdir(parents=True, exist_ok=bool(cfg.resume))
+        partial = run_dir / "config.partial"
         partial.write_text(json.dumps(asdict(cfg), indent=2))
-        partial.replace(file)
+        partial.replace(run_dir / "config.json")
     except OSError as error:
         raise UserError(f"--name: {run_dir} cannot be made: {error.strerror}") from None
     return run_dir
 
 
 def preflight(cfg):
-    """Raise UserError for what is wrong here, before anything is made. Returns (tasks, eval_tasks)."""
+    """Raise UserError for what is wrong here, before anything is made. Returns the tasks."""
     if torch.cuda.is_available() and not cfg.tiny and not cfg.eval:
         problems = plan(cfg).problems
         require(not problems, f"--plan says what does not fit: {'; '.join(problems)}")
     for flag, limit in dict(n=resource.RLIMIT_NOFILE, u=resource.RLIMIT_NPROC).items():
         _, most = resource.getrlimit(limit)
         require(most < 0 or most >= 2048, f"ulimit -{flag}: {most} is too few for sandboxes: 2048 at least")
-    require(not cfg.log_to or importlib.util.find_spec(cfg.log_to),
-            f"--log_to: {cfg.log_to} is not installed: .venv/bin/pip install {cfg.log_to}")
     check_sandbox(cfg)
     if cfg.model and not cfg.oracle:
         with reading(cfg.model):
@@ -2549,8 +2482,7 @@ def preflight(cfg):
                 check_machine(lm, cfg)
         if not torch.cuda.is_available():
             small_cache(lm, cfg)
-    every = replace(cfg, include=[], exclude=[])
-    return all_tasks(cfg.tasks, cfg), all_tasks(cfg.eval_tasks, every, "--eval_tasks")
+    return all_tasks(cfg.tasks, cfg)
 
 
 def generator_main(cfg, memory, model, log, pipe):
@@ -2589,8 +2521,8 @@ def run(cfg):
     join_ranks()
     is_first, run_dir = dist.get_rank() == 0, Path("runs", cfg.name)
     memory = make_memory() if is_first else Path()
-    tasks, eval_tasks = preflight(cfg) if is_first else ([], [])
     if is_first:
+        tasks = preflight(cfg)
         if cfg.model:
             with reading(cfg.model):
                 check_weights(cfg.model)
@@ -2604,23 +2536,16 @@ def run(cfg):
     if is_first:
         tokenizer = AutoTokenizer.from_pretrained(model)
         tasks = drop_long_prompts(tasks or all_tasks([run_dir / "tasks"], cfg), tokenizer, cfg)
-        if eval_tasks:
-            drop_long_prompts(eval_tasks, tokenizer, replace(cfg, eval=True))
         print(f"{len(tasks)} tasks, {cfg.sandbox} sandboxes, run folder {run_dir}; vLLM is starting")
     with contextlib.ExitStack() as stack:
         generator = None
-        if cfg.log_to and is_first:
-            with reading(cfg.log_to, "--log_to: "):     # it may want an account
-                tracker = importlib.import_module(cfg.log_to)
-                tracker.init(project="tmax", name=cfg.name, config=asdict(cfg), resume="allow")
-            stack.callback(tracker.finish)
         if is_first:
             generator = GeneratorClient(cfg, memory, model, tasks, run_dir)
             stack.callback(generator.close)
         if cfg.eval:
-            report_scores(evaluate(generator, tasks, cfg), str(model), run_dir)
+            report_scores(evaluate(generator, tasks), str(model), run_dir)
         else:
-            train(cfg, memory, run_dir, model, generator, eval_tasks)
+            train(cfg, memory, run_dir, model, generator)
 
 
 def main():
@@ -2643,7 +2568,7 @@ def main():
             sys.exit(bool(chosen.problems))
         if cfg.oracle:
             make_memory()
-            tasks, _ = preflight(cfg)
+            tasks = preflight(cfg)
             asyncio.run(oracle(cfg, tasks, make_run_dir(cfg)))
         elif cfg.num_learners > 1 and not under_torchrun:
             make_memory()
