@@ -953,14 +953,10 @@ class Engine:
         new weights. Their KV cache is computed anew: each token's logprob is that of the version it is marked
         with."""
         start = time.monotonic()
-        try:
-            async with asyncio.timeout(600):
-                await self.llm.pause_generation(mode="keep", clear_cache=True)
-                await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-                await self.llm.update_weight_version(str(version))
-                await self.llm.resume_generation()
-        except TimeoutError:
-            raise RunFailed("the engines did not reload the weights within 600 s") from None
+        await self.llm.pause_generation(mode="keep", clear_cache=True)
+        await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        await self.llm.update_weight_version(str(version))
+        await self.llm.resume_generation()
         return time.monotonic() - start
 
 
@@ -2310,14 +2306,14 @@ def tally(groups):
     """Figures of all rollouts that came back, useful or not."""
     rollouts = [r for group in groups for r in group]
     graded = [r for r in rollouts if not r.void]
-    problems = Counter(r.problem for r in rollouts)
+    ends = Counter(f"finish_{r.finish}" for r in rollouts)
     return dict(
         groups_tried=len(groups), rollouts_graded=len(graded),
         reward=float(np.mean([r.reward for r in graded])) if graded else None,
         tokens_sampled=sum(sum(r.mask) for r in rollouts),
-        no_reward=problems["no_reward"], clipped=problems["clipped"],
-        touches_grader=sum(r.touches_grader for r in rollouts),
-        **Counter(f"finish_{r.finish}" for r in rollouts))
+        no_reward=sum(r.problem == "no_reward" for r in rollouts),
+        clipped=sum(r.problem == "clipped" for r in rollouts),
+        touches_grader=sum(r.touches_grader for r in rollouts), **ends)
 
 
 def share(packs, counts, generator):
@@ -2453,7 +2449,7 @@ def resolve(cfg):
 
 
 def make_run_dir(cfg):
-    """The folder runs/NAME with the Config in it: a new one, or that of --resume."""
+    """Make the folder runs/NAME with the Config in it; that of --resume is there."""
     run_dir = Path("runs", cfg.name)
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(cfg.resume))
@@ -2462,7 +2458,6 @@ def make_run_dir(cfg):
         partial.replace(run_dir / "config.json")
     except OSError as error:
         raise UserError(f"--name: {run_dir} cannot be made: {error.strerror}") from None
-    return run_dir
 
 
 def preflight(cfg):
@@ -2523,10 +2518,12 @@ def run(cfg):
     memory = make_memory() if is_first else Path()
     if is_first:
         tasks = preflight(cfg)
-        if cfg.model:
+        if cfg.model and not cfg.oracle:
             with reading(cfg.model):
                 check_weights(cfg.model)
         make_run_dir(cfg)
+        if cfg.oracle:
+            return asyncio.run(oracle(cfg, tasks, run_dir))
         if cfg.tiny and not (cfg.model and cfg.tasks) and not states(run_dir):
             model, demonstrations = make_tiny(run_dir, cfg.seed)
             if not cfg.model:
@@ -2537,11 +2534,10 @@ def run(cfg):
         tokenizer = AutoTokenizer.from_pretrained(model)
         tasks = drop_long_prompts(tasks or all_tasks([run_dir / "tasks"], cfg), tokenizer, cfg)
         print(f"{len(tasks)} tasks, {cfg.sandbox} sandboxes, run folder {run_dir}; vLLM is starting")
-    with contextlib.ExitStack() as stack:
-        generator = None
-        if is_first:
-            generator = GeneratorClient(cfg, memory, model, tasks, run_dir)
-            stack.callback(generator.close)
+    own_generator = contextlib.nullcontext()
+    if is_first:
+        own_generator = contextlib.closing(GeneratorClient(cfg, memory, model, tasks, run_dir))
+    with own_generator as generator:
         if cfg.eval:
             report_scores(evaluate(generator, tasks), str(model), run_dir)
         else:
@@ -2566,11 +2562,7 @@ def main():
             chosen = plan(cfg)
             print(chosen.text)
             sys.exit(bool(chosen.problems))
-        if cfg.oracle:
-            make_memory()
-            tasks = preflight(cfg)
-            asyncio.run(oracle(cfg, tasks, make_run_dir(cfg)))
-        elif cfg.num_learners > 1 and not under_torchrun:
+        if cfg.num_learners > 1 and not under_torchrun:
             make_memory()
             preflight(cfg)
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
