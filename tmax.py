@@ -1429,9 +1429,6 @@ def check_sandbox(cfg):
         cfg.sandbox = "docker" if docker_answers() else "bwrap"
     if cfg.sandbox == "docker":
         require(docker_answers(), "--sandbox: no Docker engine answers; DOCKER_HOST may name its socket")
-        folder = docker_client().info()["DockerRootDir"]
-        if not os.path.isdir(folder):
-            print(f"--image_disk_gb: the engine's {folder} is not on this machine, no image is removed")
         if not cfg.image:   # every task has its own
             return
 
@@ -1591,9 +1588,8 @@ def unpacked(archive):
     if not tasks.is_dir():
         with (reading(archive, ""), tarfile.open(archive) as tar,
               tempfile.TemporaryDirectory(dir=folder) as partial):
-            tops = {member: Path(member.name).parts[:1] for member in tar}
-            odd = {top for member, top in tops.items() if not (member.isfile() or member.isdir())}
-            members = [member for member, top in tops.items() if top not in odd]
+            odd = {member.name.split("/")[0] for member in tar if not (member.isfile() or member.isdir())}
+            members = [member for member in tar if member.name.split("/")[0] not in odd]
             tar.extractall(f"{partial}/tasks", members, filter="data")      # refuses paths that lead outside
             tar.fileobj.read()      # gzip's checksum is at the end
             with contextlib.suppress(OSError):      # another start was faster
@@ -1659,10 +1655,10 @@ def image_of(task, cfg):
 
 
 def make_room(wanted):
-    """Remove this run's images that no group names, oldest first, until so many bytes are free."""
+    """Remove this run's images that no group names, oldest first, until so many bytes are free. Of an engine
+    on another machine the disk cannot be seen: nothing is removed."""
     folder = docker_client().info()["DockerRootDir"]
     for name, is_ours in list(images_ready.items()):
-        # An engine on another machine has its disk there.
         if not os.path.isdir(folder) or shutil.disk_usage(folder).free >= wanted:
             return
         with image_locks[name]:
@@ -1809,7 +1805,7 @@ def load_state(learner, generator, memory, run_dir):
         metrics = run_dir / "metrics.jsonl"
         metrics.touch()
         whole = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
-        kept = [line for line in whole if saved and json.loads(line)["step"] <= progress["step"]]
+        kept = [line for line in whole if json.loads(line)["step"] <= progress["step"]]
         os.truncate(metrics, len("".join(kept)))
     return progress["step"]
 
@@ -1828,7 +1824,6 @@ def evaluate(generator, tasks):
             raise RunFailed(generator.failure)
         index, rollouts, *_ = answer
         results[index] = rollouts
-        show_void(rollouts)
         for run, r in enumerate(rollouts):
             write_rollouts(generator.log, [r], generator.cfg, run=run)
         report_task(rollouts, results)
@@ -1893,7 +1888,6 @@ async def oracle(cfg, tasks, run_dir):
         with image_in_use(task, cfg):
             async with slots:
                 rollouts.append(await rollout(None, task, None, cfg))
-        show_void(rollouts)
         write_rollouts(log, rollouts, cfg)
         report_task(rollouts, results)
     with (run_dir / "rollouts.jsonl").open("a") as log:
