@@ -365,15 +365,15 @@ def fp32_rule(tmp_path_factory):
 @session_fixture
 def hybrid(tmp_path_factory):
     """The folder of a tiny Qwen3.5 after its warm start, which calls in XML, and of its tasks."""
-    folder, conversation = tmp_path_factory.mktemp("hybrid"), tmax.tiny_conversation
+    folder, task = tmp_path_factory.mktemp("hybrid"), tmax.tiny_task
 
-    def in_xml(instruction, solution):
-        messages = conversation(instruction, solution)
+    def in_xml(*subject):
+        files, messages = task(*subject)
         for m in messages[2::2]:
             m["content"] = xml(commands(m["content"])[0])
-        return messages
+        return files, messages
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tmax, "tiny_conversation", in_xml)
+        patch.setattr(tmax, "tiny_task", in_xml)
         patch.setattr(tmax, "Qwen3Config", lambda **shape: Qwen3_5TextConfig(**shape | HYBRID))
         patch.setattr(tmax, "Qwen3ForCausalLM", Qwen3_5ForCausalLM)
         model, demonstrations = tmax.make_tiny(folder, 1)
@@ -2726,7 +2726,7 @@ def test_checkpoint_serves(made_by, parser, request, tmp_path):
     try:
         wait_for(lambda: server.poll() is not None or healthy(), 240)
         assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
-        messages = tmax.tiny_conversation("Write the word amber to the file /workspace/fern", [])[:2]
+        messages = tmax.tiny_task("write", "amber", "fern")[1][:2]
         question = dict(messages=messages, tools=tmax.tool_schemas(), temperature=0, max_tokens=64)
         answer = requests.post(f"{url}/v1/chat/completions", json=question, timeout=60).json()
         choice, = answer["choices"]
@@ -2808,21 +2808,27 @@ def test_tiny_tasks_are_harbor_folders(tiny_model):
 
     async def rewards(box):
         before = await box.grade()
-        instruction, solution = demonstration(box.task)
+        _, instruction, *turns = [m["content"] for m in demonstration(box.task)]
         assert instruction == box.task.instruction
-        for command, output in solution:
-            assert (await box.run(command)).text == output
+        for call, observation in zip(turns[::2], turns[1::2]):
+            output = await box.run(*commands(call))
+            assert tmax.render_observation(output.text, output.exit_code) == observation
         return before.reward, (await box.grade()).reward
     assert [in_sandbox(rewards, tasks[i], TINY) for i in (0, 50, -1)] == [(0.0, 1.0)] * 3
 
 
 def test_a_demonstration_is_what_a_rollout_would_be(tiny_model, tokenizers):
     """Else the warm start teaches other tokens than a rollout's."""
-    tokenizer, demonstration = tokenizers["tiny"], tiny_model[2][0]
-    r, messages = tmax.demonstration_rollout(tokenizer, *demonstration), tmax.tiny_conversation(*demonstration)
-    assert tokenizer.decode(r.tokens, skip_special_tokens=False) == in_template(tokenizer, messages)
-    turns = "".join(m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant")
-    assert tokenizer.decode([t for t, m in zip(r.tokens, r.mask) if m], skip_special_tokens=False) == turns
+    tokenizer, messages = tokenizers["tiny"], tiny_model[2][2]
+    chat, r = tmax.chat_format(tokenizer), tmax.Rollout("t", [], [], [], [])
+    r.append(chat.prompt(messages[1]["content"]), 0)
+    for m in messages[2:]:
+        if m["role"] == "tool":
+            r.append(chat.tool_turn([m["content"]]), 0)
+        else:
+            r.append(tokenizer.encode(m["content"]) + [tokenizer.eos_token_id], 1)
+    said = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert (r.tokens, r.mask) == (said["input_ids"][:-1], said["assistant_masks"][:-1])   # all but the newline behind it
 
 
 # ---------- Plan

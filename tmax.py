@@ -1958,37 +1958,39 @@ async def run_solution(box, r):
 
 TINY_TEMPLATE = """
 {%- for m in messages %}
-    {{- "<|im_start|>" + m.role + "\\n" + m.content }}
-    {%- if loop.first and tools %}{{- "\\n\\nTools: " + (tools | tojson) }}{%- endif %}
-    {{- "<|im_end|>\\n" }}
+    {%- set text = m.content + "<|im_end|>" %}
+    {{- "<|im_start|>" + m.role + "\\n" }}
+    {%- if m.role == "assistant" %}{% generation %}{{ text }}{% endgeneration %}
+    {%- else %}{{ text }}{% endif %}{{ "\\n" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- "<|im_start|>assistant\\n" }}{%- endif %}"""
-TINY_SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <tool_call> </tool_call>".split()
-TINY_WORDS = """amber birch cedar daisy ember fern grove hazel iris juniper kelp lilac maple nettle olive
-    poppy""".split()
+TINY_SPECIAL = "<|im_start|> <|im_end|> <tool_call> </tool_call>".split()
+TINY_WORDS = "amber birch cedar daisy ember fern grove hazel iris kelp lily maple moss olive pine yew".split()
 
 
 def tiny_task(kind, first, second):
-    """A task about two words: its files, and (its instruction, its solution as [(command, output), …])."""
+    """A task about two words: its files, and the messages of a rollout that solves it."""
     a, b = f"/workspace/{first}", f"/workspace/{second}"
-    seed = f"environment/seeds/{first}"
-    instruction, seeds, solution, test = {
-        "write": (f"Write the line /{first} to the file {b}", {}, [(f"echo /{first} > {b}", "")],
+    instruction, seed, solution, test = {   # what a holds; each command's output
+        "write": (f"Write the line /{first} to the file {b}", "", {f"echo /{first} > {b}": ""},
                   f'[ "$(cat {b})" = /{first} ]'),
-        "rename": (f"Rename the file {a} to {b}", {seed: ""}, [(f"mv {a} {b}", "")],
-                   f"[ -e {b} ] && [ ! -e {a} ]"),
-        "follow": (f"Read the file {a} and make the file that it names", {seed: f"{b}\n"},
-                   [(f"cat {a}", f"{b}\n"), (f"touch {b}", "")], f"[ -e {b} ]"),
+        "rename": (f"Rename the file {a} to {b}", "", {f"mv {a} {b}": ""}, f"[ -e {b} ] && [ ! -e {a} ]"),
+        "follow": (f"Read the file {a} and make the file that it names", f"{b}\n",
+                   {f"cat {a}": f"{b}\n", f"touch {b}": ""}, f"[ -e {b} ]"),
     }[kind]
-    test = f"if {test}; then echo 1; else echo 0; fi >/logs/verifier/reward.txt\n"
-    files = {"instruction.md": f"{instruction}\n", "tests/test.sh": test, **seeds,
+    files = {"instruction.md": instruction, f"environment/seeds/{first}": seed,
+             "tests/test.sh": f"if {test}; then echo 1; else echo 0; fi >/logs/verifier/reward.txt\n",
              "task.toml": 'environment.network_mode = "no-network"\n'}
-    return files, (instruction, solution)
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": instruction}]
+    for command, output in {**solution, f"echo {MARKER}": ""}.items():
+        call = json.dumps({"name": "bash", "arguments": {"command": command}})
+        messages += [{"role": "assistant", "content": f"<tool_call>\n{call}\n</tool_call>"},
+                     {"role": "tool", "content": render_observation(output, 0)}]
+    return files, messages[:-1]
 
 
 def make_tiny(root, seed):
-    """Write 126 tasks, a tokenizer and a random model under `root`. Returns (model folder, demonstrations
-    [(instruction, solution), …] about other pairs of words)."""
+    """Write tasks, a tokenizer, a random model. Returns (model folder, messages for other tasks)."""
     pairs = list(itertools.permutations(TINY_WORDS, 2))
     random.Random(seed).shuffle(pairs)
     subjects = [(kind, *pair) for pair in pairs for kind in ("write", "rename", "follow")]
@@ -1998,84 +2000,55 @@ def make_tiny(root, seed):
             path = root / "tasks" / "-".join(subject) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-    demonstrations = [tiny_task(*subject)[1] for subject in subjects[126:630]]
+    demonstrations = [tiny_task(*subject)[1] for subject in subjects[126:]]
     bpe = Tokenizer(models.BPE())
     word = Regex(rf"[ /]?(?:{'|'.join(TINY_WORDS)})|\n")    # a name is a token of its own
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(word, "isolated"), as_bytes])
     bpe.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, chat_template=TINY_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    texts = [tokenizer.apply_chat_template(tiny_conversation(*d), tools=tool_schemas(), tokenize=False)
-             for d in demonstrations]
-    pieces = re.split("|".join(map(re.escape, TINY_SPECIAL)), "".join(texts))   # or merges would spell them
+        tokenizer_object=bpe, chat_template=TINY_TEMPLATE, eos_token="<|im_end|>")
+    texts = tokenizer.apply_chat_template(demonstrations, tokenize=False)
+    pieces = re.split("<.*?>", "".join(texts))      # or merges would spell control tokens
     tokenizer = tokenizer.train_new_from_iterator(
         pieces, vocab_size=1024, new_special_tokens=TINY_SPECIAL, show_progress=False)
+    tokenizer.save_pretrained(root / "model")
     torch.manual_seed(seed)
-    lm = Qwen3ForCausalLM(Qwen3Config(
+    Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, initializer_range=0.08,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    lm.save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
+        eos_token_id=tokenizer.eos_token_id)).save_pretrained(root / "model")
     return root / "model", demonstrations
 
 
-def tiny_conversation(instruction, solution):
-    """The messages of a scripted demonstration; the last turn submits."""
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": instruction}]
-    for command, output in [*solution, (f"echo {MARKER}", "")]:
-        call = json.dumps({"name": "bash", "arguments": {"command": command}})
-        messages += [{"role": "assistant", "content": f"<tool_call>\n{call}\n</tool_call>"},
-                     {"role": "tool", "content": render_observation(output, 0)}]
-    return messages[:-1]
-
-
-def demonstration_rollout(tokenizer, instruction, solution):
-    """The same as a Rollout, its tokens put together as rollout() does."""
-    chat = chat_format(tokenizer)
-    r = Rollout("demonstration", [], [], [], [])
-    r.append(chat.prompt(instruction), 0)
-    for message in tiny_conversation(instruction, solution)[2:]:
-        if message["role"] == "assistant":
-            r.append(tokenizer.encode(message["content"]) + [tokenizer.eos_token_id], 1)
-        else:
-            r.append(chat.tool_turn([message["content"]]), 0)
-    return r
-
-
 def warm_start(folder, demonstrations, cfg, target=0.25, noise=0.08):
-    """Supervised training until samples solve held-out demonstrations with probability `target` (the product
-    over their tokens, in the mean): RL needs some successes to begin with.
+    """Supervised training until held-out tasks are solved with probability `target`: RL needs some successes.
 
-    A share of the targets is noise, so that the policy learns every word and yet fails now and then in every
-    task: RL learns nothing from tasks that always fail or never."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    policy = load_policy(folder, cfg, sharded=False)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, weight_decay=0.0)
-    draw, slips = random.Random(cfg.seed), np.random.default_rng(cfg.seed)
-    examples = [demonstration_rollout(tokenizer, *d) for d in demonstrations]
-    draw.shuffle(examples)
-    held_out = build_pack(examples[:96])
-    sampled = [sum(r.mask) for r in examples[:96]]
-    for step in tqdm(range(2000), desc="warm start", leave=False, disable=None):
-        if step % 2 == 0:
-            with torch.no_grad():
-                logprobs, _ = policy(held_out)
-            solved = np.mean([float(part.sum().exp()) for part in logprobs.split(sampled)])
-            if solved >= target:
-                break
-        batch = build_pack(draw.sample(examples[96:], 16))
-        wrong = slips.random(len(batch.targets)) < noise
-        drawn = slips.integers(len(tokenizer), size=len(wrong))
-        batch.targets[wrong] = drawn[wrong]
+    A share of the targets is noise: the policy learns every word and yet fails now and then in every task,
+    RL learns nothing from tasks that always fail or never."""
+    tokenizer, policy = AutoTokenizer.from_pretrained(folder), load_policy(folder, cfg, sharded=False)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3)
+    inputs = tokenizer.apply_chat_template(
+        demonstrations, return_dict=True, return_assistant_tokens_mask=True)
+    examples = [Rollout("", tokens, mask, [0.0] * len(mask), [-1] * len(mask))
+                for tokens, mask in zip(inputs["input_ids"], inputs["assistant_masks"])]
+    held_out, examples = examples[:48], examples[48:]
+    draw = np.random.default_rng(cfg.seed)
+    for step in tqdm(range(1000), desc="warm start", disable=None):
+        with torch.no_grad():
+            logprobs, _ = policy(build_pack(held_out))
+        each = logprobs.split([sum(r.mask) for r in held_out])
+        solved = np.mean([float(part.sum().exp()) for part in each])
+        if solved >= target:
+            break
+        batch = build_pack([examples[i] for i in draw.integers(len(examples), size=16)])
+        wrong = draw.random(len(batch.targets)) < noise
+        batch.targets[wrong] = draw.integers(len(tokenizer), size=wrong.sum())
         logprobs, _ = policy(batch)
         (-logprobs.mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    else:
-        raise RunFailed(f"warm start: solves {solved:.3f} of held-out tasks; try another --seed")
-    print(f"warm start: {step} supervised steps, solves {solved:.2f} of the held-out tasks")
+    print(f"warm start: {step} steps, solves {solved:.2f} of held-out tasks")
     policy.lm.save_pretrained(folder)
 
 
