@@ -2078,7 +2078,7 @@ def engine_args(model, cfg):
     return AsyncEngineArgs(**(arguments | json.loads(cfg.vllm)))
 
 
-# Of 444 real rollouts: mean length in budgets, the sampled share, a token's mean context in lengths.
+# Of 444 real rollouts: mean length in budgets, the sampled share, a token's mean context.
 MEAN_LENGTH, SAMPLED, CONTEXT = 0.76, 0.7, 0.65
 
 
@@ -2090,7 +2090,7 @@ def concurrency(cfg, kv_tokens):
 
 
 def engine_devices(cfg):
-    """CUDA_VISIBLE_DEVICES of the engines: GPUs after the learners', or the only one, which both share."""
+    """CUDA_VISIBLE_DEVICES of the engines: GPUs after the learners', or the only one."""
     numbers = ",".join(map(str, range(torch.cuda.device_count())))
     devices = (os.environ.get("CUDA_VISIBLE_DEVICES") or numbers).split(",")
     return ",".join(devices[cfg.num_learners:] or devices)
@@ -2099,7 +2099,7 @@ def engine_devices(cfg):
 def learner_memory(lm, cfg, ranks):
     """Bytes in the backward pass of a full pack: of weights and gradients, gathered layers, activations.
 
-    The last are a multiple of what products take and give, fitted to counts in Qwen3 and 3.5."""
+    The last are a multiple of what products take and give, fitted to Qwen3 and 3.5."""
     width, layers, size = getattr(torch, cfg.dtype).itemsize, lm.base_model.layers, lm.num_parameters()
     activations = 2.35 * sum(sum(p.shape) for p in layers.parameters() if p.ndim == 2)
     if cfg.gradient_checkpointing:      # of one layer, and each layer's input
@@ -2112,7 +2112,7 @@ def learner_memory(lm, cfg, ranks):
 def engine_memory(lm, cfg):
     """Bytes of the weights, of a token's KV cache, of a rollout's recurrent states."""
     width = kv_width = getattr(torch, cfg.dtype).itemsize
-    if "fp8" in str(json.loads(cfg.vllm).get("kv_cache_dtype")):
+    if "fp8" in cfg.vllm:   # for the cache alone
         kv_width = 1
     kv_token = 2 * kv_width * sum(layer.k_proj.out_features for layer in mixers(lm, "self_attn"))
     state = sum(4 * layer.head_k_dim * layer.value_dim for layer in mixers(lm, "linear_attn"))
@@ -2134,7 +2134,7 @@ def small_cache(lm, cfg):
 
 
 def check_machine(lm, cfg):
-    """Raise UserError where a run would lack room later."""
+    """Raise UserError where a run lacks room."""
     weights, _, _ = engine_memory(lm, cfg)
     states = 24 * lm.num_parameters() if cfg.state_every else 0     # one while another is written
     for folder, needed in {"/dev/shm": weights, os.getcwd(): weights + states}.items():
@@ -2152,10 +2152,10 @@ class Plan(NamedTuple):
 
 
 def plan(cfg):
-    """The Plan of --num_learners, or the fastest that fits, on the GPUs here, or on 8 of 80 GB."""
+    """The Plan of --num_learners, or the fastest that fits, on the GPUs here or 8 of 80 GB."""
     with reading(cfg.model):
         lm = check_shape(cfg.model)
-    gpus = max(2, torch.cuda.device_count() or 8)   # a single one serves as both
+    gpus = max(2, torch.cuda.device_count() or 8)   # one serves as both
     plans = [plan_split(lm, replace(cfg, num_learners=n, num_engines=gpus - n)) for n in range(1, gpus)]
     best = plan_split(lm, cfg) if cfg.num_learners else min(plans)
     splits = ", ".join(f"{p.learners} ({p.seconds:.0f} s)" for p in plans if not p.problems)
@@ -2167,7 +2167,7 @@ def plan_split(lm, cfg):
     gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 80 * 2**30
     size, learners, engines = lm.num_parameters(), cfg.num_learners, cfg.num_engines
     trained, gathered, activations = learner_memory(lm, cfg, learners)
-    learner = max(trained + gathered + activations, 16 * size / learners)   # the step has the moments
+    learner = max(trained + gathered + activations, 16 * size / learners)   # the step has moments
     vllm = 0.92 * gpu
     if torch.cuda.device_count() == 1:
         vllm -= learner
@@ -2195,7 +2195,7 @@ def plan_split(lm, cfg):
 gathered layers {gib(gathered)}, activations {gib(activations)}
 {engines} engine(s): {gib(vllm)}: weights {gib(weights)}, KV cache {gib(cache)} for \
 {cache // kv_token:,.0f} tokens, {at_once} rollouts at once
-the host: moments {gib(8 * size)}, /dev/shm {gib(weights)}, states in runs/ {gib(24 * size)}
+host: moments {gib(8 * size)}, /dev/shm {gib(weights)}, states in runs/ {gib(24 * size)}
 {seconds:.0f} seconds a step: generation {generation:.0f}, update {update:.0f} beside it, reload {reload:.0f}
 {seconds * cfg.training_steps / 86400:.1f} days in all, modelled: an H100, rollouts of {length:,.0f} tokens
 {"; ".join(problems) or "it fits"}"""
