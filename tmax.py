@@ -1969,7 +1969,7 @@ TINY_WORDS = "amber birch cedar daisy ember fern grove hazel iris kelp lily mapl
 
 
 def tiny_task(kind, first, second):
-    """A task about two words: its files, and the messages of a rollout that solves it."""
+    """A task about two words: its files, and the messages that solve it."""
     a, b = f"/workspace/{first}", f"/workspace/{second}"
     instruction, seed, solution, test = {   # what a holds; each command's output
         "write": (f"Write the line /{first} to the file {b}", "", {f"echo /{first} > {b}": ""},
@@ -1990,7 +1990,7 @@ def tiny_task(kind, first, second):
 
 
 def make_tiny(root, seed):
-    """Write tasks, a tokenizer, a random model. Returns (model folder, messages for other tasks)."""
+    """Write tasks, tokenizer, random model. Returns (model folder, messages for other tasks)."""
     pairs = list(itertools.permutations(TINY_WORDS, 2))
     random.Random(seed).shuffle(pairs)
     subjects = [(kind, *pair) for pair in pairs for kind in ("write", "rename", "follow")]
@@ -2009,7 +2009,7 @@ def make_tiny(root, seed):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, chat_template=TINY_TEMPLATE, eos_token="<|im_end|>")
     texts = tokenizer.apply_chat_template(demonstrations, tokenize=False)
-    pieces = re.split("<.*?>", "".join(texts))      # or merges would spell control tokens
+    pieces = re.split(r"<\|\w+\|>|</?tool_call>", "".join(texts))  # or merges would spell control tokens
     tokenizer = tokenizer.train_new_from_iterator(
         pieces, vocab_size=1024, new_special_tokens=TINY_SPECIAL, show_progress=False)
     tokenizer.save_pretrained(root / "model")
