@@ -1911,37 +1911,39 @@ async def run_solution(box, r):
 
 TINY_TEMPLATE = """
 {%- for m in messages %}
-    {{- "<|im_start|>" + m.role + "\\n" + m.content }}
-    {%- if loop.first and tools %}{{- "\\n\\nTools: " + (tools | tojson) }}{%- endif %}
-    {{- "<|im_end|>\\n" }}
+    {%- set text = m.content + "<|im_end|>" %}
+    {{- "<|im_start|>" + m.role + "\\n" }}
+    {%- if m.role == "assistant" %}{% generation %}{{ text }}{% endgeneration %}
+    {%- else %}{{ text }}{% endif %}{{ "\\n" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- "<|im_start|>assistant\\n" }}{%- endif %}"""
-TINY_SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <tool_call> </tool_call>".split()
-TINY_WORDS = """amber birch cedar daisy ember fern grove hazel iris juniper kelp lilac maple nettle olive
-    poppy""".split()
+TINY_SPECIAL = "<|im_start|> <|im_end|> <tool_call> </tool_call>".split()
+TINY_WORDS = "amber birch cedar daisy ember fern grove hazel iris kelp lily maple moss olive pine yew".split()
 
 
 def tiny_task(kind, first, second):
-    """A task about two words: its files, and (its instruction, its solution as [(command, output), …])."""
+    """A task about two words: its files, and the messages that solve it."""
     a, b = f"/workspace/{first}", f"/workspace/{second}"
-    seed = f"environment/seeds/{first}"
-    instruction, seeds, solution, test = {
-        "write": (f"Write the line /{first} to the file {b}", {}, [(f"echo /{first} > {b}", "")],
+    instruction, seed, solution, test = {   # what a holds; each command's output
+        "write": (f"Write the line /{first} to the file {b}", "", {f"echo /{first} > {b}": ""},
                   f'[ "$(cat {b})" = /{first} ]'),
-        "rename": (f"Rename the file {a} to {b}", {seed: ""}, [(f"mv {a} {b}", "")],
-                   f"[ -e {b} ] && [ ! -e {a} ]"),
-        "follow": (f"Read the file {a} and make the file that it names", {seed: f"{b}\n"},
-                   [(f"cat {a}", f"{b}\n"), (f"touch {b}", "")], f"[ -e {b} ]"),
+        "rename": (f"Rename the file {a} to {b}", "", {f"mv {a} {b}": ""}, f"[ -e {b} ] && [ ! -e {a} ]"),
+        "follow": (f"Read the file {a} and make the file that it names", f"{b}\n",
+                   {f"cat {a}": f"{b}\n", f"touch {b}": ""}, f"[ -e {b} ]"),
     }[kind]
-    test = f"if {test}; then echo 1; else echo 0; fi >/logs/verifier/reward.txt\n"
-    files = {"instruction.md": f"{instruction}\n", "tests/test.sh": test, **seeds,
+    files = {"instruction.md": instruction, f"environment/seeds/{first}": seed,
+             "tests/test.sh": f"if {test}; then echo 1; else echo 0; fi >/logs/verifier/reward.txt\n",
              "task.toml": 'environment.network_mode = "no-network"\n'}
-    return files, (instruction, solution)
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": instruction}]
+    for command, output in {**solution, f"echo {MARKER}": ""}.items():
+        call = json.dumps({"name": "bash", "arguments": {"command": command}})
+        messages += [{"role": "assistant", "content": f"<tool_call>\n{call}\n</tool_call>"},
+                     {"role": "tool", "content": render_observation(output, 0)}]
+    return files, messages[:-1]
 
 
 def make_tiny(root, seed):
-    """Write 126 tasks, a tokenizer and a random model under `root`. Returns (model folder, demonstrations
-    [(instruction, solution), …] about other pairs of words)."""
+    """Write tasks, tokenizer, random model. Returns (model folder, messages for other tasks)."""
     pairs = list(itertools.permutations(TINY_WORDS, 2))
     random.Random(seed).shuffle(pairs)
     subjects = [(kind, *pair) for pair in pairs for kind in ("write", "rename", "follow")]
@@ -1951,281 +1953,206 @@ def make_tiny(root, seed):
             path = root / "tasks" / "-".join(subject) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-    demonstrations = [tiny_task(*subject)[1] for subject in subjects[126:630]]
+    demonstrations = [tiny_task(*subject)[1] for subject in subjects[126:]]
     bpe = Tokenizer(models.BPE())
     word = Regex(rf"[ /]?(?:{'|'.join(TINY_WORDS)})|\n")    # a name is a token of its own
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(word, "isolated"), as_bytes])
     bpe.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, chat_template=TINY_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    texts = [tokenizer.apply_chat_template(tiny_conversation(*d), tools=tool_schemas(), tokenize=False)
-             for d in demonstrations]
-    pieces = re.split("|".join(map(re.escape, TINY_SPECIAL)), "".join(texts))   # or merges would spell them
+        tokenizer_object=bpe, chat_template=TINY_TEMPLATE, eos_token="<|im_end|>")
+    texts = tokenizer.apply_chat_template(demonstrations, tokenize=False)
+    pieces = re.split(r"<\|\w+\|>|</?tool_call>", "".join(texts))  # or merges would spell control tokens
     tokenizer = tokenizer.train_new_from_iterator(
         pieces, vocab_size=1024, new_special_tokens=TINY_SPECIAL, show_progress=False)
+    tokenizer.save_pretrained(root / "model")
     torch.manual_seed(seed)
-    lm = Qwen3ForCausalLM(Qwen3Config(
+    Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, initializer_range=0.08,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    lm.save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
+        eos_token_id=tokenizer.eos_token_id)).save_pretrained(root / "model")
     return root / "model", demonstrations
 
 
-def tiny_conversation(instruction, solution):
-    """The messages of a scripted demonstration; the last turn submits."""
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": instruction}]
-    for command, output in [*solution, (f"echo {MARKER}", "")]:
-        call = json.dumps({"name": "bash", "arguments": {"command": command}})
-        messages += [{"role": "assistant", "content": f"<tool_call>\n{call}\n</tool_call>"},
-                     {"role": "tool", "content": render_observation(output, 0)}]
-    return messages[:-1]
-
-
-def demonstration_rollout(tokenizer, instruction, solution):
-    """The same as a Rollout, its tokens put together as rollout() does."""
-    chat = chat_format(tokenizer)
-    r = Rollout("demonstration", [], [], [], [])
-    r.append(chat.prompt(instruction), 0)
-    for message in tiny_conversation(instruction, solution)[2:]:
-        if message["role"] == "assistant":
-            r.append(tokenizer.encode(message["content"]) + [tokenizer.eos_token_id], 1)
-        else:
-            r.append(chat.tool_turn([message["content"]]), 0)
-    return r
-
-
 def warm_start(folder, demonstrations, cfg, target=0.25, noise=0.08):
-    """Supervised training until samples solve held-out demonstrations with probability `target` (the product
-    over their tokens, in the mean): RL needs some successes to begin with.
+    """Supervised training until held-out tasks are solved with probability `target`: RL needs some successes.
 
-    A share of the targets is noise, so that the policy learns every word and yet fails now and then in every
-    task: RL learns nothing from tasks that always fail or never."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    policy = load_policy(folder, cfg, sharded=False)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, weight_decay=0.0)
-    draw, slips = random.Random(cfg.seed), np.random.default_rng(cfg.seed)
-    examples = [demonstration_rollout(tokenizer, *d) for d in demonstrations]
-    draw.shuffle(examples)
-    held_out = build_pack(examples[:96])
-    sampled = [sum(r.mask) for r in examples[:96]]
-    for step in tqdm(range(2000), desc="warm start", leave=False, disable=None):
-        if step % 2 == 0:
-            with torch.no_grad():
-                logprobs, _ = policy(held_out)
-            solved = np.mean([float(part.sum().exp()) for part in logprobs.split(sampled)])
-            if solved >= target:
-                break
-        batch = build_pack(draw.sample(examples[96:], 16))
-        wrong = slips.random(len(batch.targets)) < noise
-        drawn = slips.integers(len(tokenizer), size=len(wrong))
-        batch.targets[wrong] = drawn[wrong]
+    A share of the targets is noise: the policy learns every word and yet fails now and then in every task,
+    RL learns nothing from tasks that always fail or never."""
+    tokenizer, policy = AutoTokenizer.from_pretrained(folder), load_policy(folder, cfg, sharded=False)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3)
+    inputs = tokenizer.apply_chat_template(
+        demonstrations, return_dict=True, return_assistant_tokens_mask=True)
+    examples = [Rollout("", tokens, mask, [0.0] * len(mask), [-1] * len(mask))
+                for tokens, mask in zip(inputs["input_ids"], inputs["assistant_masks"])]
+    held_out, examples = examples[:48], examples[48:]
+    draw = np.random.default_rng(cfg.seed)
+    for step in tqdm(range(1000), desc="warm start", disable=None):
+        with torch.no_grad():
+            logprobs, _ = policy(build_pack(held_out))
+        each = logprobs.split([sum(r.mask) for r in held_out])
+        solved = np.mean([float(part.sum().exp()) for part in each])
+        if solved >= target:
+            break
+        batch = build_pack([examples[i] for i in draw.integers(len(examples), size=16)])
+        wrong = draw.random(len(batch.targets)) < noise
+        batch.targets[wrong] = draw.integers(len(tokenizer), size=wrong.sum())
         logprobs, _ = policy(batch)
         (-logprobs.mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    else:
-        raise RunFailed(f"warm start: solves {solved:.3f} of held-out tasks; try another --seed")
-    print(f"warm start: {step} supervised steps, solves {solved:.2f} of the held-out tasks")
+    print(f"warm start: {step} steps, solves {solved:.2f} of held-out tasks")
     policy.lm.save_pretrained(folder)
 
 
 # -----------------------------------------------------------------------------
-# Plan: how vLLM is set up; memory and seconds from shapes alone. The seconds are rooflines of an H100, not
-# measurements.
+# Plan: how vLLM is set up; memory from shapes, seconds from an H100's rooflines.
 
 OWNED = """model tokenizer dtype max_model_len data_parallel_size logprobs_mode load_format generation_config
-    quantization hf_overrides""".split()     # what --vllm may not change: the learner computes with the same
+    quantization hf_overrides""".split()  # not for --vllm: the learner computes with them
 
 
 def engine_args(model, cfg):
-    """How vLLM is set up: an engine per GPU, the same numerics as the learner's; --vllm is merged over it."""
+    """An engine per GPU, with the learner's numerics; --vllm is merged over it."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     arguments = dict(
         model=str(model), dtype=cfg.dtype, max_model_len=cfg.max_prompt_tokens + cfg.max_total_tokens,
         data_parallel_size=cfg.num_engines,
-        distributed_executor_backend="uni",     # no worker process beside each engine
-        seed=random.SystemRandom().randrange(2**31),    # vLLM's 0 would repeat its noise in each run
+        distributed_executor_backend="uni",  # no process beside each engine
+        seed=random.SystemRandom().randrange(2**31),  # 0 would repeat its noise in each run
         max_num_batched_tokens=8192, enable_prefix_caching=True, disable_log_stats=True,
-        mamba_ssm_cache_dtype="float32",        # recurrent states, as the learner's
-        logprobs_mode="processed_logprobs",     # after the temperature, as the learner computes them
-        generation_config="vllm",               # else top_k and top_p of the model's own defaults creep in
-        hf_overrides={"head_dtype": "float32"})     # as in token_logprobs
+        mamba_ssm_cache_dtype="float32",  # as the learner's
+        logprobs_mode="processed_logprobs",  # after the temperature, as the learner's
+        generation_config="vllm",  # else the model's own top_k creeps in
+        hf_overrides={"head_dtype": "float32"})  # as in token_logprobs
     if cfg.tiny or not torch.cuda.is_available():
-        cache = small_cache(check_shape(model), cfg)
-        arguments |= dict(enforce_eager=True, kv_cache_memory_bytes=cache, max_num_seqs=64)
+        arguments |= dict(kv_cache_memory_bytes=small_cache(check_shape(model), cfg), max_num_seqs=64,
+                          enforce_eager=True)
     return AsyncEngineArgs(**(arguments | json.loads(cfg.vllm)))
 
 
-# Of 444 real rollouts: mean length in budgets, the sampled share, a token's mean context, median of turns.
-MEAN_LENGTH, SAMPLED, CONTEXT, TURNS = 0.76, 0.7, 0.65, 28
+# Of 444 real rollouts: mean length in budgets, the sampled share, a token's mean context.
+MEAN_LENGTH, SAMPLED, CONTEXT = 0.76, 0.7, 0.65
 
 
 def concurrency(cfg, kv_tokens):
-    """Rollouts at once that keep an engine busy: what its KV cache holds at their mean length, and more for
-    the 40 % of the time that they are in bash; never more than the asynchrony allows."""
-    at_once = kv_tokens / 0.6 / (MEAN_LENGTH * (cfg.max_prompt_tokens + cfg.max_total_tokens))
-    if cfg.max_concurrent_rollouts:
-        at_once = cfg.max_concurrent_rollouts / cfg.num_engines
-    in_flight = (cfg.async_steps + 1) * cfg.prompts_per_step * cfg.samples_per_prompt
-    return math.ceil(min(at_once, in_flight / cfg.num_engines))
+    """Rollouts that keep an engine busy: at mean length the 60 % that are not in bash fill its KV cache."""
+    length = MEAN_LENGTH * (cfg.max_prompt_tokens + cfg.max_total_tokens)
+    at_once = cfg.max_concurrent_rollouts / cfg.num_engines or kv_tokens / length / 0.6
+    return max(1, math.ceil(at_once))
 
 
 def engine_devices(cfg):
-    """CUDA_VISIBLE_DEVICES of the engines: GPUs after the learners', or the only one, which --tiny shares."""
+    """CUDA_VISIBLE_DEVICES of the engines: GPUs after the learners', or the only one."""
     numbers = ",".join(map(str, range(torch.cuda.device_count())))
     devices = (os.environ.get("CUDA_VISIBLE_DEVICES") or numbers).split(",")
-    return ",".join(devices[cfg.num_learners:][:cfg.num_engines] or devices)
+    return ",".join(devices[cfg.num_learners:] or devices)
 
 
 def learner_memory(lm, cfg, ranks):
-    """{part: bytes} of one learner in the backward pass of a full pack, the model sharded over `ranks`."""
-    d, n = lm.config.hidden_size, cfg.pack_length
-    width, size = getattr(torch, cfg.dtype).itemsize, lm.num_parameters()
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in lm.base_model.layers]
-    rest = size - sum(layers)   # embedding and head, which FSDP gathers as one
+    """Bytes in the backward pass of a full pack: of weights and gradients, gathered layers, activations.
 
-    def needs(mixer):
-        """Bytes for a layer's backward pass: FP32 copies in norms, and what goes into products and comes out.
-        The mixer's share, a multiple of its matrices' sides but d, is fitted to counts in Qwen3 and 3.5."""
-        sides = sum(sum(p.shape) - d for p in mixer.parameters() if p.ndim == 2)
-        products = 7 * d + 3.8 * sides + 4 * lm.config.intermediate_size
-        return n * (4 * (4 * d + 0.9 * sides) + width * products)
-    needed = [needs(mixer) for mixer in mixers(lm, "self_attn") + mixers(lm, "linear_attn")]
-    activations = sum(needed)
-    if cfg.gradient_checkpointing:
-        logits = 2 * 4 * min(1024, n) * lm.config.vocab_size
-        activations = width * n * d * len(layers) + max(logits, *needed)
-    return {
-        "weights, FP32": 4 * size / ranks,
-        "gradients, FP32": 4 * size / ranks,
-        "gathered layers": width * (2 * max(layers) + 1.5 * rest),  # two; embedding, head, head's gradient
-        "activations": activations}
+    The last are a multiple of what products take and give, fitted to Qwen3 and 3.5."""
+    width, layers, size = getattr(torch, cfg.dtype).itemsize, lm.base_model.layers, lm.num_parameters()
+    activations = 2.35 * sum(sum(p.shape) for p in layers.parameters() if p.ndim == 2)
+    if cfg.gradient_checkpointing:      # of one layer, and each layer's input
+        activations = activations / len(layers) + lm.config.hidden_size * len(layers)
+    in_layers = sum(p.numel() for p in layers.parameters())
+    gathered = 2 * in_layers / len(layers) + 1.5 * (size - in_layers)   # two; embedding, head, its gradient
+    return 8 * size / ranks, width * gathered, width * cfg.pack_length * activations
 
 
-def kv_bytes(lm, cfg):
-    """Bytes of KV cache that a token needs."""
-    fp8 = str(json.loads(cfg.vllm).get("kv_cache_dtype")).startswith("fp8")
-    width = 1 if fp8 else getattr(torch, cfg.dtype).itemsize
-    return 2 * width * sum(layer.k_proj.out_features for layer in mixers(lm, "self_attn"))
-
-
-def state_bytes(lm):
-    """Bytes of a rollout's recurrent states."""
-    return sum(4 * layer.head_k_dim * layer.value_dim for layer in mixers(lm, "linear_attn"))
+def engine_memory(lm, cfg):
+    """Bytes of the weights, of a token's KV cache, of a rollout's recurrent states."""
+    width = kv_width = getattr(torch, cfg.dtype).itemsize
+    if "fp8" in cfg.vllm:   # for the cache alone
+        kv_width = 1
+    kv_token = 2 * kv_width * sum(layer.k_proj.out_features for layer in mixers(lm, "self_attn"))
+    state = sum(4 * layer.head_k_dim * layer.value_dim for layer in mixers(lm, "linear_attn"))
+    return width * lm.num_parameters(), kv_token, state
 
 
 def gib(size):
-    return f"{size / 2**30:.1f}"
+    return f"{size / 2**30:.1f} GiB"
 
 
 def small_cache(lm, cfg):
-    """Bytes of an engine's KV cache without a GPU: for 64 rollouts, or those that half of the free memory
-    holds. Raises UserError if these are fewer than 4."""
-    rollout = kv_bytes(lm, cfg) * (cfg.max_prompt_tokens + cfg.max_total_tokens) + 2 * state_bytes(lm)
+    """Bytes of an engine's KV cache without a GPU: for 64 rollouts, at most half of the free memory."""
+    _, kv_token, state = engine_memory(lm, cfg)
+    rollout = kv_token * (cfg.max_prompt_tokens + cfg.max_total_tokens) + 2 * state
     free = psutil.virtual_memory().available // (2 * cfg.num_engines)
-    require(free >= 4 * rollout, f"--max_total_tokens: KV cache for 4 rollouts needs {gib(4 * rollout)} GiB, "
-                                 f"half of the free memory is {gib(free)} for an engine")
-    return rollout * min(64, free // rollout)
+    require(free >= 4 * rollout,
+            f"--max_total_tokens: a KV cache for 4 rollouts is {gib(4 * rollout)}, {gib(free)} can be had")
+    return min(64 * rollout, free)
 
 
 def check_machine(lm, cfg):
-    """Raise UserError where a run would lack room later."""
-    size = lm.num_parameters()
-    weights = size * getattr(torch, cfg.dtype).itemsize
-    states = 2 * 12 * size if cfg.state_every else 0    # one while it replaces another
+    """Raise UserError where a run lacks room."""
+    weights, _, _ = engine_memory(lm, cfg)
+    states = 24 * lm.num_parameters() if cfg.state_every else 0     # one while another is written
     for folder, needed in {"/dev/shm": weights, os.getcwd(): weights + states}.items():
         free = shutil.disk_usage(folder).free
-        require(needed < free, f"a run of it needs {needed / 2**30:.2f} GiB in {folder}, "
-                               f"where {free / 2**30:.2f} are free")
+        require(needed < free, f"a run needs {gib(needed)} in {folder}, {gib(free)} are free")
 
 
 class Plan(NamedTuple):
+    """The least is the fastest that fits."""
     problems: list[str]     # what does not fit
-    seconds: float          # of a step, modelled
+    seconds: float          # of a step
     learners: int
     vllm_share: float       # of a GPU
-    split: str              # learners + engines: seconds
     text: str
 
 
 def plan(cfg):
-    """The Plan of --num_learners, or the fastest that fits, on the GPUs that are here, or on 8 of 80 GB."""
+    """The Plan of --num_learners, or the fastest that fits, on the GPUs here or 8 of 80 GB."""
     with reading(cfg.model):
         lm = check_shape(cfg.model)
-    gpus = torch.cuda.device_count() or 8
-    plans = [plan_split(lm, replace(cfg, num_learners=learners, num_engines=max(1, gpus - learners)))
-             for learners in range(1, max(2, gpus))]
-    best = min(plans, key=lambda plan: (len(plan.problems), plan.seconds))
-    if cfg.num_learners:
-        best = plan_split(lm, cfg)
-    splits = "; ".join(plan.split for plan in plans)
-    return best._replace(text=f"{best.text}\nlearners + engines: {splits}")
+    gpus = max(2, torch.cuda.device_count() or 8)   # one serves as both
+    plans = [plan_split(lm, replace(cfg, num_learners=n, num_engines=gpus - n)) for n in range(1, gpus)]
+    best = plan_split(lm, cfg) if cfg.num_learners else min(plans)
+    splits = ", ".join(f"{p.learners} ({p.seconds:.0f} s)" for p in plans if not p.problems)
+    return best._replace(text=f"{best.text}\nlearners that fit: {splits or 'none'}")
 
 
 def plan_split(lm, cfg):
     """Of a GPU, 5 % stay free of learners; vLLM takes 92 %, 4 GiB of it for activations and CUDA graphs."""
     gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 80 * 2**30
-    learners, engines = cfg.num_learners, cfg.num_engines
-    size = lm.num_parameters()
-    weights = size * getattr(torch, cfg.dtype).itemsize
-    parts = learner_memory(lm, cfg, learners)
-    learner = max(sum(parts.values()), 16 * size / learners)    # in the step: weights, gradients, moments
+    size, learners, engines = lm.num_parameters(), cfg.num_learners, cfg.num_engines
+    trained, gathered, activations = learner_memory(lm, cfg, learners)
+    learner = max(trained + gathered + activations, 16 * size / learners)   # the step has moments
     vllm = 0.92 * gpu
-    if torch.cuda.device_count() == 1:      # for both
+    if torch.cuda.device_count() == 1:
         vllm -= learner
-    cache = max(0, vllm - 4 * 2**30 - weights)
-    kv_token, state = kv_bytes(lm, cfg), state_bytes(lm)
-    tokens = int(cache / kv_token)
-    at_once = max(1, concurrency(cfg, tokens))
+    weights, kv_token, state = engine_memory(lm, cfg)
+    cache = vllm - 4 * 2**30 - weights
+    at_once = concurrency(cfg, cache / kv_token)
     longest = cfg.max_prompt_tokens + cfg.max_total_tokens
-    length = MEAN_LENGTH * longest
-    sampled = SAMPLED * length
-    # vLLM prefills half a block of 16 again each turn. With recurrent layers a block is as large as a state,
-    # and what was sampled is not cached.
-    attention, recurrent = mixers(lm, "self_attn"), mixers(lm, "linear_attn")
-    repeated = TURNS * 16 / 2
-    if recurrent:
-        block = state / len(recurrent) / (kv_token / len(attention))
-        repeated = TURNS * block / 2 + sampled
-    # At 80 % of bandwidth, decoding reads the weights and, of rollouts that are not in bash, the context; it
-    # reads and writes their states. All else is at 45 % of peak. An update goes forward twice and backward;
-    # then the moments come and go.
-    decoding, peak = 0.6 * at_once, 0.45 * 989e12
-    read = weights + decoding * (CONTEXT * length * kv_token + 2 * state)
-    token = 0.001 + read / (0.8 * 3.35e12)
-    flops = 8 * size + 9 * length * sum(layer.o_proj.in_features for layer in attention)
-    rollouts = cfg.prompts_per_step * cfg.samples_per_prompt
-    generation = rollouts * (sampled * token / decoding + repeated * 2 * size / peak) / engines
-    update = (rollouts * length * flops / peak + 16 * size / 10e9) / learners
-    reload = 2 * weights / 5e9
-    seconds = max(generation, update) + reload
     problems = []
     if learner > 0.95 * gpu:
-        problems.append(f"a learner needs {gib(learner)} GiB: raise --num_learners, lower --pack_length")
-    if tokens < longest:
-        problems.append(f"an engine has {gib(cache)} GiB for its KV cache, a rollout needs "
-                        f"{gib(longest * kv_token)}: lower --max_total_tokens, or take larger GPUs")
-    lines = [
-        f"{cfg.model}: {size / 1e9:.2f}B parameters, {cfg.dtype}",
-        f"{learners} learner(s) and {engines} engine(s), GPUs of {gib(gpu)} GiB; memory in GiB",
-        f"a learner, with a pack of {cfg.pack_length:,} tokens: {gib(learner)}",
-        *(f"    {part}: {gib(value)}" for part, value in parts.items()),
-        f"    AdamW's moments, in host memory until the step: {gib(8 * size / learners)}",
-        f"an engine: {gib(vllm)}: weights {gib(weights)}, activations, graphs 4.0, KV cache {gib(cache)}",
-        f"    for {tokens:,} tokens, {tokens / longest:.1f} rollouts of full length; {at_once} run at once, "
-        f"{repeated:,.0f} tokens of a rollout are prefilled again",
-        f"a reload: {gib(weights)} through /dev/shm",
-        f"a state: {gib(12 * size)} under runs/, twice that while one replaces another",
-        f"{seconds:.0f} seconds a step: generation {generation:.0f}, beside it an update of {update:.0f}, "
-        f"then a reload of {reload:.0f}; {seconds * cfg.training_steps / 86400:.1f} days in all",
-        f"    (modelled, not measured: an H100, learners at 45 % of peak, rollouts of {length:,.0f} tokens)",
-        *([f"does not fit: {problem}" for problem in problems] or ["it fits"])]
-    outcome = "does not fit" if problems else f"{seconds:.0f} s"
-    split = f"{learners} + {engines}: {outcome}"
-    return Plan(problems, seconds, learners, vllm / gpu, split, "\n".join(lines))
+        problems.append(f"a learner needs {gib(learner)}: raise --num_learners, lower --pack_length")
+    if cache < longest * kv_token:
+        problems.append(f"an engine's KV cache has {gib(cache)}: lower --max_total_tokens")
+    # At 80 % of bandwidth, decoding reads the weights and the context of rollouts that are not in bash; their
+    # states come and go. At 45 % of peak, an update goes forward twice and backward.
+    length = MEAN_LENGTH * longest
+    tokens = cfg.prompts_per_step * cfg.samples_per_prompt * length
+    seconds_token = (0.001 + weights / 2.68e12) / (0.6 * at_once)
+    seconds_token += (CONTEXT * length * kv_token + 2 * state) / 2.68e12
+    generation = tokens * SAMPLED * seconds_token / engines
+    attention = 9 * length * sum(layer.o_proj.in_features for layer in mixers(lm, "self_attn"))
+    update = tokens * (8 * size + attention) / 445e12 / learners
+    reload = 2 * weights / 5e9
+    seconds = max(generation, update) + reload
+    text = f"""{learners} learner(s): {gib(learner)}: weights and gradients {gib(trained)}, \
+gathered layers {gib(gathered)}, activations {gib(activations)}
+{engines} engine(s): {gib(vllm)}: weights {gib(weights)}, KV cache {gib(cache)} for \
+{cache // kv_token:,.0f} tokens, {at_once} rollouts at once
+host: moments {gib(8 * size)}, /dev/shm {gib(weights)}, states in runs/ {gib(24 * size)}
+{seconds:.0f} seconds a step: generation {generation:.0f}, update {update:.0f} beside it, reload {reload:.0f}
+{seconds * cfg.training_steps / 86400:.1f} days in all, modelled: an H100, rollouts of {length:,.0f} tokens
+{"; ".join(problems) or "it fits"}"""
+    return Plan(problems, seconds, learners, vllm / gpu, text)
 
 
 # -----------------------------------------------------------------------------
