@@ -1588,8 +1588,8 @@ def unpacked(archive):
     if not tasks.is_dir():
         with (reading(archive, ""), tarfile.open(archive) as tar,
               tempfile.TemporaryDirectory(dir=folder) as partial):
-            odd = {member.name.split("/")[0] for member in tar if not (member.isfile() or member.isdir())}
-            members = [member for member in tar if member.name.split("/")[0] not in odd]
+            odd = {Path(member.name).parts[:1] for member in tar if not (member.isfile() or member.isdir())}
+            members = [member for member in tar if Path(member.name).parts[:1] not in odd]
             tar.extractall(f"{partial}/tasks", members, filter="data")      # refuses paths that lead outside
             tar.fileobj.read()      # gzip's checksum is at the end
             with contextlib.suppress(OSError):      # another start was faster
