@@ -873,8 +873,10 @@ class Generator:
         while not self.engine.llm.errored:
             while self.pipe.poll():
                 kind, *request = self.pipe.recv()
-                work = self.engine.reload(*request) if kind == "reload" else self.group(*request)
-                self.running.append(asyncio.create_task(self.answer(kind, work)))
+                if kind == "reload":    # groups that are asked for later see its weights
+                    await self.answer(kind, self.engine.reload(*request))
+                else:
+                    self.running.append(asyncio.create_task(self.answer(kind, self.group(*request))))
             await asyncio.sleep(0.02)
         raise self.engine.llm.dead_error
 
@@ -1824,6 +1826,7 @@ def evaluate(generator, tasks):
             raise RunFailed(generator.failure)
         index, rollouts, *_ = answer
         results[index] = rollouts
+        show_void(rollouts)
         for run, r in enumerate(rollouts):
             write_rollouts(generator.log, [r], generator.cfg, run=run)
         report_task(rollouts, results)
@@ -1888,6 +1891,7 @@ async def oracle(cfg, tasks, run_dir):
         with image_in_use(task, cfg):
             async with slots:
                 rollouts.append(await rollout(None, task, None, cfg))
+        show_void(rollouts)
         write_rollouts(log, rollouts, cfg)
         report_task(rollouts, results)
     with (run_dir / "rollouts.jsonl").open("a") as log:
