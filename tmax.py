@@ -870,13 +870,15 @@ class Generator:
         ready = (f"vLLM is ready: {engines} engine(s), KV cache for {kv_tokens:,} tokens, "
                  f"at most {self.at_once * engines} rollouts at once")
         self.sender.submit(self.pipe.send, ("ready", ready))
+        reload = None
         while not self.engine.llm.errored:
-            while self.pipe.poll():
+            # What is asked for after a reload waits for it: groups see its weights.
+            while (not reload or reload.done()) and self.pipe.poll():
                 kind, *request = self.pipe.recv()
-                if kind == "reload":    # groups that are asked for later see its weights
-                    await self.answer(kind, self.engine.reload(*request))
-                else:
-                    self.running.append(asyncio.create_task(self.answer(kind, self.group(*request))))
+                work = self.engine.reload(*request) if kind == "reload" else self.group(*request)
+                self.running.append(asyncio.create_task(self.answer(kind, work)))
+                if kind == "reload":
+                    reload = self.running[-1]
             await asyncio.sleep(0.02)
         raise self.engine.llm.dead_error
 
@@ -1991,7 +1993,7 @@ def warm_start(folder, demonstrations, cfg, target=0.25, noise=0.08):
                 for tokens, mask in zip(inputs["input_ids"], inputs["assistant_masks"])]
     held_out, examples = examples[:48], examples[48:]
     draw = np.random.default_rng(cfg.seed)
-    for step in tqdm(range(1000), desc="warm start", disable=None):
+    for step in tqdm(range(1000), desc="warm start", leave=False, disable=None):
         with torch.no_grad():
             logprobs, _ = policy(build_pack(held_out))
         each = logprobs.split([sum(r.mask) for r in held_out])
@@ -2005,6 +2007,8 @@ def warm_start(folder, demonstrations, cfg, target=0.25, noise=0.08):
         (-logprobs.mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
+    else:
+        raise RunFailed(f"warm start: solves {solved:.3f} of held-out tasks; try another --seed")
     print(f"warm start: {step} steps, solves {solved:.2f} of held-out tasks")
     policy.lm.save_pretrained(folder)
 
@@ -2050,7 +2054,7 @@ def engine_devices(cfg):
     """CUDA_VISIBLE_DEVICES of the engines: GPUs after the learners', or the only one."""
     numbers = ",".join(map(str, range(torch.cuda.device_count())))
     devices = (os.environ.get("CUDA_VISIBLE_DEVICES") or numbers).split(",")
-    return ",".join(devices[cfg.num_learners:] or devices)
+    return ",".join(devices[cfg.num_learners:][:cfg.num_engines] or devices)
 
 
 def learner_memory(lm, cfg, ranks):
@@ -2138,23 +2142,27 @@ def plan_split(lm, cfg):
     if cache < longest * kv_token:
         problems.append(f"an engine's KV cache has {gib(cache)}: lower --max_total_tokens")
     # At 80 % of bandwidth, decoding reads the weights and the context of rollouts that are not in bash; their
-    # states come and go. At 45 % of peak, an update goes forward twice and backward.
+    # states come and go. At 45 % of peak, an update goes forward twice and backward. With recurrent layers
+    # vLLM does not cache what was sampled, nor half a block of a turn: it is prefilled again.
     length = MEAN_LENGTH * longest
     tokens = cfg.prompts_per_step * cfg.samples_per_prompt * length
     seconds_token = (0.001 + weights / 2.68e12) / (0.6 * at_once)
     seconds_token += (CONTEXT * length * kv_token + 2 * state) / 2.68e12
+    if state:
+        seconds_token += 1.2 * 2 * size / 445e12
     generation = tokens * SAMPLED * seconds_token / engines
     attention = 9 * length * sum(layer.o_proj.in_features for layer in mixers(lm, "self_attn"))
     update = tokens * (8 * size + attention) / 445e12 / learners
     reload = 2 * weights / 5e9
     seconds = max(generation, update) + reload
-    text = f"""{learners} learner(s): {gib(learner)}: weights and gradients {gib(trained)}, \
+    text = f"""GPUs of {gib(gpu)}, an H100's speed at 45 % of peak, rollouts of {length:,.0f} tokens
+{learners} learner(s): {gib(learner)}: weights and gradients {gib(trained)}, \
 gathered layers {gib(gathered)}, activations {gib(activations)}
 {engines} engine(s): {gib(vllm)}: weights {gib(weights)}, KV cache {gib(cache)} for \
 {cache // kv_token:,.0f} tokens, {at_once} rollouts at once
 host: moments {gib(8 * size)}, /dev/shm {gib(weights)}, states in runs/ {gib(24 * size)}
 {seconds:.0f} seconds a step: generation {generation:.0f}, update {update:.0f} beside it, reload {reload:.0f}
-{seconds * cfg.training_steps / 86400:.1f} days in all, modelled: an H100, rollouts of {length:,.0f} tokens
+{seconds * cfg.training_steps / 86400:.1f} days in all; modelled, not measured
 {"; ".join(problems) or "it fits"}"""
     return Plan(problems, seconds, learners, vllm / gpu, text)
 
@@ -2179,7 +2187,7 @@ def check(cfg):
         value = getattr(cfg, f.name)
         if type(value) in (int, float):
             may_be_zero = f.default == 0 or f.name in ("async_steps", "seed", "image_disk_gb")
-            possible = value > 0 or (may_be_zero and value == 0)
+            possible = 0 < value < 2**63 or (may_be_zero and value == 0)
             need(f.name, possible, "a positive number")
     longest = cfg.max_prompt_tokens + cfg.max_total_tokens
     with reading(cfg.vllm, "--vllm: "):
@@ -2360,9 +2368,10 @@ def resolve(cfg):
     others = gpus - cfg.num_learners if has_a_choice else 1
     cfg.num_engines = cfg.num_engines or max(1, others)
     cfg.name = cfg.name or time.strftime("%Y%m%d-%H%M%S")
-    started = int(os.environ.get("LOCAL_WORLD_SIZE", cfg.num_learners))
-    require(started == cfg.num_learners,
-            f"--num_learners: torchrun started {started}, not {cfg.num_learners}")
+    for variable in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):     # all on this node
+        started = int(os.environ.get(variable, cfg.num_learners))
+        require(started == cfg.num_learners,
+                f"--num_learners: torchrun started {started}, not {cfg.num_learners}")
     needed = cfg.num_learners + cfg.num_engines
     one_for_both = gpus == 1 and needed == 2
     if one_for_both and not cfg.tiny:
