@@ -73,6 +73,7 @@ MARK = f"tmax-test-{os.getpid()}"  # in the environment of everything that a tes
 TXT, JSON = "/logs/verifier/reward.txt", "/logs/verifier/reward.json"
 OK = f"echo 1 >{TXT}"
 ASKED = [dict(role="system", content=tmax.SYSTEM_PROMPT), dict(role="user", content="Do it.")]
+SCHEMAS = [{"type": "function", "function": tool.schema} for tool in tmax.TOOLS.values()]
 parametrize = pytest.mark.parametrize
 session_fixture = pytest.fixture(scope="session")
 FIELDS = {field.name: field.default for field in dataclasses.fields(tmax.Config)}
@@ -378,7 +379,7 @@ def start_hybrid(folder, hybrid, fp32_rule, flags):
 def hybrid_checkpoint(hybrid, fp32_rule, tmp_path_factory):
     """A checkpoint of three steps on two learners and two engines, which agree."""
     folder = tmp_path_factory.mktemp("trained")
-    run = start_hybrid(folder, hybrid, fp32_rule, """--num_learners 2 --num_engines 2 --gradient_checkpointing true
+    run = start_hybrid(folder, hybrid, fp32_rule, """--num_learners 2 --num_engines 2
                                                      --training_steps 3 --prompts_per_step 8""")
     steps = metrics_of(run, 1700)
     assert len(steps) == 3 and 0 < steps[0]["mismatch_max"] and mismatch(steps) <= 1e-4
@@ -585,7 +586,7 @@ def shell(*commands, timeout=100, **kw):
     return in_sandbox(work, **kw)
 
 
-# ---------- Config
+# ---------------- Config
 
 def test_defaults_are_the_cards_values():
     """Else `python tmax.py` is another recipe than the model card's."""
@@ -593,7 +594,7 @@ def test_defaults_are_the_cards_values():
                 max_turn_tokens=16384, max_total_tokens=32768, max_steps=64, temperature=1.0, top_p=1.0, bash_timeout=120.0,
                 prompts_per_step=32, samples_per_prompt=8, advantage="centered", async_steps=4, pack_length=34816,
                 loss="dppo_tv", dppo_threshold=0.1, learning_rate=1e-6, max_grad_norm=1.0, training_steps=500,
-                dtype="bfloat16", gradient_checkpointing=True, eval_runs=3, sandbox="auto", network="auto", save_every=50,
+                dtype="bfloat16", eval_runs=3, sandbox="auto", network="auto", save_every=50,
                 state_every=5, vllm="{}", image_disk_gb=100.0)
     cfg = tmax.parse_config([])
     assert {name: value for name, value in vars(cfg).items() if value} == card and cfg == tmax.Config()
@@ -659,14 +660,14 @@ def test_split_of_a_node(monkeypatch, qwen3_8b, gpus, ranks, flags, split):
         assert (cfg.num_learners, cfg.num_engines) == split and cfg.name
 
 
-# ---------- Train
+# ---------------- Train
 
 def test_metrics_of_a_run(tiny_run, metrics):
     """Else plots miss keys, reloads bring other weights, or a version is not its token's."""
     keys = set("""step version updated reward groups_kept groups_zero_spread groups_stale groups_void groups_tried rollouts_void
                   rollouts_graded no_reward clipped touches_grader tokens loss grad_norm steps_skipped kept_fraction entropy
                   mismatch_max drift_max staleness_mean staleness_max seconds_generate seconds_train seconds_reload
-                  seconds_gather_write learners_waited mismatch_mean mismatch_p999
+                  seconds_gather_write seconds_save learners_waited mismatch_mean mismatch_p999
                   rollouts_by_engine engine_tokens_per_second learner_tokens_per_second""".split())
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6] and all(keys <= set(m) for m in metrics)
     assert 0 < mismatch(metrics) <= 2e-5
@@ -735,7 +736,7 @@ def test_reward_of_a_qwen3_5_rises(hybrid, fp32_rule, tmp_path):
     assert np.mean(rewards[:3]) <= 0.5 and np.mean(rewards[-3:]) >= 0.8 and mismatch(metrics) <= 1e-4
 
 
-# ---------- Rollout
+# ---------------- Rollout
 
 MARKER = "COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
 SUBMIT = f"echo {MARKER}"
@@ -818,7 +819,7 @@ def told(r, *roles):
 
 
 def in_template(tokenizer, messages):
-    return tokenizer.apply_chat_template(messages, tools=tmax.tool_schemas(), tokenize=False).rstrip("\n")
+    return tokenizer.apply_chat_template(messages, tools=SCHEMAS, tokenize=False).rstrip("\n")
 
 
 @FAMILIES
@@ -937,10 +938,10 @@ def test_oracle_tells_sound_tasks_from_broken_ones(tmp_path):
         assert (line["finish"], line["problem"]) == (finish, problem) and re.search(printed, said), said
     assert {name: (line["reward"], line["finish"]) for name, line in lines.items()} == {
         "right": (1.0, "submitted"), "wrong": (0.5, "submitted"), "slow": (1.0, "timeout"), "none": (0.0, "no_solution")}
-    assert f"({count} of {count} tasks, mean {3.5 / count:.3f})" in said and "Traceback" in said
+    assert f"({count} of {count} tasks, mean {3.5 / count:.3f})" in said
 
 
-# ---------- Batch
+# ---------------- Batch
 
 def outcome(reward, finish="submitted", versions=(10,)):
     """A rollout with a token for each version; -1 is a token that nobody sampled."""
@@ -1032,7 +1033,7 @@ def test_packs_are_balanced():
         assert max(work) < 1.03 * np.mean(work)
 
 
-# ---------- Loss
+# ---------------- Loss
 
 LOSSES = ["dppo_tv", "dppo_kl", "grpo", "pg"]
 
@@ -1106,7 +1107,7 @@ def test_loss_of_overflowing_ratio_leaves_no_nan(loss, advantage, wanted):
     assert value.item() == pytest.approx(wanted) and logp.grad == 0
 
 
-# ---------- Learner
+# ---------------- Learner
 
 def allocations(function):
     """Bytes of the largest allocation during function(), and the most held at once."""
@@ -1307,7 +1308,7 @@ def updates_of_a_rank(folder):
     groups, rank, ranks = torch.load(folder / "groups.pt", weights_only=False), dist.get_rank(), dist.get_world_size()
     packs, counts = tmax.pack(with_advantages(groups), 200, ranks), tmax.tally(groups)
     resumed = tmax.Learner(RECORDED, folder / "model")
-    tmax.load_state(resumed, no_engines() if rank == 0 else None, folder / f"memory-{ranks}", folder)
+    tmax.load_state(resumed, no_engines(folder) if rank == 0 else None, folder / f"memory-{ranks}", folder)
     tensors = tensors_of(resumed)
     tmax.backward_packs(resumed.policy, packs[rank], 1000, RECORDED, ranks)
     gradient = {name: p.grad.full_tensor() for name, p in resumed.policy.named_parameters()}
@@ -1335,7 +1336,7 @@ def test_updates_do_not_depend_on_ranks(tmp_path, policy, groups, process_group)
     torch.save(groups, tmp_path / "groups.pt")
     before = tmax.Learner(RECORDED, tmp_path / "model")
     before.update(tmax.pack(with_advantages(groups), 200, 1)[0])
-    tmax.save_state(before, no_engines(), tmp_path, 1)
+    tmax.save_state(before, no_engines(tmp_path), tmp_path, 1)
     two_ranks = start([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, tmp_path],
                       env=os.environ | {"TMAX_MARK": MARK, "OMP_NUM_THREADS": "1"})
     updates_of_a_rank(tmp_path)
@@ -1403,7 +1404,7 @@ def test_peak_memory_on_gpu_is_the_plans(process_group, tmp_path, patch):
     assert 0.85 < torch.cuda.max_memory_allocated() / sum(tmax.learner_memory(lm, cfg, 1)) <= 1
 
 
-# ---------- Engine: a real one in this process; then whole runs whose rollouts are given
+# ---------------- Engine: a real one in this process; then whole runs whose rollouts are given
 
 @parametrize("visible, devices", [("", "4,5,6"), ("7,6,5,4,3,2,1,0", "3,2,1"), ("5", "5")])
 def test_engines_get_the_other_gpus(monkeypatch, visible, devices):
@@ -1440,7 +1441,6 @@ def test_groups_go_to_the_engine_with_the_fewest(patch):
 
     async def fake_rollout(engine, task, tokenizer, cfg, rank):
         homes[task.image].add(rank)
-        assert tmax.image_groups[task.image] == 1
         in_flight[rank] += 1
         at_once.append(in_flight.total())
         assert in_flight[rank] <= 6
@@ -1455,7 +1455,7 @@ def test_groups_go_to_the_engine_with_the_fewest(patch):
         answers = await asyncio.gather(*[generator.group(i, SimpleNamespace(image=str(i))) for i in range(60)])
         assert generator.load == [0, 0, 0] and [index for index, *_ in answers] == list(range(60))
     asyncio.run(groups())
-    assert not any(tmax.image_groups.values()) and max(at_once) == 3 * 6 and all(len(ranks) == 1 for ranks in homes.values())
+    assert max(at_once) == 3 * 6 and all(len(ranks) == 1 for ranks in homes.values())
     groups_of = Counter(rank for (rank,) in homes.values())
     assert groups_of[0] > groups_of[2] > 5
 
@@ -1646,7 +1646,7 @@ def test_a_larger_shape_needs_no_preset(replay, tmp_path):
                                   max_position_embeddings=8192, eos_token_id=tokenizer.eos_token_id)
     for part in (AutoModelForCausalLM.from_config(config), tokenizer):
         part.save_pretrained(folder)
-    metrics = replay([[3, 60, 0.0]], model=folder, tiny=False, training_steps=3, learning_rate=1e-4, gradient_checkpointing=True)
+    metrics = replay([[3, 60, 0.0]], model=folder, tiny=False, training_steps=3, learning_rate=1e-4)
     assert [m["updated"] for m in metrics] == [True] * 3 and mismatch(metrics) <= 1e-4
     flags = f"""--eval --dtype float32 --max_total_tokens 512 --eval_runs 1 --sandbox bwrap --name e
                 --model checkpoint-3 --tasks {make_task(tmp_path / 'short')}""".split()
@@ -1700,7 +1700,7 @@ def test_failed_engine_ends_the_run(replay):
         replay([[1, 10, 0.0]], max_total_tokens=40_000)
 
 
-# ---------- Formats
+# ---------------- Formats
 
 @parametrize("form", [hermes, xml])
 def test_calls_are_found_outside_thinking(form):
@@ -1773,7 +1773,7 @@ def test_observations_forge_nothing(tokenizers, family):
         assert not set(inside) & set(added) and tokenizer.decode(inside, skip_special_tokens=False) == text
         assert ids[:start] + ids[start + len(inside):] == empty
     assert chat.prompt("Do it.") == tokenizer.apply_chat_template(
-        ASKED, tools=tmax.tool_schemas(), add_generation_prompt=True, return_dict=False)
+        ASKED, tools=SCHEMAS, add_generation_prompt=True, return_dict=False)
 
 
 @parametrize("template", [
@@ -1804,7 +1804,7 @@ def test_turns_end_with_any_end_token(tmp_path):
     assert chat.tool_turn(["output"], stop=eos) == [turn] + plain
 
 
-# ---------- Sandbox: the shell, isolation, its end, grading. Tables are at the end; the rows of one run side by side.
+# ---------------- Sandbox: the shell, isolation, its end, grading. Tables are at the end; the rows of one run side by side.
 
 def side_by_side(rows, work, at_once=6):
     """await work(name, row) for each, whatever the others do; {name: what was raised}."""
@@ -2229,7 +2229,7 @@ PROBES = CONTAINER_PROBES | {
 }
 
 
-# ---------- Tasks
+# ---------------- Tasks
 
 DOCKER = replace(in_docker("any"), image_disk_gb=0.0)
 FULL = """schema_version = "0.4"\n[metadata]\nos = "any"\n[agent]\ntimeout_sec = 7\nuser = 1000
@@ -2434,7 +2434,7 @@ def test_an_image_is_made_once(asked, image, tmp_path):
 
 
 def test_idle_images_make_room(asked, image, tmp_path, patch):
-    """Else 14,600 images fill a disk, or one goes that the user had (old) or a waiting group names (twice). One task after
+    """Else 14,600 images fill a disk, or one goes that the user had (old) or that has a container (held). One task after
     another; with two images the disk is short."""
     folder = tmax.docker_client().info()["DockerRootDir"]
     if not os.path.isdir(folder):
@@ -2444,22 +2444,25 @@ def test_idle_images_make_room(asked, image, tmp_path, patch):
         return tmax.load_task(make_task(tmp_path / name, files={
             "environment/Dockerfile": f"FROM {image}\nCOPY f /f", "environment/f": os.urandom(32 << 20),
             "solution/solve.sh": "[ -e /f ]"}))
-    old, twice, first, second = map(task, ("old", "twice", "first", "second"))
+    old, held, first, second = map(task, ("old", "held", "first", "second"))
     tmax.image_of(old, DOCKER)
     kept = dict(tmax.images_ready)
     tmax.images_ready.clear()
     wanted = shutil.disk_usage(folder).free / 2**30 - 0.045
     cfg = replace(DOCKER, oracle=True, eval=True, eval_runs=1, max_concurrent_rollouts=1, image_disk_gb=wanted)
-    seen, run_solution = [], tmax.run_solution
+    seen, containers, run_solution = [], [], tmax.run_solution
 
     async def run(box, r):
-        seen.append({t.name for t in (old, twice, first, second) if tmax.docker_client().images.list(t.image)})
+        seen.append({t.name for t in (old, held, first, second) if tmax.docker_client().images.list(t.image)})
+        if box.task == held:
+            containers.append(tmax.docker_client().containers.create(held.image))
         return await run_solution(box, r)
     patch(tmax, "run_solution", run)
-    asyncio.run(tmax.oracle(cfg, [old, twice, first, second, twice], tmp_path))
-    has = {"old", "twice"}
-    assert seen == [{"old"}, has, has | {"first"}, has | {"second"}, has | {"second"}]
-    assert asked.count("build") == 5 and not any(tmax.image_groups.values())
+    asyncio.run(tmax.oracle(cfg, [old, held, first, second, held], tmp_path))
+    containers.pop().remove()
+    containers.pop().remove()
+    has = {"old", "held"}
+    assert seen == [{"old"}, has, has | {"first"}, has | {"second"}, has | {"second"}] and asked.count("build") == 4
     assert {line["reward"] for line in json_lines(tmp_path / "rollouts.jsonl")} == {1.0}
     tmax.images_ready.update(kept)
 
@@ -2474,7 +2477,7 @@ def test_no_image_is_void(asked, image, tmp_path, lines, said):
     assert not tmax.images_ready
 
 
-# ---------- Checkpoint
+# ---------------- Checkpoint
 
 SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
              head_dim=32, initializer_range=0.2, max_position_embeddings=2048, bos_token_id=None)
@@ -2521,18 +2524,20 @@ def test_models_that_cannot_be_trained_are_refused(tmp_path, family, changes):
         tmax.check_shape(tmp_path)
 
 
-def test_text_part_of_a_model_that_sees_images(tokenizers, tmp_path, process_group, capsys):
-    """Else the paper's own models need a conversion by hand."""
+def test_a_model_that_sees_images(tokenizers, tmp_path, monkeypatch):
+    """Else vLLM takes back none of the learner's weights, or README's lines, which save the text part, do not hold."""
     vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=64, out_hidden_size=64)
     config = Qwen3_5Config(text_config=SHAPE | HYBRID | dict(vocab_size=400), vision_config=vision)
     whole, model = Qwen3_5ForConditionalGeneration(config), tmp_path / "whole"
     for part in (whole, tokenizers["tiny"]):
         part.save_pretrained(model)
     tmax.check_weights(model)
-    for _ in range(2):
-        folder = tmax.text_part(model, tmp_path / "text")
-    assert tmax.text_part(folder, tmp_path / "again") == folder == tmp_path / "text" and not (tmp_path / "again").exists()
-    assert capsys.readouterr().out.count(f"its text part is in {folder}") == 1
+    with refused(f"^--model: {model}: it also sees images"):
+        tmax.preflight(replace(TINY, tiny=False, model=model))
+    monkeypatch.chdir(tmp_path)
+    (lines,) = re.findall(r"```python\n(import transformers\n.*?)```", README, re.S)
+    exec(lines.replace("Qwen/Qwen3.5-9B", str(model)))
+    folder = tmp_path / "text"
     assert AutoConfig.from_pretrained(folder).model_type == "qwen3_5_text" and AutoTokenizer.from_pretrained(folder).chat_template
     tokens = torch.arange(20)[None]
     assert whole(tokens).logits.equal(AutoModelForCausalLM.from_pretrained(folder)(tokens).logits)
@@ -2574,10 +2579,11 @@ def test_checkpoint_keeps_dtype_and_generation_config(tiny_model, tokenizers, tm
     assert AutoTokenizer.from_pretrained(folder).eos_token_id == tokenizer.eos_token_id
 
 
-def no_engines(log=None):
-    """What save_state and load_state need of a GeneratorClient, without engines."""
-    return SimpleNamespace(done=set(), log=log or tempfile.TemporaryFile(buffering=0),
-                           reload=lambda *_: None, finish_reload=lambda: None)
+def no_engines(folder):
+    """What save_state and load_state need of a GeneratorClient, without engines; and a run's logs."""
+    for log in tmax.LOGS:
+        (folder / log).touch()
+    return SimpleNamespace(done=set(), reload=lambda *_: None, finish_reload=lambda: None)
 
 
 def recorded_learner(folder, tiny_model, dtype="float32"):
@@ -2599,20 +2605,22 @@ def test_resumed_steps_are_the_steps(process_group, tiny_model, tmp_path, dtype)
     """Else --resume goes on with rounded weights, cold moments or another warm-up, or vLLM starts with FP32 of what the learner
     rounds (Qwen3.5's A_log)."""
     learner, packs = recorded_learner(tmp_path, tiny_model, dtype)
-    saved, asked = no_engines(), []
+    (saved, asked), log = (no_engines(tmp_path), []), tmp_path / "rollouts.jsonl"
+    log.write_text("of a start that saved nothing")
     saved.reload = lambda folder, version: asked.append((version, os.listdir(folder)))
     assert tmax.load_state(learner, saved, tmp_path / "memory", tmp_path) == 0 and asked == [(0, ["model.safetensors"])]
+    assert log.read_text() == ""
     saved.done.update([0, 3])
     for step in (1, 2, 3, 4):
         learner.update(packs)
         if step == 2:
-            saved.log.write(b"12345")
+            log.write_text("12345")
             tmax.save_state(learner, saved, tmp_path, step)
             saved.done.add(1)
-            saved.log.write(b"678")
+            log.write_text("12345678")
     resumed, _ = recorded_learner(tmp_path, tiny_model, dtype)
-    assert tmax.load_state(resumed, going_on := no_engines(saved.log), tmp_path / "memory", tmp_path) == 2
-    assert going_on.done == {0, 3} and saved.log.seek(0, os.SEEK_END) == 5
+    assert tmax.load_state(resumed, going_on := no_engines(tmp_path), tmp_path / "memory", tmp_path) == 2
+    assert going_on.done == {0, 3} and log.read_text() == "12345"
     published = load_file(tmp_path / "memory/weights/model.safetensors")
     for name, p in resumed.policy.lm.named_parameters():
         assert torch.equal(published[name], p.full_tensor().to(getattr(torch, dtype)))
@@ -2625,11 +2633,12 @@ def test_resumed_steps_are_the_steps(process_group, tiny_model, tmp_path, dtype)
 def killed_in_a_save(folder, model, save):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     learner, packs = recorded_learner(folder, [model])
-    tmax.save_state(learner, no_engines(), folder, 1)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    tmax.save_state(learner, no_engines(folder), folder, 1)
     learner.update(packs)
     (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    getattr(tmax, save)(learner, no_engines() if save == "save_state" else AutoTokenizer.from_pretrained(model), folder, 2)
+    getattr(tmax, save)(learner, no_engines(folder) if save == "save_state" else AutoTokenizer.from_pretrained(model), folder, 2)
 
 
 @parametrize("save", ["save_state", "save_checkpoint"])
@@ -2639,20 +2648,20 @@ def test_a_kill_inside_a_save_leaves_the_state_before(process_group, tiny_model,
         in_a_process(killed_in_a_save, tmp_path, tiny_model[0], save)
     assert list(tmp_path.glob("*-2.partial")) and not list(tmp_path.glob("*-2"))
     learner, _ = recorded_learner(tmp_path, tiny_model)
-    assert tmax.load_state(learner, no_engines(), tmp_path / "memory", tmp_path) == 1
+    assert tmax.load_state(learner, no_engines(tmp_path), tmp_path / "memory", tmp_path) == 1
     assert not any(x.any() for name, x in tensors_of(learner).items() if "exp_avg" in name)
-    assert sorted(os.listdir(tmp_path)) == ["memory", "metrics.jsonl", "state-1"]
+    assert sorted(os.listdir(tmp_path)) == ["memory", *tmax.LOGS, "state-1"]
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_a_full_disk_loses_no_state(process_group, tiny_model, tokenizers, tmp_path, capsys):
     """Else a write that fails ends the run, or costs the last good state."""
-    learner, _ = recorded_learner(tmp_path, tiny_model)
-    tmax.save_state(learner, no_engines(), tmp_path, 1)
+    (learner, _), generator = recorded_learner(tmp_path, tiny_model), no_engines(tmp_path)
+    tmax.save_state(learner, generator, tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as on a full disk, a write ends early with an error
     try:
-        tmax.save_state(learner, no_engines(), tmp_path, 2)
+        tmax.save_state(learner, generator, tmp_path, 2)
         tmax.save_checkpoint(learner, tokenizers["tiny"], tmp_path, 2)
         with pytest.raises(tmax.RunFailed, match=f"^{tmp_path}/checkpoint-{TINY.training_steps} cannot be written: [^\n]+$"):
             tmax.save_checkpoint(learner, tokenizers["tiny"], tmp_path, TINY.training_steps)
@@ -2660,9 +2669,9 @@ def test_a_full_disk_loses_no_state(process_group, tiny_model, tokenizers, tmp_p
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().out
     assert re.findall(r"warning: .*/(\S+) cannot be written: .*", said) == ["state-2", "checkpoint-2"] and said.count("\n") == 2
-    assert os.listdir(tmp_path) == ["state-1"]
-    tmax.save_state(learner, no_engines(), tmp_path, 3)
-    assert os.listdir(tmp_path) == ["state-3"]
+    assert list(tmp_path.glob("*-*")) == [tmp_path / "state-1"]
+    tmax.save_state(learner, generator, tmp_path, 3)
+    assert list(tmp_path.glob("*-*")) == [tmp_path / "state-3"]
 
 
 @parametrize("kills, steps, prompts", [(3, 6, 8), slow(20, 30, 16)])
@@ -2714,7 +2723,7 @@ def test_checkpoint_serves(made_by, parser, request, tmp_path):
         wait_for(lambda: server.poll() is not None or healthy(), 240)
         assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
         messages = tmax.tiny_task("write", "amber", "fern")[1][:2]
-        question = dict(messages=messages, tools=tmax.tool_schemas(), temperature=0, max_tokens=64)
+        question = dict(messages=messages, tools=SCHEMAS, temperature=0, max_tokens=64)
         answer = requests.post(f"{url}/v1/chat/completions", json=question, timeout=60).json()
         choice, = answer["choices"]
         call, = choice["message"]["tool_calls"]
@@ -2725,7 +2734,7 @@ def test_checkpoint_serves(made_by, parser, request, tmp_path):
             os.killpg(server.pid, signal.SIGKILL)
 
 
-# ---------- Evaluate
+# ---------------- Evaluate
 
 def test_scores():
     """Else a table has wrong error bars or pass@k: three tasks, three runs, by hand."""
@@ -2748,7 +2757,7 @@ def test_printed_table_equals_the_transcripts(evaluation):
     folder, said = evaluation
     lines, scores = json_lines(folder / "rollouts.jsonl"), json.loads((folder / "eval.json").read_text())
     rewards = defaultdict(list)
-    for line in sorted(lines, key=lambda line: line["run"]):
+    for line in lines:
         rewards[line["task"]].append(line["reward"])
     assert {row["task"]: row["rewards"] for row in scores["tasks"]} == rewards and len(lines) == 5 * 3
     assert scores["model"].endswith("checkpoint-6") and scores["void"] == ["never"]
@@ -2770,7 +2779,7 @@ def test_a_sandbox_that_does_not_start_is_tried_three_times(tmp_path, patch, fai
     assert r.void == void and len(paths) == failures + 1 - 3
 
 
-# ---------- Tiny
+# ---------------- Tiny
 
 def test_tiny_tasks_are_harbor_folders(tiny_model):
     """Else the tiny run takes another path than real tasks, or its warm start saw them."""
@@ -2812,7 +2821,7 @@ def test_a_warm_start_that_fails_says_so(tiny_model, patch):
         tmax.warm_start(tiny_model[0], tiny_model[2], TINY)
 
 
-# ---------- Plan
+# ---------------- Plan
 
 @pytest.fixture
 def planned(qwen3_8b, patch):
@@ -2963,19 +2972,16 @@ def test_plan_of_a_learner_is_what_a_step_takes(tmp_path, config, ranks):
 
 
 def test_what_a_machine_lacks_is_named(tiny_model, tmp_path, monkeypatch):
-    """Else /dev/shm loses the first update, a full disk every state; or a low ulimit hides."""
+    """Else /dev/shm loses the first update, a full disk every state."""
     lm, usage, full = tmax.check_shape(tiny_model[0]), shutil.disk_usage("/dev/shm"), []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0 if path in full else 2**50))
     tmax.check_machine(lm, TINY)
     for full, where in (["/dev/shm"], "/dev/shm"), ([os.getcwd()], os.getcwd()):
         with pytest.raises(tmax.UserError, match=f"needs 0.0 GiB in {where}, 0.0 GiB are free"):
             tmax.check_machine(lm, TINY)
-    command = f'ulimit -n 1024; exec "{sys.executable}" "{tmax.__file__}" --tiny --name low'
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and re.fullmatch("error: ulimit -n: 1024 .*\n", done.stderr), done.stderr
 
 
-# ---------- Main
+# ---------------- Main
 
 def test_errors_are_one_line(tmp_path, tiny_model):
     """Else what the user can mend is a traceback, or leaves a folder that bars its name."""
@@ -3083,12 +3089,12 @@ def test_killed_run_leaves_nothing(tiny_run, tmp_path, victim, sent, learners, e
     assert run.wait(60) != 0
     assert_nothing_left(tmp_path, used)
     assert all(m["step"] for m in json_lines(run.folder / "metrics.jsonl"))
-    end = r".*; newest checkpoint: runs/\w+/checkpoint-[1-9]" if said.startswith("error") else ""
+    end = r".*; to go on: --resume \w+" if said.startswith("error") else ""
     log = run.log.read_text()
     assert re.search(f"^{said}{end}", log if learners > 1 else last_line(run), re.M), log[-2000:]
 
 
-# ---------- README: its patches
+# ---------------- README: its patches
 
 PATCHES = [patch for block in re.findall(r"```diff\n(.*?)\n```", README, re.S) for patch in block.split("\n\n")]
 ONE_STEP = """
@@ -3142,7 +3148,7 @@ def test_readme_patches_apply_and_train(tiny_model, groups, tmp_path):
         assert step_of(tmp_path / str(i), source.replace(before, after), *recorded) != unpatched, patch
 
 
-# ---------- Benchmarks: -m bench -s; they print, and assert nothing about time
+# ---------------- Benchmarks: -m bench -s; they print, and assert nothing about time
 
 
 @pytest.mark.bench

@@ -85,11 +85,9 @@ from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM,
                           Qwen3Config, Qwen3ForCausalLM)
 
 
-# =============================================================================
-# Part I: the recipe
+# ================ Part I: the recipe
 
-# -----------------------------------------------------------------------------
-# Config: one dataclass, which is also the command line. The defaults are those of the Tmax 8B model card.
+# ---------------- Config: one dataclass, which is also the command line. Defaults: the Tmax 8B model card
 
 def knob(default, why):
     """A Config field whose reason is its --help text."""
@@ -128,7 +126,6 @@ class Config:
     max_grad_norm: float = knob(1.0, "over all ranks")
     training_steps: int = knob(500, "the card's best checkpoint was step 300")
     dtype: Literal["bfloat16", "float32"] = knob("bfloat16", "of compute; master weights are FP32")
-    gradient_checkpointing: bool = knob(True, "recompute activations in the backward pass")
     # evaluation
     eval: bool = knob(False, "evaluate --model on --tasks instead of training")
     oracle: bool = knob(False, "evaluate the tasks' own solutions, to find broken tasks")
@@ -156,24 +153,24 @@ class Config:
 TINY = dict(
     tiny=True, model="", tasks=[], max_prompt_tokens=512, max_turn_tokens=64, max_total_tokens=256,
     max_steps=6, bash_timeout=10.0, prompts_per_step=16, async_steps=1, pack_length=4096,
-    learning_rate=8e-4, warmup_steps=3, training_steps=22, dtype="float32", gradient_checkpointing=False,
-    max_concurrent_rollouts=64, sandbox="bwrap", save_every=1000, state_every=4)
+    learning_rate=8e-4, warmup_steps=3, training_steps=22, dtype="float32", max_concurrent_rollouts=64,
+    sandbox="bwrap", save_every=1000, state_every=4)
 
 # Defaults of --eval: the authors' context of 40,960 is 2,048 + 38,912. Beyond these fields an evaluation
 # grades every end (rollout) and answers a turn without a call (agent_loop).
 EVAL = dict(eval=True, temperature=0.7, top_p=0.95, max_total_tokens=38912)
 
 
-# -----------------------------------------------------------------------------
-# Train: the loop reads like the recipe.
+# ---------------- Train: the loop reads like the recipe
 
 def train(cfg, memory, run_dir, model, generator):
     """The recipe, on every learner rank. The first has the generator and packs its groups."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     learner, ranks = Learner(cfg, model), dist.get_world_size()
     done = load_state(learner, generator, memory, run_dir)      # steps, of --resume
+    clock = [time.monotonic()]
     for step in range(done + 1, cfg.training_steps + 1):
-        clock = [time.monotonic()]
+        clock = [clock[-1], time.monotonic()]       # between them the step before was saved
         packs, counts = [[]] * ranks, {}
         if generator:
             finished = generator.collect(step, learner.version)     # until prompts_per_step are useful
@@ -201,23 +198,22 @@ def train(cfg, memory, run_dir, model, generator):
         if step % cfg.save_every == 0 or step == cfg.training_steps:
             save_checkpoint(learner, tokenizer, run_dir, step)
         if dist.get_rank() == 0:
-            generate, compute, wait, write = np.diff(clock).tolist()
+            save, generate, compute, wait, write = np.diff(clock).tolist()
+            seconds = clock[-1] - clock[0]
             report(run_dir, dict(
                 step=step, **counts, **update, rollouts_by_engine=generator.load, updated=bool(packs),
-                version=learner.version, seconds_generate=generate, seconds_train=compute,
+                version=learner.version, seconds_save=save, seconds_generate=generate, seconds_train=compute,
                 seconds_gather_write=write, seconds_reload=generator.reload_seconds,
-                learners_waited=(generate + wait) / (clock[-1] - clock[0]),
-                engine_tokens_per_second=counts["tokens_sampled"] / (clock[-1] - clock[0]),
-                learner_tokens_per_second=update.get("tokens", 0) / compute,
-                seconds_state=learner.state_seconds))
+                learners_waited=(generate + wait) / seconds,
+                engine_tokens_per_second=counts["tokens_sampled"] / seconds,
+                learner_tokens_per_second=update.get("tokens", 0) / compute))
         if cfg.state_every and step % cfg.state_every == 0:
             save_state(learner, generator, run_dir, step)
     if dist.get_rank() == 0:
         summarize(run_dir)
 
 
-# -----------------------------------------------------------------------------
-# Rollout: token in, token out. What was sampled is appended as it is and never tokenised again.
+# ---------------- Rollout: token in, token out; what was sampled is never tokenised again
 
 @dataclass
 class Rollout:
@@ -380,8 +376,7 @@ def render_observation(output, exit_code):
     return f"{output or '(no output)'}\n\n(exit_code={exit_code})"
 
 
-# -----------------------------------------------------------------------------
-# Batch: pure functions from rollouts to packs.
+# ---------------- Batch: pure functions from rollouts to packs
 
 def select_groups(groups, step, cfg):
     """Groups worth a gradient at version `step`, without their void rollouts. Returns (kept, counts).
@@ -491,8 +486,8 @@ def pack(rollouts, pack_length, num_ranks):
     return [packs[rank::num_ranks] for rank in range(num_ranks)]
 
 
-# -----------------------------------------------------------------------------
-# Loss: one number for each sampled token. mu: the policy that sampled it; pi: the trained one; A: advantage.
+# ---------------- Loss: one number for each sampled token
+# mu: the policy that sampled it; pi: the trained one; A: advantage.
 
 def surrogate(logprobs, rollout_logprobs, advantages, kept):
     """-r A where `kept`, else 0. Masked before exp: else an r that overflows is inf * 0 in the gradient."""
@@ -533,8 +528,7 @@ def policy_loss(cfg, logprobs, rollout_logprobs, advantages):
     return torch.where(kept, loss, -clipped * advantages), kept
 
 
-# -----------------------------------------------------------------------------
-# Learner: packed attention, logprobs, one optimizer step, weights out.
+# ---------------- Learner: packed attention, logprobs, one optimizer step, weights out
 
 def packed_attention(module, query, key, value, mask, cu_seqlens=None, scaling=None, **others):
     """Causal attention within each rollout of a pack, without a [N, N] mask.
@@ -660,8 +654,7 @@ class Policy(torch.nn.Module):
 def load_policy(model, cfg, sharded=True):
     """A trainable Policy with FP32 master weights, sharded by layers over all ranks; or whole, on the CPU."""
     lm = AutoModelForCausalLM.from_pretrained(model, dtype="auto", attn_implementation="packed")
-    if cfg.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(lm, cfg).train()
     precision = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
     for module in (*lm.base_model.layers, policy):
@@ -696,7 +689,6 @@ class Learner:
 
     def __init__(self, cfg, model):
         self.cfg, self.version = cfg, 0
-        self.state_seconds = None       # that the last save_state took
         self.policy = load_policy(model, cfg)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), weight_decay=0.0, fused=True)
         for p in self.policy.parameters():      # now, so that --resume finds where to load them
@@ -748,10 +740,9 @@ class Learner:
             dist.barrier()
 
 
-# -----------------------------------------------------------------------------
-# Engine: vLLM, rollouts and sandboxes live in the generator, a process of its own: handling vLLM's outputs,
-# thousands of tokens a second in Python, would hold the GIL against the learner. A pipe joins it with the
-# first learner. Requests: ("group", index, task), ("reload", folder, version). Answers to the first: (index,
+# ---------------- Engine: the generator, which has vLLM, rollouts and sandboxes
+# It is a process of its own: handling vLLM's outputs, thousands of tokens a second in Python, would hold the
+# GIL against the learner. A pipe joins it with the first learner. Requests: ("group", index, task), ("reload", folder, version). Answers to the first: (index,
 # rollouts, rollouts of each engine), to reload: seconds; unasked come "ready" and "failed".
 #
 # The bound on staleness, in groups:    started - (trained + rejected) <= (async_steps + 1) * prompts_per_step
@@ -905,12 +896,11 @@ class Generator:
                 self.load[rank] -= 1
                 self.load_falls.notify_all()
             return r
-        with image_in_use(task, cfg):
-            async with self.load_falls:
-                await self.load_falls.wait_for(lambda: min(self.load) < self.at_once)
-                rank = self.load.index(min(self.load))
-                self.load[rank] += size
-            group = await asyncio.gather(*[attempt(rank) for _ in range(size)])
+        async with self.load_falls:
+            await self.load_falls.wait_for(lambda: min(self.load) < self.at_once)
+            rank = self.load.index(min(self.load))
+            self.load[rank] += size
+        group = await asyncio.gather(*[attempt(rank) for _ in range(size)])
         return index, group, list(self.load)
 
 
@@ -964,11 +954,9 @@ class Engine:
         return time.monotonic() - start
 
 
-# =============================================================================
-# Part II: the machinery
+# ================ Part II: the machinery
 
-# -----------------------------------------------------------------------------
-# Formats: tool calls in the text of a turn, and the tokens of prompts and tool turns.
+# ---------------- Formats: tool calls in the text of a turn; the tokens of prompts and tool turns
 
 class FormatError(Exception):
     """A tool call that cannot be read; the message is for the model."""
@@ -1031,11 +1019,6 @@ def read_call(text, position):
     return (name, arguments), position
 
 
-def tool_schemas():
-    """The tools in the form of chat templates."""
-    return [{"type": "function", "function": tool.schema} for tool in TOOLS.values()]
-
-
 class ChatFormat:
     """Token ids of prompts and tool turns, by the tokenizer's own template; ValueError if that cannot be.
 
@@ -1061,8 +1044,9 @@ class ChatFormat:
 
     def _render(self, *messages):
         messages = [{"role": role, "content": content} for role, content in messages]
+        tools = [{"type": "function", "function": tool.schema} for tool in TOOLS.values()]
         return self.tokenizer.apply_chat_template(
-            messages, tools=tool_schemas(), add_generation_prompt=True, tokenize=False)
+            messages, tools=tools, add_generation_prompt=True, tokenize=False)
 
     def _encode(self, rendered, texts):
         """Token ids of a rendered template with a text in place of each DUMMY."""
@@ -1094,8 +1078,7 @@ class ChatFormat:
 chat_format = functools.lru_cache(ChatFormat)
 
 
-# -----------------------------------------------------------------------------
-# Sandbox: a container or bubblewrap for each rollout, a process for each command. Methods of backends block.
+# ---------------- Sandbox: a container or bubblewrap for each rollout, a process for each command
 
 OUTPUT_KEPT = 1_000_000     # bytes of an output's beginning, and of its end
 MAX_PROCESSES = 512
@@ -1444,8 +1427,7 @@ def check_sandbox(cfg):
         asyncio.run(probe())
 
 
-# -----------------------------------------------------------------------------
-# Tasks: folders in Harbor's form (schema 1.x), here or in a Hugging Face data set. Only grading reads tests/.
+# ---------------- Tasks: folders in Harbor's form, here or in a Hugging Face data set
 
 @dataclass(frozen=True)
 class Task:
@@ -1621,19 +1603,7 @@ def drop_long_prompts(tasks, tokenizer, cfg):
 
 
 image_locks = defaultdict(threading.Lock)   # all rollouts share one pull or build
-images_ready = {}               # name -> whether this run fetched or built it
-image_groups = Counter()        # name -> groups that are open or wait
-
-
-@contextlib.contextmanager
-def image_in_use(task, cfg):
-    """Keep the task's image from make_room."""
-    name = task.image or cfg.image
-    image_groups[name] += 1
-    try:
-        yield
-    finally:
-        image_groups[name] -= 1
+images_ready = {}   # name -> whether this run fetched or built it; last is what was asked for last
 
 
 def image_of(task, cfg):
@@ -1645,35 +1615,33 @@ def image_of(task, cfg):
     if is_built:
         command = ["docker", "build", "--force-rm", "--tag", name, "--", task.path / "environment"]
     with image_locks[name]:
-        if name in images_ready:
-            return name
-        was_there = bool(docker_client().images.list(name))
-        if is_built or not was_there:
-            try:
-                subprocess.run(command, check=True, capture_output=True, timeout=task.build_timeout)
-            except subprocess.SubprocessError as error:
-                raise SandboxLost("image", f"{error}: {str(error.stderr)[-300:]}") from error
-        images_ready[name] = not was_there
+        is_ours = images_ready.pop(name, None)
+        if is_ours is None:
+            is_ours = not docker_client().images.list(name)
+            if is_built or is_ours:
+                try:
+                    subprocess.run(command, check=True, capture_output=True, timeout=task.build_timeout)
+                except subprocess.SubprocessError as error:
+                    raise SandboxLost("image", f"{error}: {str(error.stderr)[-300:]}") from error
+        images_ready[name] = is_ours
     make_room(cfg.image_disk_gb * 2**30)
     return name
 
 
 def make_room(wanted):
-    """Remove this run's images that no group names, oldest first, until so many bytes are free. Of an engine
-    on another machine the disk cannot be seen: nothing is removed."""
+    """Remove this run's images, except the one asked for last, until so many bytes are free; without force,
+    so none that has a container. Of an engine on another machine nothing, as its disk cannot be seen."""
     folder = docker_client().info()["DockerRootDir"]
-    for name, is_ours in list(images_ready.items()):
+    for name in list(images_ready)[:-1]:
         if not os.path.isdir(folder) or shutil.disk_usage(folder).free >= wanted:
             return
-        with image_locks[name]:
-            if is_ours and not image_groups[name]:
-                with contextlib.suppress(docker.errors.APIError):   # a container has it still
-                    docker_client().images.remove(name)
-                    images_ready.pop(name, None)
+        with image_locks[name], contextlib.suppress(docker.errors.APIError):
+            if images_ready.get(name):
+                docker_client().images.remove(name)
+                del images_ready[name]
 
 
-# -----------------------------------------------------------------------------
-# Checkpoint: model folders in and out.
+# ---------------- Checkpoint: model folders in and out, and the state of a run
 
 @contextlib.contextmanager
 def reading(what, prefix="--model: "):
@@ -1708,21 +1676,6 @@ def check_weights(model):
         require(tensor.isfinite().all(), f"{name} is not finite")
 
 
-def text_part(model, folder):
-    """The model, or what it has for text, saved to `folder` once (a collective): vLLM takes weights back
-    under its names."""
-    config = AutoConfig.from_pretrained(model)
-    if config is config.get_text_config():
-        return model
-    if not folder.exists():
-        with whole_or_not(folder, required=True) as partial:
-            if dist.get_rank() == 0:
-                print(f"{model} also sees images; its text part is in {folder}")
-                AutoModelForCausalLM.from_pretrained(model, dtype="auto").save_pretrained(partial)
-                AutoTokenizer.from_pretrained(model).save_pretrained(partial)
-    return folder
-
-
 @contextlib.contextmanager
 def whole_or_not(folder, required=False):
     """Give a folder to write to; it becomes `folder` once all is on the disk (a collective). If it cannot be
@@ -1731,10 +1684,7 @@ def whole_or_not(folder, required=False):
     try:
         yield partial
         if dist.get_rank() == 0:
-            for path in (*partial.iterdir(), partial):
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
+            os.sync()
             shutil.rmtree(folder, ignore_errors=True)       # of a step that --resume took again
             partial.rename(folder)
     except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
@@ -1771,28 +1721,28 @@ def tensors_of(learner):
     return {name: dict(weight=p, **state[p]) for name, p in learner.policy.named_parameters()}
 
 
+LOGS = "metrics.jsonl", "rollouts.jsonl"
+
+
 def save_state(learner, generator, run_dir, step):
     """Write what --resume needs to state-STEP (a collective), each rank its share. There is no random state:
     nothing that is trained draws numbers."""
-    start = time.monotonic()
     with whole_or_not(run_dir / f"state-{step}") as folder:
         dcp.save(dict(learner=tensors_of(learner)), checkpoint_id=folder)
-        if generator:   # which groups are done, and how much of the log tells of them
-            log = generator.log.fileno()
-            os.fsync(log)
-            progress = dict(step=step, version=learner.version, done=sorted(generator.done),
-                            log_bytes=os.fstat(log).st_size)
+        if generator:   # which groups are done, and how far the logs tell of them
+            sizes = {log: os.path.getsize(run_dir / log) for log in LOGS}
+            progress = dict(step=step, version=learner.version, done=sorted(generator.done), sizes=sizes)
             (folder / "progress.json").write_text(json.dumps(progress))
     if dist.get_rank() == 0:
         for old in states(run_dir)[:-1]:
             shutil.rmtree(old)
-    learner.state_seconds = time.monotonic() - start
 
 
 def load_state(learner, generator, memory, run_dir):
     """Go on from the newest state (a collective), also with other learners and engines. Returns its step.
     Without one that is 0: the run begins anew in its folder."""
-    progress, saved = dict(step=0, version=0, done=[], log_bytes=0), states(run_dir)
+    progress = dict(step=0, version=0, done=[], sizes=dict.fromkeys(LOGS, 0))
+    saved = states(run_dir)
     if saved:
         dcp.load(dict(learner=tensors_of(learner)), checkpoint_id=saved[-1])    # into the tensors
         progress = json.loads((saved[-1] / "progress.json").read_text())
@@ -1801,21 +1751,17 @@ def load_state(learner, generator, memory, run_dir):
     learner.save_weights(memory / "weights")
     if generator:   # what was in flight is sampled again
         generator.done.update(progress["done"])
-        generator.log.truncate(progress["log_bytes"])
-        generator.reload(memory / "weights", learner.version)
-        generator.finish_reload()
+        for log, size in progress["sizes"].items():
+            with open(run_dir / log, "a") as file:
+                file.truncate(size)
         for partial in run_dir.glob("*-*.partial"):     # a kill left it
             shutil.rmtree(partial)
-        metrics = run_dir / "metrics.jsonl"
-        metrics.touch()
-        whole = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= progress["step"]]
-        os.truncate(metrics, len("".join(kept)))
+        generator.reload(memory / "weights", learner.version)
+        generator.finish_reload()
     return progress["step"]
 
 
-# -----------------------------------------------------------------------------
-# Evaluate: every task several times, by the rollout code that trains.
+# ---------------- Evaluate: every task several times, by the rollout code that trains
 
 def evaluate(generator, tasks):
     """Rollouts [task][run]. Raises RunFailed."""
@@ -1826,11 +1772,9 @@ def evaluate(generator, tasks):
         answer = generator.receive("group")
         if answer is None:
             raise RunFailed(generator.failure)
-        index, rollouts, *_ = answer
+        index, rollouts, _ = answer
         results[index] = rollouts
-        show_void(rollouts)
-        for run, r in enumerate(rollouts):
-            write_rollouts(generator.log, [r], generator.cfg, run=run)
+        write_rollouts(generator.log, rollouts, generator.cfg)
         report_task(rollouts, results)
     return results
 
@@ -1890,10 +1834,8 @@ async def oracle(cfg, tasks, run_dir):
     results = [[] for _ in tasks]
 
     async def one(task, rollouts):
-        with image_in_use(task, cfg):
-            async with slots:
-                rollouts.append(await rollout(None, task, None, cfg))
-        show_void(rollouts)
+        async with slots:
+            rollouts.append(await rollout(None, task, None, cfg))
         write_rollouts(log, rollouts, cfg)
         report_task(rollouts, results)
     with (run_dir / "rollouts.jsonl").open("a") as log:
@@ -1912,8 +1854,7 @@ async def run_solution(box, r):
     return "timeout" if output.timed_out else "submitted"
 
 
-# -----------------------------------------------------------------------------
-# Tiny: a model, a tokenizer and tasks for two CPU cores, made here. After its warm start all is as ever.
+# ---------------- Tiny: a model, a tokenizer and tasks for two CPU cores; after its warm start all is as ever
 
 TINY_TEMPLATE = """
 {%- for m in messages %}
@@ -2013,8 +1954,7 @@ def warm_start(folder, demonstrations, cfg, target=0.25, noise=0.08):
     policy.lm.save_pretrained(folder)
 
 
-# -----------------------------------------------------------------------------
-# Plan: how vLLM is set up; memory from shapes, seconds from an H100's rooflines.
+# ---------------- Plan: how vLLM is set up; memory from shapes, seconds from an H100's rooflines
 
 OWNED = """model tokenizer dtype max_model_len data_parallel_size logprobs_mode load_format generation_config
     quantization hf_overrides""".split()  # not for --vllm: the learner computes with them
@@ -2062,9 +2002,8 @@ def learner_memory(lm, cfg, ranks):
 
     The last are a multiple of what products take and give, fitted to Qwen3 and 3.5."""
     width, layers, size = getattr(torch, cfg.dtype).itemsize, lm.base_model.layers, lm.num_parameters()
-    activations = 2.35 * sum(sum(p.shape) for p in layers.parameters() if p.ndim == 2)
-    if cfg.gradient_checkpointing:      # of one layer, and each layer's input
-        activations = activations / len(layers) + lm.config.hidden_size * len(layers)
+    sides = sum(sum(p.shape) for p in layers.parameters() if p.ndim == 2)
+    activations = 2.35 * sides / len(layers) + lm.config.hidden_size * len(layers)
     in_layers = sum(p.numel() for p in layers.parameters())
     gathered = 2 * in_layers / len(layers) + 1.5 * (size - in_layers)   # two; embedding, head, its gradient
     return 8 * size / ranks, width * gathered, width * cfg.pack_length * activations
@@ -2108,7 +2047,6 @@ class Plan(NamedTuple):
     problems: list[str]     # what does not fit
     seconds: float          # of a step
     learners: int
-    vllm_share: float       # of a GPU
     text: str
 
 
@@ -2124,20 +2062,22 @@ def plan(cfg):
 
 
 def plan_split(lm, cfg):
-    """Of a GPU, 5 % stay free of learners; vLLM takes 92 %, 4 GiB of it for activations and CUDA graphs."""
+    """Of a GPU, 5 % stay free of learners; vLLM takes 92 % (of one for both, a half: resolve), 4 GiB of it for
+    activations and CUDA graphs."""
     gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 80 * 2**30
     size, learners, engines = lm.num_parameters(), cfg.num_learners, cfg.num_engines
     trained, gathered, activations = learner_memory(lm, cfg, learners)
     learner = max(trained + gathered + activations, 16 * size / learners)   # the step has moments
-    vllm = 0.92 * gpu
+    share = json.loads(cfg.vllm).get("gpu_memory_utilization", 0.92)
+    vllm, for_learner = share * gpu, 0.95 * gpu
     if torch.cuda.device_count() == 1:
-        vllm -= learner
+        for_learner -= vllm
     weights, kv_token, state = engine_memory(lm, cfg)
     cache = vllm - 4 * 2**30 - weights
     at_once = concurrency(cfg, cache / kv_token)
     longest = cfg.max_prompt_tokens + cfg.max_total_tokens
     problems = []
-    if learner > 0.95 * gpu:
+    if learner > for_learner:
         problems.append(f"a learner needs {gib(learner)}: raise --num_learners, lower --pack_length")
     if cache < longest * kv_token:
         problems.append(f"an engine's KV cache has {gib(cache)}: lower --max_total_tokens")
@@ -2164,11 +2104,10 @@ host: moments {gib(8 * size)}, /dev/shm {gib(weights)}, states in runs/ {gib(24 
 {seconds:.0f} seconds a step: generation {generation:.0f}, update {update:.0f} beside it, reload {reload:.0f}
 {seconds * cfg.training_steps / 86400:.1f} days in all; modelled, not measured
 {"; ".join(problems) or "it fits"}"""
-    return Plan(problems, seconds, learners, vllm / gpu, text)
+    return Plan(problems, seconds, learners, text)
 
 
-# -----------------------------------------------------------------------------
-# Main
+# ---------------- Main
 
 class UserError(Exception):
     """Something the user can mend; main() prints it as one line, `error: …`, without a traceback."""
@@ -2374,9 +2313,8 @@ def resolve(cfg):
                 f"--num_learners: torchrun started {started}, not {cfg.num_learners}")
     needed = cfg.num_learners + cfg.num_engines
     one_for_both = gpus == 1 and needed == 2
-    if one_for_both and not cfg.tiny:
-        part = dict(gpu_memory_utilization=round(plan(cfg).vllm_share, 3))
-        cfg.vllm = json.dumps(part | json.loads(cfg.vllm))
+    if one_for_both:
+        cfg.vllm = json.dumps(dict(gpu_memory_utilization=0.5) | json.loads(cfg.vllm))
     require(cfg.plan or not gpus or one_for_both or needed <= gpus,
             f"--num_learners: with the engines {needed} GPUs are needed, and there are {gpus}")
     return cfg
@@ -2399,15 +2337,14 @@ def preflight(cfg):
     if torch.cuda.is_available() and not cfg.tiny and not cfg.eval:
         problems = plan(cfg).problems
         require(not problems, f"--plan says what does not fit: {'; '.join(problems)}")
-    for flag, limit in dict(n=resource.RLIMIT_NOFILE, u=resource.RLIMIT_NPROC).items():
-        _, most = resource.getrlimit(limit)
-        require(most < 0 or most >= 2048, f"ulimit -{flag}: {most} is too few for sandboxes: 2048 at least")
     check_sandbox(cfg)
     if cfg.model and not cfg.oracle:
         with reading(cfg.model):
             chat_format(AutoTokenizer.from_pretrained(cfg.model))
             lm = check_shape(cfg.model)
             if not cfg.eval:
+                config = AutoConfig.from_pretrained(cfg.model)
+                require(config is config.get_text_config(), "it also sees images: README says how to train it")
                 check_machine(lm, cfg)
         if not torch.cuda.is_available():
             small_cache(lm, cfg)
@@ -2434,10 +2371,8 @@ def generator_main(cfg, memory, model, log, pipe):
 def root_cause(error):
     """One line. vLLM's own errors only point at a stack trace, which is in the log, this process's stdout."""
     log = Path("/dev/stdout").read_text(errors="replace")
-    message, *_ = f"{type(error).__name__}: {error}".splitlines()
-    causes = [message, *re.findall(r"\b\w*(?:Error|Exception): .+", log)]
-    known = [cause for cause in causes if not re.search("stack trace|root cause", cause)]
-    return [*known, message][0]
+    said = re.findall(r"\b\w*(?:Error|Exception): .+", f"{type(error).__name__}: {error}\n{log}")
+    return next((line for line in said if not re.search("stack trace|root cause", line)), repr(error))
 
 
 def run(cfg):
@@ -2463,7 +2398,7 @@ def run(cfg):
             if not cfg.model:
                 warm_start(model, demonstrations, cfg)
     dist.barrier()
-    model = text_part(cfg.model or run_dir / "model", run_dir / "text")
+    model = cfg.model or run_dir / "model"
     if is_first:
         tokenizer = AutoTokenizer.from_pretrained(model)
         tasks = drop_long_prompts(tasks or all_tasks([run_dir / "tasks"], cfg), tokenizer, cfg)
@@ -2508,9 +2443,7 @@ def main():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)     # --resume would not mend it
     except RunFailed as error:
-        saved = Path("runs", cfg.name).glob("checkpoint-*[0-9]")
-        newest = max(saved, key=os.path.getmtime, default="none")
-        sys.exit(f"error: {error}; newest checkpoint: {newest}")
+        sys.exit(f"error: {error}; to go on: --resume {cfg.name}")
     except KeyboardInterrupt:
         sys.exit("stopped")
 
