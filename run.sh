@@ -160,8 +160,8 @@ for flags in variants.split("\n"):
     rewards = [[m["reward"] for m in run] for run in steps]
     last = [np.mean(r[-5:]) for r in rewards]
     until = [next((i for i, reward in enumerate(r, 1) if reward >= 0.8), None) for r in rewards]
-    kept = [np.mean([m["kept_fraction"] for m in run if m["updated"]]) for run in steps]
-    drift = [np.mean([m["drift_max"] for m in run if m["updated"]]) for run in steps]
+    kept = [np.mean([m["kept_fraction"] for m in run if "kept_fraction" in m]) for run in steps]
+    drift = [np.mean([m["drift_max"] for m in run if "drift_max" in m]) for run in steps]
     commits = {(run / "commit").read_text().strip() for run in runs}
     print(f"| {flags or 'the recipe'} |", " | ".join(map(cell, (last, until, kept, drift))), f"| {', '.join(commits)} |")
 END

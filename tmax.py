@@ -18,13 +18,13 @@ with its own mean, the tokens that the model sampled are packed into long rows, 
                 vLLM: pause, reload, resume
 
 What was left out of the usual policy-gradient trainer, and why:
-  * the value network: a group's mean is the baseline (not divided by the standard deviation, which would
-    weigh nearly solved and nearly hopeless tasks up);
+  * the value network: a group's mean is the baseline (not divided by the standard deviation, which weighs
+    nearly solved and nearly hopeless tasks up);
   * the reference model and the KL penalty: beta is 0;
   * the "old policy" forward pass: the anchor is the policy that sampled, whose logprobs vLLM returned;
   * several epochs or minibatches: one step, then the data is gone;
   * re-tokenising: ids that were sampled are trained on;
-  * padding: rollouts lie end to end in packs, attention stops at their borders.
+  * padding: rollouts lie end to end, attention stops at their borders.
 
 Part I, the recipe:     Config, Train, Rollout, Batch, Loss, Learner, Engine
 Part II, the machinery: Formats, Sandbox, Tasks, Checkpoint, Evaluate, Tiny, Plan, Main
@@ -127,17 +127,16 @@ class Config:
     training_steps: int = knob(500, "the card's best checkpoint was step 300")
     dtype: Literal["bfloat16", "float32"] = knob("bfloat16", "of compute; master weights are FP32")
     # evaluation
-    eval: bool = knob(False, "evaluate --model on --tasks instead of training")
+    eval: bool = knob(False, "evaluate --model on --tasks")
     oracle: bool = knob(False, "evaluate the tasks' own solutions, to find broken tasks")
     eval_runs: int = knob(3, "rollouts of each task; the error bar is over the means of the runs")
     # where it runs
-    num_learners: int = knob(0, "training processes of a node; 0: as --plan chooses, or one")
-    num_engines: int = knob(0, "vLLM engines of a node; 0: the other GPUs, or one")
-    max_concurrent_rollouts: int = knob(0, "sandboxes of a node; 0: what the KV cache can keep busy")
+    num_learners: int = knob(0, "training processes; 0: as --plan chooses, or one")
+    num_engines: int = knob(0, "vLLM engines; 0: the other GPUs, or one")
+    max_concurrent_rollouts: int = knob(0, "sandboxes at once; 0: what the KV cache can keep busy")
     vllm: str = knob("{}", """of vLLM, a JSON object, as in '{"kv_cache_dtype": "fp8"}'""")
     sandbox: Literal["auto", "bwrap", "docker"] = knob("auto", "docker if an engine answers, else bubblewrap")
     image: str = knob("", "container image of tasks that have none of their own")
-    image_disk_gb: float = knob(100.0, "free space on Docker's disk below which idle images of this run go")
     network: Literal["auto", "none", "public"] = knob("auto", "of containers; auto: as each task says")
     name: str = knob("", "the run's folder is runs/NAME; default: made from the time")
     save_every: int = knob(50, "steps between checkpoints; the last step is always saved")
@@ -148,8 +147,8 @@ class Config:
     tiny: bool = knob(False, "a preset of the fields above for two CPU cores")
 
 
-# Defaults of --tiny. Beside them it makes its model and tasks (run), has a small vLLM (engine_args), one
-# learner and one engine, which need no GPU (resolve), and no plan of memory (preflight).
+# Defaults of --tiny. Beside them it makes its model and tasks (run), has a small vLLM (engine_args) and one
+# learner and engine, which need no GPU (resolve, preflight).
 TINY = dict(
     tiny=True, model="", tasks=[], max_prompt_tokens=512, max_turn_tokens=64, max_total_tokens=256,
     max_steps=6, bash_timeout=10.0, prompts_per_step=16, async_steps=1, pack_length=4096,
@@ -198,15 +197,9 @@ def train(cfg, memory, run_dir, model, generator):
         if step % cfg.save_every == 0 or step == cfg.training_steps:
             save_checkpoint(learner, tokenizer, run_dir, step)
         if dist.get_rank() == 0:
-            save, generate, compute, wait, write = np.diff(clock).tolist()
-            seconds = clock[-1] - clock[0]
-            report(run_dir, dict(
-                step=step, **counts, **update, rollouts_by_engine=generator.load, updated=bool(packs),
-                version=learner.version, seconds_save=save, seconds_generate=generate, seconds_train=compute,
-                seconds_gather_write=write, seconds_reload=generator.reload_seconds,
-                learners_waited=(generate + wait) / seconds,
-                engine_tokens_per_second=counts["tokens_sampled"] / seconds,
-                learner_tokens_per_second=update.get("tokens", 0) / compute))
+            parts = "seconds_save seconds_generate seconds_train seconds_wait seconds_gather_write".split()
+            seconds = dict(zip(parts, np.diff(clock).tolist()), seconds_reload=generator.reload_seconds)
+            report(run_dir, dict(step=step, version=learner.version, **counts, **update, **seconds))
         if cfg.state_every and step % cfg.state_every == 0:
             save_state(learner, generator, run_dir, step)
     if dist.get_rank() == 0:
@@ -231,7 +224,7 @@ class Rollout:
     steps: int = 0              # tool calls; in an evaluation also turns without one
     advantage: float = 0.0
     seconds_bash: float = 0.0
-    group: int = 0              # index of its group, in an evaluation of its task
+    group: int = 0              # its index, in an evaluation that of the task
     transcript: list[dict] = field(default_factory=list)
 
     @property
@@ -253,7 +246,7 @@ async def rollout(engine, task, tokenizer, cfg, engine_rank=0, tries=3):
 
     What was submitted or ran out of time is graded, in an evaluation every end. Else the reward is 0, which
     counts in the group's mean. A lost sandbox, or what nobody foresaw, says nothing of the model: the rollout
-    is void and leaves its group; evaluations try thrice."""
+    is void and leaves its group; an evaluation tries thrice."""
     r = Rollout(task.name, [], [], [], [])
     try:
         async with Sandbox(task, cfg) as box:
@@ -281,9 +274,8 @@ async def rollout(engine, task, tokenizer, cfg, engine_rank=0, tries=3):
 
 
 async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
-    """Append turns of the model and of its sandbox to `r` until one of the ends; returns the end's name.
-
-    A turn without a valid call is an end; in an evaluation it is a step and answered by a message."""
+    """Append turns of the model and of its sandbox to `r` until an end; returns its name. A turn without a
+    valid call is one; in an evaluation it is a step, and answered by a message."""
     chat = chat_format(tokenizer)
     r.append(chat.prompt(box.task.instruction), 0)
     limit = len(r.tokens) + cfg.max_total_tokens
@@ -291,11 +283,10 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
         budget = min(cfg.max_turn_tokens, limit - len(r.tokens))
         start = time.monotonic()
         turn = await engine.generate(r.tokens, budget, chat.stop_ids, cfg, engine_rank)
-        seconds = time.monotonic() - start
         r.append(turn.tokens, 1, turn.logprobs, turn.versions)
         said = turn.tokens if turn.cut else turn.tokens[:-1]
         text = tokenizer.decode(said, skip_special_tokens=False)
-        r.say("assistant", text, tokens=len(turn.tokens), seconds=seconds)
+        r.say("assistant", text, tokens=len(turn.tokens), seconds=time.monotonic() - start)
         if turn.cut:
             return "max_tokens"
         try:
@@ -352,14 +343,13 @@ async def bash(box, command):
     limit = box.limit()
     output = await box.run(command, limit)
     last_line = output.text.rstrip().rpartition("\n")[2]
-    succeeded = output.exit_code == 0 and last_line == MARKER
-    box.submitted = succeeded and bool(SUBMISSION.search(command))
+    box.submitted = output.exit_code == 0 and last_line == MARKER and bool(SUBMISSION.search(command))
     stopped = f"\n(stopped after {limit:.0f} s)" if output.timed_out else ""
     return render_observation(output.text + stopped, output.exit_code)
 
 
-# A tool is one entry; parser and template follow from this table, SYSTEM_PROMPT speaks of bash alone. A tool
-# works by box.run(command, seconds) and may set box.submitted.
+# A tool is one entry; parser and template follow from this table, SYSTEM_PROMPT speaks of bash alone. It works
+# by box.run(command, seconds) and may set box.submitted.
 TOOLS = {"bash": Tool({
     "name": "bash", "description": "Run a command in the terminal.",
     "parameters": {
@@ -371,8 +361,8 @@ def render_observation(output, exit_code):
     """What the model sees of a command: output, without its middle if it is long, then `(exit_code=N)`."""
     if len(output) > OBSERVATION_LIMIT:
         half = OBSERVATION_LIMIT // 2
-        output = (f"[long output: only its first and last {half} characters are shown; write it to a file "
-                  f"and read parts]\n{output[:half]}\n[...]\n{output[-half:]}")
+        output = (f"[long output: its first and last {half} characters; write it to a file and read parts]\n"
+                  f"{output[:half]}\n[...]\n{output[-half:]}")
     return f"{output or '(no output)'}\n\n(exit_code={exit_code})"
 
 
@@ -381,9 +371,9 @@ def render_observation(output, exit_code):
 def select_groups(groups, step, cfg):
     """Groups worth a gradient at version `step`, without their void rollouts. Returns (kept, counts).
 
-    A rejected group counts once: groups_void (fewer than two rollouts left), groups_stale (a token lags more
-    than async_steps versions: stage two of the bound on staleness), groups_zero_spread (rewards equal but for
-    rounding, so all advantages are 0)."""
+    The others are groups_void (fewer than two rollouts left), groups_stale (a token lags more than async_steps
+    versions: stage two of the bound on staleness) or groups_zero_spread (rewards equal but for rounding, so
+    all advantages are 0)."""
     kept = []
     counts = dict(groups_kept=0, groups_void=0, groups_stale=0, groups_zero_spread=0, rollouts_void=0)
     for group in groups:
@@ -430,8 +420,8 @@ class Pack:
 
 
 def build_pack(rollouts):
-    """One Pack of whole rollouts; without any, one token that nothing is predicted from: a rank without work
-    takes part in every collective, and adds exactly zero."""
+    """One Pack of whole rollouts; without any, one token that predicts nothing: a rank without work takes part
+    in every collective, and adds exactly zero."""
     rollouts = rollouts or [Rollout("empty", [0], [0], [0.0], [-1])]
 
     def column(name, dtype=np.int64):
@@ -456,23 +446,21 @@ def pack(rollouts, pack_length, num_ranks):
     as take every rollout, longest first, where the work so far is least. Raises ValueError for a rollout
     longer than a pack."""
     rollouts = sorted(rollouts, key=lambda r: len(r.tokens), reverse=True)
-    for r in rollouts[:1]:
-        if len(r.tokens) > pack_length:
-            raise ValueError(f"a rollout of {r.task} has {len(r.tokens)} tokens, a pack {pack_length}")
+    longest = len(rollouts[0].tokens)
+    if longest > pack_length:
+        raise ValueError(f"a rollout of {rollouts[0].task} has {longest} tokens, a pack {pack_length}")
 
     def cost(bin):
-        # In matrix products of one token. Attention grows with the square and costs as much at 54,000 tokens
+        # In products of one token. Attention grows with the square and costs as much at 54,000 tokens
         # (Qwen3-8B: 2 * 8e9 flops a token against 2 * 36 layers * 4,096 * length).
-        lengths = [len(r.tokens) for r in bin]
-        return sum(n * (1 + n / 54_000) for n in lengths)
+        return sum(len(r.tokens) * (1 + len(r.tokens) / 54_000) for r in bin)
 
     def distribute(count):
         """The rollouts in `count` bins, or None if one finds no room."""
         bins = [[] for _ in range(count)]
         for r in rollouts:
             room = pack_length - len(r.tokens)
-            with_room = [bin for bin in bins
-                         if sum(len(x.tokens) for x in bin) <= room]
+            with_room = [bin for bin in bins if sum(len(x.tokens) for x in bin) <= room]
             if not with_room:
                 return None
             min(with_room, key=cost).append(r)
@@ -535,8 +523,8 @@ def packed_attention(module, query, key, value, mask, cu_seqlens=None, scaling=N
 
     transformers hands keywords of a model's forward that it does not know to this function: so the borders
     `cu_seqlens` get here from Policy.forward. query [1, heads, N, dim], key and value [1, kv_heads, N, dim],
-    cu_seqlens int32 [S + 1] -> ([1, N, heads, dim], None). Raises ValueError without borders, and for
-    windows, soft caps, sinks, dropout."""
+    cu_seqlens int32 [S + 1] -> ([1, N, heads, dim], None). ValueError without borders, and for windows, soft
+    caps, sinks, dropout."""
     if cu_seqlens is None:
         raise ValueError("packed attention needs cu_seqlens, the borders of the rollouts")
     others.pop("position_ids", None)
@@ -546,7 +534,7 @@ def packed_attention(module, query, key, value, mask, cu_seqlens=None, scaling=N
     if query.is_cuda and query.dtype == torch.bfloat16:     # one kernel for all rollouts
         from torch.nn.attention.varlen import varlen_attn
         rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        longest = query.shape[2]    # a bound is enough: the true one would wait for the GPU at every layer
+        longest = query.shape[2]    # a bound: to know the true one, each layer would wait for the GPU
         out = varlen_attn(*rows, cu_seqlens, cu_seqlens, longest, longest,
                           scale=scaling, window_size=(-1, 0), enable_gqa=True)
         return out[None], None
@@ -566,8 +554,8 @@ def mixers(lm, kind):
 
 
 def packed_recurrence(layer, hidden_states, cu_seqlens=None, **others):
-    """A recurrent layer (Gated DeltaNet) on each rollout alone, as its state would run on into the next one;
-    a full pack has few, so a loop costs little. hidden_states [1, N, d] -> [1, N, d]."""
+    """A recurrent layer (Gated DeltaNet) on each rollout alone: its state would run on into the next one.
+    hidden_states [1, N, d] -> [1, N, d]."""
     if cu_seqlens is None:
         raise ValueError("a recurrent layer needs cu_seqlens, the rollouts' borders")
     rollouts = hidden_states.split(cu_seqlens.diff().tolist(), dim=1)
@@ -584,8 +572,8 @@ def matmul(a, b):
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """token_logprobs. Forward takes chunks of rows. Backward recomputes the logits in slices of the
-    vocabulary: each row of the weight's gradient is written once, no [vocab, d] matrix per chunk added up."""
+    """token_logprobs. Forward takes chunks of rows; backward recomputes the logits in slices of the
+    vocabulary, so that each row of the weight's gradient is written once."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk, temperature):
@@ -724,7 +712,7 @@ class Learner:
 
     def save_weights(self, folder):
         """Gather the weights one by one in --dtype (a collective); the first rank writes them to `folder` as
-        safetensors: in training to /dev/shm, where Engine.reload has vLLM read them."""
+        safetensors: in training in /dev/shm, from where vLLM reads them."""
         weights = {}
         for name, weight in self.policy.lm.state_dict().items():
             weight = weight.to(getattr(torch, self.cfg.dtype))
@@ -742,16 +730,14 @@ class Learner:
 
 # ---------------- Engine: the generator, which has vLLM, rollouts and sandboxes
 # It is a process of its own: handling vLLM's outputs, thousands of tokens a second in Python, would hold the
-# GIL against the learner. A pipe joins it with the first learner. Requests: ("group", index, task), ("reload", folder, version). Answers to the first: (index,
-# rollouts, rollouts of each engine), to reload: seconds; unasked come "ready" and "failed".
+# GIL against the learner. A pipe joins it with the first learner. Requests are ("group", index, task), answered
+# by (index, rollouts), and ("reload", folder, version), by seconds; "ready" and "failed" come unasked.
 #
 # The bound on staleness, in groups:    started - (trained + rejected) <= (async_steps + 1) * prompts_per_step
 #
 # Stage one: GeneratorClient.collect starts no group beyond that; a batch counts as trained when the next is
 # collected. That does not bound a slow group that others overtake. Stage two: select_groups drops a group
 # with a token older than async_steps.
-
-SILENCE = 600   # seconds without a group until that is said
 
 
 class GeneratorClient:
@@ -763,7 +749,7 @@ class GeneratorClient:
         self.started = self.trained_or_rejected = self.training = 0
         self.done = set()       # groups that came back, by their index
         self.indices = (i for i in itertools.count() if i not in self.done)
-        self.load = self.failure = self.reload_seconds = None
+        self.failure = self.reload_seconds = None
         self.reloading = False
         self.received = defaultdict(deque)      # answers by kind
         context = multiprocessing.get_context("spawn")
@@ -778,11 +764,9 @@ class GeneratorClient:
             self.pipe.send(request)
 
     def receive(self, kind):
-        """The next answer of this kind, which is waited for; None, and `failure` is set, if none can come."""
+        """The next answer of this kind; None, and `failure` is set, if none can come."""
         while not self.received[kind] and not self.failure:
             try:
-                while not self.pipe.poll(SILENCE):
-                    tqdm.write(f"no answer from the generator for {SILENCE} s (see {self.generator_log})")
                 name, answer = self.pipe.recv()
             except (EOFError, OSError):
                 name, answer = "failed", "the process ended unexpectedly"
@@ -796,10 +780,10 @@ class GeneratorClient:
 
     def collect(self, step, version):
         """Groups as they come back, until prompts_per_step are useful or four times as many have come; fewer
-        if the generator fails. Taking a batch makes room for as many groups, rejecting a group for one."""
+        if the generator fails. A batch that is taken makes room for new groups, as does a rejected group."""
         self.trained_or_rejected += self.training
         self.training, wanted = 0, self.cfg.prompts_per_step
-        finished, loads = [], []
+        finished = []
         with tqdm(total=wanted, desc=f"step {step}: groups", leave=False, disable=None) as bar:
             while self.training < wanted and len(finished) < 4 * wanted:
                 while self.started - self.trained_or_rejected < (self.cfg.async_steps + 1) * wanted:
@@ -809,17 +793,14 @@ class GeneratorClient:
                 answer = self.receive("group")
                 if answer is None:
                     break
-                index, group, load = answer
+                index, group = answer
                 self.done.add(index)
                 finished.append(group)
-                loads.append(load)
                 show_void(group)
                 useful = len(select_groups([group], version, self.cfg)[0])
                 self.training += useful
                 self.trained_or_rejected += 1 - useful
                 bar.update(useful)
-        if finished:
-            self.load = np.mean(loads, axis=0).tolist()
         return finished
 
     def reload(self, folder, version):
@@ -842,8 +823,8 @@ class GeneratorClient:
 
 
 class Generator:
-    """The other end: does what it is asked, all at once, and answers. A thread of its own writes the answers:
-    a learner that trains reads them late."""
+    """The other end: does what it is asked, all at once, and answers, in a thread of its own: a learner that
+    trains reads late."""
 
     def __init__(self, cfg, pipe):
         self.cfg, self.pipe = cfg, pipe
@@ -901,7 +882,7 @@ class Generator:
             rank = self.load.index(min(self.load))
             self.load[rank] += size
         group = await asyncio.gather(*[attempt(rank) for _ in range(size)])
-        return index, group, list(self.load)
+        return index, group
 
 
 class Turn(NamedTuple):
@@ -926,8 +907,7 @@ class Engine:
         self.kv_tokens = cache.num_gpu_blocks * cache.block_size    # of all engines together
 
     async def generate(self, tokens, budget, stop_ids, cfg, engine_rank=0):
-        """Sample one turn of at most `budget` tokens after `tokens`. No seed: sent every turn, it would
-        repeat its noise."""
+        """Sample a turn of at most `budget` tokens. No seed: sent every turn, it would repeat its noise."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
         params = SamplingParams(
@@ -944,8 +924,7 @@ class Engine:
 
     async def reload(self, folder, version):
         """Load a folder of safetensors into every engine; returns seconds. Requests in flight go on under the
-        new weights. Their KV cache is computed anew: each token's logprob is that of the version it is marked
-        with."""
+        new weights with a new KV cache: a token's logprob is that of the version it is marked with."""
         start = time.monotonic()
         await self.llm.pause_generation(mode="keep", clear_cache=True)
         await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
@@ -1086,9 +1065,8 @@ GRACE = 60                  # seconds that it may be silent beyond a command's o
 DOCKER_ERRORS = OSError, docker.errors.DockerException      # those of requests are OSErrors
 
 # One line, so that bash's messages number the agent's lines. The command, of $1 bytes, comes on stdin:
-# arguments have a limit, and `pkill -f` would find its own shell. Where the command replaces the EXIT trap,
-# the line's end saves the state, for which `timeout` leaves 5 s; its second SIGTERM must not cut it.
-# `builtin`: functions may have any name.
+# arguments have a limit, and `pkill -f` would find its own shell. The EXIT trap saves the state, or the line's
+# end where the command has a trap of its own; `timeout` leaves it 5 s. `builtin`: functions may have any name.
 SAVE_STATE = """{ builtin set +ex -- "$?"; builtin trap '' TERM; builtin unset __command; { \
 builtin umask -p; builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; \
 } >|/tmp/.shell; } >/dev/null 2>&1; builtin exit "$1" """
@@ -1143,8 +1121,8 @@ class Sandbox:
     async def __aenter__(self):
         self.started = self.threads.submit(self.backend.start)
         try:
-            folder = await asyncio.wrap_future(self.started)
-            folder = self.task.workdir or folder or "/"
+            of_image = await asyncio.wrap_future(self.started)
+            folder = self.task.workdir or of_image or "/"
             self.directory = "/app" if folder == "/" else folder    # if it is there: TMax tasks expect it
             seeds = self.task.path / "environment/seeds"
             if os.path.lexists(seeds):
@@ -1205,9 +1183,8 @@ class Sandbox:
     async def grade(self):
         """Run the task's hidden tests and read the reward that they wrote. Returns Grade.
 
-        As in Harbor: what the agent started goes on, for tests may look at it; test.sh has the image's
-        environment, not the agent's shell; its exit code means nothing. Unlike there, /tests and
-        /logs/verifier are made anew."""
+        As in Harbor what the agent started goes on, for tests may look at it; test.sh has the image's
+        environment, not the agent's shell; its exit code means nothing. /tests and /logs/verifier are new."""
         await self.upload(self.task.path / "tests", "/tests", UPLOAD_TESTS)
         environment = [f"{name}={value}" for name, value in self.task.verifier_env]
         script = 'cd -- "$0" 2>/dev/null; /tests/test.sh </dev/null'
@@ -1223,7 +1200,7 @@ class Sandbox:
 
 
 def read_reward(text):
-    """The number in what READ_REWARDS printed, or NaN. An object without a number `reward` leaves it to
+    """The number that READ_REWARDS printed, or NaN. An object without a number `reward` leaves it to
     reward.txt, a broken reward.json does not."""
     try:
         from_json, from_txt, _ = text.split("\0")
@@ -1243,9 +1220,9 @@ def head_and_tail(parts):
     return bytes(output)
 
 
-# Runs "${@:2}" for at most $1 seconds. A job in the background may hold the pipe of its output (8 writes, 7
-# reads) and delays nothing: when that has been empty for a while, `cat <&7` drops the rest. A fork bomb
-# survives SIGTERM, on which the state is saved: SIGKILL ends its group, which `timeout` leads.
+# Runs "${@:2}" for at most $1 seconds. A background job may hold the pipe of its output (8 writes, 7 reads) and
+# delays nothing: once that has been empty for a while, `cat <&7` drops the rest. A fork bomb survives SIGTERM,
+# on which the state is saved: SIGKILL ends its group, which `timeout` leads.
 THROUGH_PIPE = """exec 8> >(exec cat) 7</proc/self/fd/8 2>/dev/null; reader=$!
 timeout -k 5 "$@" <&0 >&8 2>&1 7<&- 8>&- & job=$!
 wait $job; code=$?; (( SECONDS >= ${1%.*} )) && kill -KILL -- -$job
@@ -1272,9 +1249,9 @@ class Docker:
         memory = self.task.memory_mb << 20
         network = self.task.network if self.cfg.network == "auto" else self.cfg.network
         with Docker.starting:
-            if network == "public":     # a bridge whose containers do not reach each other
+            if network == "public":
                 with contextlib.suppress(docker.errors.APIError):   # it exists
-                    apart = {"com.docker.network.bridge.enable_icc": "false"}
+                    apart = {"com.docker.network.bridge.enable_icc": "false"}   # none reaches another
                     client.networks.create("tmax", check_duplicate=True, options=apart)
             self.container = client.containers.create(
                 image, self.sleep, init=True, labels={"tmax.owner": tempfile.gettempdir()},
@@ -1300,8 +1277,8 @@ class Docker:
         return code, output
 
     def running(self):
-        """Raises SandboxLost where the engine ended, though it may be back: then the request that waits for
-        the container's end broke off."""
+        """Raises SandboxLost where the engine ended, even if it is back: the request that waits for the
+        container's end broke off."""
         try:
             if self.ended.done():
                 self.ended.result()
@@ -1328,8 +1305,8 @@ def docker_answers():
         return False
 
 
-# Every path that bubblewrap looks up is a mount point, which the agent cannot make a link. Without
-# --cap-drop ALL and --disable-userns, root could remount /usr and follow it out.
+# Every path that bubblewrap looks up is a mount point, which the agent cannot make a link. --cap-drop ALL and
+# --disable-userns: root could remount /usr and follow it out.
 BWRAP_FLAGS = """--unshare-all --unshare-user --disable-userns --cap-drop ALL --die-with-parent
     --uid 0 --gid 0 --hostname sandbox --chdir / --proc /proc --dev /dev --remount-ro /dev
     --size 67108864 --tmpfs /dev/shm --ro-bind /usr /usr --ro-bind-try /bin /bin --ro-bind-try /sbin /sbin
@@ -1341,8 +1318,8 @@ REMOVE = 'rm -rf -- "$0" || { chmod -R u+rwX -- "$0"; rm -rf -- "$0"; }'
 
 
 class Bubblewrap:
-    """The host's /usr, read-only, no network, and a folder of its own, where the host opens nothing that may
-    be a link. What a command leaves running ends with it. Under root each has an unprivileged uid."""
+    """The host's /usr, read-only, no network, and a folder of its own, where the host opens nothing: it may be
+    a link. What a command leaves running ends with it. Under root each has an unprivileged uid."""
 
     def __init__(self, task, cfg):
         self.task, self.top = task, ""
@@ -1370,8 +1347,8 @@ class Bubblewrap:
             file.write(stdin)
             file.seek(0)
             self.process = subprocess.Popen(
-                [*self.argv, f"{timeout:.3f}", *argv], env=BWRAP_ENVIRONMENT,
-                stdin=file, stdout=end, stderr=end, start_new_session=True)
+                [*self.argv, f"{timeout:.3f}", *argv], env=BWRAP_ENVIRONMENT, stdin=file, stdout=end, stderr=end,
+                start_new_session=True)
             end.close()
             output = head_and_tail(iter(lambda: stream.read(1 << 16), b""))
             code = self.process.wait()
@@ -1399,7 +1376,7 @@ timeout 60 docker ps -aq --filter "label=tmax.owner=$0" | xargs -r docker rm -fv
 
 def make_memory():
     """A new folder in /dev/shm for weights, sockets and sandboxes; its name labels containers. The janitor's
-    `cat` ends with this process, however that comes; then it ends the generator with all that it started."""
+    `cat` ends with this process, however that comes; then the janitor ends the generator with all it started."""
     memory = Path(tempfile.mkdtemp(prefix="tmax-", dir="/dev/shm"))
     memory.chmod(0o711)     # bubblewrap's users pass through
     tempfile.tempdir = str(memory)
@@ -1603,42 +1580,26 @@ def drop_long_prompts(tasks, tokenizer, cfg):
 
 
 image_locks = defaultdict(threading.Lock)   # all rollouts share one pull or build
-images_ready = {}   # name -> whether this run fetched or built it; last is what was asked for last
+images_built = set()
 
 
 def image_of(task, cfg):
-    """The name of the task's image: pulled if the engine lacks it, or built once a run. Blocks. The docker
-    program does it: the SDK knows no BuildKit."""
+    """The name of the task's image: pulled if the engine lacks it (`docker image prune` may run beside), or
+    built once a run. Blocks. The docker program does it: the SDK knows no BuildKit."""
     name = task.image or cfg.image
     is_built = name.startswith("tmax-build:")
     command = ["docker", "pull", "--", name]
     if is_built:
         command = ["docker", "build", "--force-rm", "--tag", name, "--", task.path / "environment"]
     with image_locks[name]:
-        is_ours = images_ready.pop(name, None)
-        if is_ours is None:
-            is_ours = not docker_client().images.list(name)
-            if is_built or is_ours:
-                try:
-                    subprocess.run(command, check=True, capture_output=True, timeout=task.build_timeout)
-                except subprocess.SubprocessError as error:
-                    raise SandboxLost("image", f"{error}: {str(error.stderr)[-300:]}") from error
-        images_ready[name] = is_ours
-    make_room(cfg.image_disk_gb * 2**30)
+        is_stale = is_built and name not in images_built
+        if is_stale or not docker_client().images.list(name):
+            try:
+                subprocess.run(command, check=True, capture_output=True, timeout=task.build_timeout)
+            except subprocess.SubprocessError as error:
+                raise SandboxLost("image", f"{error}: {str(error.stderr)[-300:]}") from error
+            images_built.add(name)
     return name
-
-
-def make_room(wanted):
-    """Remove this run's images, except the one asked for last, until so many bytes are free; without force,
-    so none that has a container. Of an engine on another machine nothing, as its disk cannot be seen."""
-    folder = docker_client().info()["DockerRootDir"]
-    for name in list(images_ready)[:-1]:
-        if not os.path.isdir(folder) or shutil.disk_usage(folder).free >= wanted:
-            return
-        with image_locks[name], contextlib.suppress(docker.errors.APIError):
-            if images_ready.get(name):
-                docker_client().images.remove(name)
-                del images_ready[name]
 
 
 # ---------------- Checkpoint: model folders in and out, and the state of a run
@@ -1772,7 +1733,7 @@ def evaluate(generator, tasks):
         answer = generator.receive("group")
         if answer is None:
             raise RunFailed(generator.failure)
-        index, rollouts, _ = answer
+        index, rollouts = answer
         results[index] = rollouts
         write_rollouts(generator.log, rollouts, generator.cfg)
         report_task(rollouts, results)
@@ -1799,10 +1760,7 @@ def score(results):
         pass_at_k={k: pass_at(k) for k in range(1, runs + 1)},
         finish=dict(Counter(r.finish for r in every)),
         no_reward=problems["no_reward"], clipped=problems["clipped"],
-        void=sorted({r.task for r in every if r.void}),
-        tasks=[dict(task=rollouts[0].task, pass_rate=n / runs,
-                    rewards=[r.reward for r in rollouts], finish=[r.finish for r in rollouts])
-               for rollouts, n in zip(results, passes)])
+        void=sorted({r.task for r in every if r.void}))
 
 
 def report_scores(results, model, run_dir):
@@ -2125,7 +2083,7 @@ def check(cfg):
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         if type(value) in (int, float):
-            may_be_zero = f.default == 0 or f.name in ("async_steps", "seed", "image_disk_gb")
+            may_be_zero = f.default == 0 or f.name in ("async_steps", "seed")
             possible = 0 < value < 2**63 or (may_be_zero and value == 0)
             need(f.name, possible, "a positive number")
     longest = cfg.max_prompt_tokens + cfg.max_total_tokens
