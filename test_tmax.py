@@ -2489,8 +2489,8 @@ def test_a_model_that_sees_images(tokenizers, tmp_path, monkeypatch):
     with refused(f"^--model: {model}: it also sees images"):
         tmax.preflight(replace(TINY, tiny=False, model=model))
     monkeypatch.chdir(tmp_path)
-    (lines,) = re.findall(r"```python\n(import transformers\n.*?)```", README, re.S)
-    exec(lines.replace("Qwen/Qwen3.5-9B", str(model)))
+    (lines,) = re.findall(r"python -c '(from transformers .*?)'", README, re.S)
+    exec(lines.replace("\n    ", "\n").replace("Qwen/Qwen3.5-9B", str(model)))
     folder = tmp_path / "text"
     assert AutoConfig.from_pretrained(folder).model_type == "qwen3_5_text" and AutoTokenizer.from_pretrained(folder).chat_template
     tokens = torch.arange(20)[None]
