@@ -73,7 +73,6 @@ MARK = f"tmax-test-{os.getpid()}"  # in the environment of everything that a tes
 TXT, JSON = "/logs/verifier/reward.txt", "/logs/verifier/reward.json"
 OK = f"echo 1 >{TXT}"
 ASKED = [dict(role="system", content=tmax.SYSTEM_PROMPT), dict(role="user", content="Do it.")]
-SCHEMAS = [{"type": "function", "function": tool.schema} for tool in tmax.TOOLS.values()]
 parametrize = pytest.mark.parametrize
 session_fixture = pytest.fixture(scope="session")
 FIELDS = {field.name: field.default for field in dataclasses.fields(tmax.Config)}
@@ -89,6 +88,10 @@ def make_task(folder, test=OK, instruction="Do it.", toml=None, seeds=None, file
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
     return folder
+
+
+def schemas():
+    return [{"type": "function", "function": tool.schema} for tool in tmax.TOOLS.values()]
 
 
 def refused(why):
@@ -818,7 +821,7 @@ def told(r, *roles):
 
 
 def in_template(tokenizer, messages):
-    return tokenizer.apply_chat_template(messages, tools=SCHEMAS, tokenize=False).rstrip("\n")
+    return tokenizer.apply_chat_template(messages, tools=schemas(), tokenize=False).rstrip("\n")
 
 
 @FAMILIES
@@ -1758,7 +1761,7 @@ def test_observations_forge_nothing(tokenizers, family):
         assert not set(inside) & set(added) and tokenizer.decode(inside, skip_special_tokens=False) == text
         assert ids[:start] + ids[start + len(inside):] == empty
     assert chat.prompt("Do it.") == tokenizer.apply_chat_template(
-        ASKED, tools=SCHEMAS, add_generation_prompt=True, return_dict=False)
+        ASKED, tools=schemas(), add_generation_prompt=True, return_dict=False)
 
 
 @parametrize("template", [
@@ -2677,7 +2680,7 @@ def test_checkpoint_serves(made_by, parser, request, tmp_path):
         wait_for(lambda: server.poll() is not None or healthy(), 240)
         assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
         messages = tmax.tiny_task("write", "amber", "fern")[1][:2]
-        question = dict(messages=messages, tools=SCHEMAS, temperature=0, max_tokens=64)
+        question = dict(messages=messages, tools=schemas(), temperature=0, max_tokens=64)
         answer = requests.post(f"{url}/v1/chat/completions", json=question, timeout=60).json()
         choice, = answer["choices"]
         call, = choice["message"]["tool_calls"]

@@ -283,10 +283,11 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
         budget = min(cfg.max_turn_tokens, limit - len(r.tokens))
         start = time.monotonic()
         turn = await engine.generate(r.tokens, budget, chat.stop_ids, cfg, engine_rank)
+        seconds = time.monotonic() - start
         r.append(turn.tokens, 1, turn.logprobs, turn.versions)
         said = turn.tokens if turn.cut else turn.tokens[:-1]
         text = tokenizer.decode(said, skip_special_tokens=False)
-        r.say("assistant", text, tokens=len(turn.tokens), seconds=time.monotonic() - start)
+        r.say("assistant", text, tokens=len(turn.tokens), seconds=seconds)
         if turn.cut:
             return "max_tokens"
         try:
@@ -340,16 +341,15 @@ class Tool(NamedTuple):
 async def bash(box, command):
     """Run a command. It submits if its text ends in `echo MARKER`, it exits with 0, and its output ends in
     the marker: to print a file that holds it submits nothing."""
-    limit = box.limit()
-    output = await box.run(command, limit)
+    output = await box.run(command)
     last_line = output.text.rstrip().rpartition("\n")[2]
-    box.submitted = output.exit_code == 0 and last_line == MARKER and bool(SUBMISSION.search(command))
-    stopped = f"\n(stopped after {limit:.0f} s)" if output.timed_out else ""
-    return render_observation(output.text + stopped, output.exit_code)
+    succeeded = output.exit_code == 0 and last_line == MARKER
+    box.submitted = succeeded and bool(SUBMISSION.search(command))
+    return render_observation(output.text, output.exit_code)
 
 
-# A tool is one entry; parser and template follow from this table, SYSTEM_PROMPT speaks of bash alone. It works
-# by box.run(command, seconds) and may set box.submitted.
+# A tool is one entry; parser and template follow from this table, SYSTEM_PROMPT speaks of bash alone. It may
+# use box.run(command, seconds) and set box.submitted.
 TOOLS = {"bash": Tool({
     "name": "bash", "description": "Run a command in the terminal.",
     "parameters": {
@@ -371,9 +371,9 @@ def render_observation(output, exit_code):
 def select_groups(groups, step, cfg):
     """Groups worth a gradient at version `step`, without their void rollouts. Returns (kept, counts).
 
-    The others are groups_void (fewer than two rollouts left), groups_stale (a token lags more than async_steps
-    versions: stage two of the bound on staleness) or groups_zero_spread (rewards equal but for rounding, so
-    all advantages are 0)."""
+    The others are groups_void (fewer than two rollouts left), groups_stale (a token lags more than
+    async_steps versions: stage two of the bound on staleness) or groups_zero_spread (rewards equal but for
+    rounding, so all advantages are 0)."""
     kept = []
     counts = dict(groups_kept=0, groups_void=0, groups_stale=0, groups_zero_spread=0, rollouts_void=0)
     for group in groups:
@@ -420,8 +420,8 @@ class Pack:
 
 
 def build_pack(rollouts):
-    """One Pack of whole rollouts; without any, one token that predicts nothing: a rank without work takes part
-    in every collective, and adds exactly zero."""
+    """One Pack of whole rollouts; without any, one token that predicts nothing: a rank without work takes
+    part in every collective, and adds exactly zero."""
     rollouts = rollouts or [Rollout("empty", [0], [0], [0.0], [-1])]
 
     def column(name, dtype=np.int64):
@@ -446,9 +446,9 @@ def pack(rollouts, pack_length, num_ranks):
     as take every rollout, longest first, where the work so far is least. Raises ValueError for a rollout
     longer than a pack."""
     rollouts = sorted(rollouts, key=lambda r: len(r.tokens), reverse=True)
-    longest = len(rollouts[0].tokens)
-    if longest > pack_length:
-        raise ValueError(f"a rollout of {rollouts[0].task} has {longest} tokens, a pack {pack_length}")
+    for r in rollouts[:1]:
+        if len(r.tokens) > pack_length:
+            raise ValueError(f"a rollout of {r.task} has {len(r.tokens)} tokens, a pack {pack_length}")
 
     def cost(bin):
         # In products of one token. Attention grows with the square and costs as much at 54,000 tokens
@@ -730,8 +730,8 @@ class Learner:
 
 # ---------------- Engine: the generator, which has vLLM, rollouts and sandboxes
 # It is a process of its own: handling vLLM's outputs, thousands of tokens a second in Python, would hold the
-# GIL against the learner. A pipe joins it with the first learner. Requests are ("group", index, task), answered
-# by (index, rollouts), and ("reload", folder, version), by seconds; "ready" and "failed" come unasked.
+# GIL against the learner. A pipe joins it with the first learner. Requests: ("group", index, task), answered
+# by (index, rollouts); ("reload", folder, version), by seconds. "ready" and "failed" come unasked.
 #
 # The bound on staleness, in groups:    started - (trained + rejected) <= (async_steps + 1) * prompts_per_step
 #
@@ -750,7 +750,6 @@ class GeneratorClient:
         self.done = set()       # groups that came back, by their index
         self.indices = (i for i in itertools.count() if i not in self.done)
         self.failure = self.reload_seconds = None
-        self.reloading = False
         self.received = defaultdict(deque)      # answers by kind
         context = multiprocessing.get_context("spawn")
         self.pipe, other_end = context.Pipe()
@@ -806,13 +805,12 @@ class GeneratorClient:
     def reload(self, folder, version):
         """Have the engines take over the weights in a folder; returns at once."""
         self.send("reload", folder, version)
-        self.reloading = True
+        self.reload_seconds = None
 
     def finish_reload(self):
         """Return when the engines have read the weights, which may then be written anew."""
-        if self.reloading:
+        if self.reload_seconds is None:
             self.reload_seconds = self.receive("reload")
-        self.reloading = False
 
     def close(self):
         with contextlib.suppress(ProcessLookupError):       # it had no group yet
@@ -1065,8 +1063,8 @@ GRACE = 60                  # seconds that it may be silent beyond a command's o
 DOCKER_ERRORS = OSError, docker.errors.DockerException      # those of requests are OSErrors
 
 # One line, so that bash's messages number the agent's lines. The command, of $1 bytes, comes on stdin:
-# arguments have a limit, and `pkill -f` would find its own shell. The EXIT trap saves the state, or the line's
-# end where the command has a trap of its own; `timeout` leaves it 5 s. `builtin`: functions may have any name.
+# arguments have a limit, and `pkill -f` would find its own shell. The EXIT trap saves the state, or the
+# line's end where the command has its own; `timeout` leaves it 5 s. `builtin`: functions may have any name.
 SAVE_STATE = """{ builtin set +ex -- "$?"; builtin trap '' TERM; builtin unset __command; { \
 builtin umask -p; builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; \
 } >|/tmp/.shell; } >/dev/null 2>&1; builtin exit "$1" """
@@ -1157,16 +1155,16 @@ class Sandbox:
         ran_out = code in (124, 137) and seconds >= timeout     # a program may also exit so by itself
         return Output(output.decode("utf-8", "replace"), 124 if ran_out else code, ran_out)
 
-    def limit(self):
-        """Seconds for the next command."""
-        return min(self.cfg.bash_timeout, max(0.1, self.task.agent_timeout - self.seconds))
-
     async def run(self, command, timeout=None):
-        """Run bash where the last command left off. Returns Output."""
+        """Run bash where the last command left off, for at most `timeout` seconds. Returns Output."""
+        left = max(0.1, self.task.agent_timeout - self.seconds)
+        timeout = timeout or min(self.cfg.bash_timeout, left)
         data = command.encode("utf-8", "replace").replace(b"\0", b"")
         argv = ["bash", "-c", RUN_COMMAND, "bash", str(len(data)), self.directory, SAVE_STATE]
-        output = await self._execute(argv, data, timeout or self.limit(), self.task.user)
+        output = await self._execute(argv, data, timeout, self.task.user)
         self.worked = True
+        if output.timed_out:
+            return output._replace(text=f"{output.text}\n(stopped after {timeout:.0f} s)")
         return output
 
     async def upload(self, folder, target, script=UPLOAD):
@@ -1220,9 +1218,9 @@ def head_and_tail(parts):
     return bytes(output)
 
 
-# Runs "${@:2}" for at most $1 seconds. A background job may hold the pipe of its output (8 writes, 7 reads) and
-# delays nothing: once that has been empty for a while, `cat <&7` drops the rest. A fork bomb survives SIGTERM,
-# on which the state is saved: SIGKILL ends its group, which `timeout` leads.
+# Runs "${@:2}" for at most $1 seconds. A background job may hold the pipe of its output (8 writes, 7 reads)
+# and delays nothing: once that has been empty for a while, `cat <&7` drops the rest. A fork bomb survives
+# SIGTERM, on which the state is saved: SIGKILL ends its group, which `timeout` leads.
 THROUGH_PIPE = """exec 8> >(exec cat) 7</proc/self/fd/8 2>/dev/null; reader=$!
 timeout -k 5 "$@" <&0 >&8 2>&1 7<&- 8>&- & job=$!
 wait $job; code=$?; (( SECONDS >= ${1%.*} )) && kill -KILL -- -$job
@@ -1318,8 +1316,8 @@ REMOVE = 'rm -rf -- "$0" || { chmod -R u+rwX -- "$0"; rm -rf -- "$0"; }'
 
 
 class Bubblewrap:
-    """The host's /usr, read-only, no network, and a folder of its own, where the host opens nothing: it may be
-    a link. What a command leaves running ends with it. Under root each has an unprivileged uid."""
+    """The host's /usr, read-only, no network, and a folder of its own, where the host opens nothing: it may
+    be a link. What a command leaves running ends with it. Under root each has an unprivileged uid."""
 
     def __init__(self, task, cfg):
         self.task, self.top = task, ""
@@ -1347,8 +1345,8 @@ class Bubblewrap:
             file.write(stdin)
             file.seek(0)
             self.process = subprocess.Popen(
-                [*self.argv, f"{timeout:.3f}", *argv], env=BWRAP_ENVIRONMENT, stdin=file, stdout=end, stderr=end,
-                start_new_session=True)
+                [*self.argv, f"{timeout:.3f}", *argv], env=BWRAP_ENVIRONMENT,
+                stdin=file, stdout=end, stderr=end, start_new_session=True)
             end.close()
             output = head_and_tail(iter(lambda: stream.read(1 << 16), b""))
             code = self.process.wait()
@@ -1376,7 +1374,7 @@ timeout 60 docker ps -aq --filter "label=tmax.owner=$0" | xargs -r docker rm -fv
 
 def make_memory():
     """A new folder in /dev/shm for weights, sockets and sandboxes; its name labels containers. The janitor's
-    `cat` ends with this process, however that comes; then the janitor ends the generator with all it started."""
+    `cat` ends with this process, however that comes; then it ends the generator with all that it started."""
     memory = Path(tempfile.mkdtemp(prefix="tmax-", dir="/dev/shm"))
     memory.chmod(0o711)     # bubblewrap's users pass through
     tempfile.tempdir = str(memory)
@@ -1482,9 +1480,8 @@ def load_task(path, image=""):
 
 
 def load_tasks(source, cfg):
-    """The tasks of a source that --include and --exclude leave, by name. Prints what is left out, and why.
-
-    A source is a folder of tasks, one task, or data/*.parquet with task-data.tar.gz."""
+    """The tasks of a source that --include and --exclude leave, by name. Prints what is left out, and why. A
+    source is a folder of tasks, one task, or data/*.parquet with task-data.tar.gz."""
     root, images = find_source(source), {}
     if (root / "task-data.tar.gz").is_file():
         import pyarrow.parquet
@@ -1546,13 +1543,15 @@ def find_source(source):
 def unpacked(archive):
     """The folder that an archive is unpacked into, once for each content, whole or not at all. Members that
     are no file and no folder leave out their task: a link may lead anywhere."""
+    def task_of(member):
+        return Path(member.name).parts[:1]
     folder = huggingface_hub.cached_assets_path("tmax", "tasks")
     tasks = folder / hashlib.sha256(archive.read_bytes()).hexdigest()
     if not tasks.is_dir():
         with (reading(archive, ""), tarfile.open(archive) as tar,
               tempfile.TemporaryDirectory(dir=folder) as partial):
-            odd = {Path(member.name).parts[:1] for member in tar if not (member.isfile() or member.isdir())}
-            members = [member for member in tar if Path(member.name).parts[:1] not in odd]
+            odd = {task_of(member) for member in tar if not (member.isfile() or member.isdir())}
+            members = [member for member in tar if task_of(member) not in odd]
             tar.extractall(f"{partial}/tasks", members, filter="data")      # refuses paths that lead outside
             tar.fileobj.read()      # gzip's checksum is at the end
             with contextlib.suppress(OSError):      # another start was faster
@@ -1571,11 +1570,11 @@ def drop_long_prompts(tasks, tokenizer, cfg):
     its mean would be over other tasks."""
     limit, prompt = cfg.max_prompt_tokens, chat_format(tokenizer).prompt
     kept = [task for task in tasks if len(prompt(task.instruction)) <= limit]
-    if len(kept) < len(tasks):
-        dropped = sorted({task.name for task in tasks} - {task.name for task in kept})
-        text = f"prompts are longer than {limit} tokens: {dropped}"
-        require(kept and not cfg.eval, f"--max_prompt_tokens: {text}")
-        print(f"{len(dropped)} tasks dropped, whose {text}")
+    dropped = sorted({task.name for task in tasks} - {task.name for task in kept})
+    text = f"prompts of more than {limit} tokens: {dropped}"
+    require(kept and not (dropped and cfg.eval), f"--max_prompt_tokens: {text}")
+    if dropped:
+        print(f"{len(dropped)} tasks dropped: {text}")
     return kept
 
 
@@ -1639,8 +1638,8 @@ def check_weights(model):
 
 @contextlib.contextmanager
 def whole_or_not(folder, required=False):
-    """Give a folder to write to; it becomes `folder` once all is on the disk (a collective). If it cannot be
-    written, that is one line and the run goes on; where it is `required`, RunFailed."""
+    """Give a folder to write to; it becomes `folder` once all is on the disk (a collective). Where that fails
+    it is one line and the run goes on; if it is `required`, RunFailed."""
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         yield partial
@@ -1700,8 +1699,8 @@ def save_state(learner, generator, run_dir, step):
 
 
 def load_state(learner, generator, memory, run_dir):
-    """Go on from the newest state (a collective), also with other learners and engines. Returns its step.
-    Without one that is 0: the run begins anew in its folder."""
+    """Go on from the newest state (a collective), also with other learners and engines. Returns its step, 0
+    without one: then the run begins anew."""
     progress = dict(step=0, version=0, done=[], sizes=dict.fromkeys(LOGS, 0))
     saved = states(run_dir)
     if saved:
@@ -1767,7 +1766,7 @@ def report_scores(results, model, run_dir):
     """Print the figures and write eval.json."""
     scores = dict(model=model, **score(results))
     (run_dir / "eval.json").write_text(json.dumps(scores, indent=1))
-    error = f" ± {100 * scores['stderr']:.1f}" if scores["stderr"] is not None else ""
+    error = "" if scores["stderr"] is None else f" ± {100 * scores['stderr']:.1f}"
     print(f"\n{len(results)} tasks / {100 * scores['mean']:.1f}{error} % over {len(results[0])} run(s)")
     for key in ("pass_at_k", "finish", "no_reward", "clipped", "void"):     # those in void count as 0
         print(f"{key:12} {scores[key]}")
@@ -1775,7 +1774,7 @@ def report_scores(results, model, run_dir):
 
 
 def report_task(rollouts, results):
-    """Print a finished task's line, the mean so far, and last words where there is no reward."""
+    """Print a task's line, the mean so far, and last words where there is no reward."""
     pass_rate = np.mean([r.reward >= 1 for r in rollouts])
     ends = ", ".join(r.finish for r in rollouts)
     so_far = [np.mean([r.reward for r in group]) for group in results if group]
@@ -1880,10 +1879,8 @@ def make_tiny(root, seed):
 
 
 def warm_start(folder, demonstrations, cfg, target=0.25, noise=0.08):
-    """Supervised training until held-out tasks are solved with probability `target`: RL needs some successes.
-
-    A share of the targets is noise: the policy learns every word and yet fails now and then in every task,
-    RL learns nothing from tasks that always fail or never."""
+    """Supervised training until held-out tasks are solved with probability `target`: RL needs successes. A
+    share of the targets is noise: so the policy knows every word and yet fails now and then in every task."""
     tokenizer, policy = AutoTokenizer.from_pretrained(folder), load_policy(folder, cfg, sharded=False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3)
     inputs = tokenizer.apply_chat_template(
@@ -1956,9 +1953,8 @@ def engine_devices(cfg):
 
 
 def learner_memory(lm, cfg, ranks):
-    """Bytes in the backward pass of a full pack: of weights and gradients, gathered layers, activations.
-
-    The last are a multiple of what products take and give, fitted to Qwen3 and 3.5."""
+    """Bytes in the backward pass of a full pack: of weights and gradients, gathered layers, activations (a
+    multiple, fitted to Qwen3 and 3.5, of what a layer's products take and give)."""
     width, layers, size = getattr(torch, cfg.dtype).itemsize, lm.base_model.layers, lm.num_parameters()
     sides = sum(sum(p.shape) for p in layers.parameters() if p.ndim == 2)
     activations = 2.35 * sides / len(layers) + lm.config.hidden_size * len(layers)
@@ -2000,8 +1996,7 @@ def check_machine(lm, cfg):
         require(needed < free, f"a run needs {gib(needed)} in {folder}, {gib(free)} are free")
 
 
-class Plan(NamedTuple):
-    """The least is the fastest that fits."""
+class Plan(NamedTuple):     # the least is the fastest that fits
     problems: list[str]     # what does not fit
     seconds: float          # of a step
     learners: int
@@ -2020,8 +2015,8 @@ def plan(cfg):
 
 
 def plan_split(lm, cfg):
-    """Of a GPU, 5 % stay free of learners; vLLM takes 92 % (of one for both, a half: resolve), 4 GiB of it for
-    activations and CUDA graphs."""
+    """Of a GPU, 5 % stay free of learners; vLLM takes 92 % (of one for both a half, see resolve), 4 GiB of it
+    for activations and CUDA graphs."""
     gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 80 * 2**30
     size, learners, engines = lm.num_parameters(), cfg.num_learners, cfg.num_engines
     trained, gathered, activations = learner_memory(lm, cfg, learners)
@@ -2041,7 +2036,7 @@ def plan_split(lm, cfg):
         problems.append(f"an engine's KV cache has {gib(cache)}: lower --max_total_tokens")
     # At 80 % of bandwidth, decoding reads the weights and the context of rollouts that are not in bash; their
     # states come and go. At 45 % of peak, an update goes forward twice and backward. With recurrent layers
-    # vLLM does not cache what was sampled, nor half a block of a turn: it is prefilled again.
+    # vLLM caches neither what was sampled nor half a block of a turn: it is prefilled again.
     length = MEAN_LENGTH * longest
     tokens = cfg.prompts_per_step * cfg.samples_per_prompt * length
     seconds_token = (0.001 + weights / 2.68e12) / (0.6 * at_once)
@@ -2125,10 +2120,9 @@ def parse_config(argv):
         raise UserError(f"{unknown[0]}: no such flag (python tmax.py --help lists them)")
     for name, before in saved.items():
         now = getattr(cfg, name)
-        if now != before:
-            require(name not in FIXED, f"--{name}: a run that is resumed keeps its own: {before}")
-            if os.environ.get("RANK", "0") == "0":
-                print(f"{name}: {before} -> {now}")
+        require(now == before or name not in FIXED, f"--{name}: a resumed run keeps its own: {before}")
+        if now != before and os.environ.get("RANK", "0") == "0":
+            print(f"{name}: {before} -> {now}")
     return check(cfg)
 
 
@@ -2174,9 +2168,9 @@ def show_void(rollouts):
 
 def write_rollouts(file, rollouts, cfg, **extra):
     """Append rollouts to an open rollouts.jsonl, one object each."""
-    names = "task group reward advantage finish problem touches_grader steps seconds_bash transcript".split()
     for r in rollouts:
-        line = extra | {name: getattr(r, name) for name in names}
+        line = extra | vars(r)
+        del line["mask"], line["logprobs"]
         line |= dict(tokens=len(r.tokens), sampled=sum(r.mask))
         line["versions"] = sorted(set(r.versions) - {-1})
         if cfg.save_tokens:
@@ -2246,8 +2240,7 @@ def join_ranks():
     alone = dict(store=dist.HashStore(), rank=0, world_size=1)
     if "RANK" in os.environ:
         alone = {}
-    patience = timedelta(hours=12)      # learners wait for rollouts
-    dist.init_process_group(backend, timeout=patience, **alone)
+    dist.init_process_group(backend, timeout=timedelta(hours=12), **alone)      # learners wait for rollouts
 
 
 def resolve(cfg):
@@ -2279,7 +2272,7 @@ def resolve(cfg):
 
 
 def make_run_dir(cfg):
-    """Make the folder runs/NAME with the Config in it; that of --resume is there."""
+    """Make the folder runs/NAME, which --resume has, and write the Config to it."""
     run_dir = Path("runs", cfg.name)
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(cfg.resume))
@@ -2302,7 +2295,7 @@ def preflight(cfg):
             lm = check_shape(cfg.model)
             if not cfg.eval:
                 config = AutoConfig.from_pretrained(cfg.model)
-                require(config is config.get_text_config(), "it also sees images: README says how to train it")
+                require(config is config.get_text_config(), "it also sees images: README has its text part")
                 check_machine(lm, cfg)
         if not torch.cuda.is_available():
             small_cache(lm, cfg)
@@ -2336,8 +2329,8 @@ def root_cause(error):
 def run(cfg):
     """Make what is missing, then train or evaluate. Runs on every rank; the first makes what all see."""
     if not torch.cuda.is_available():   # a share of the cores each: OpenMP threads that wait for a core spin
-        cores, processes = len(os.sched_getaffinity(0)), cfg.num_learners + cfg.num_engines
-        threads = max(1, cores // processes)
+        cores = len(os.sched_getaffinity(0))
+        threads = max(1, cores // (cfg.num_learners + cfg.num_engines))
         torch.set_num_threads(threads)
         os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_CPU_OMP_THREADS_BIND="nobind")
     join_ranks()
@@ -2395,8 +2388,7 @@ def main():
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             torchrun += [f"--nproc_per_node={cfg.num_learners}", __file__]
             os.execv(sys.executable, [*torchrun, *sys.argv[1:], "--name", cfg.name])
-        else:
-            run(cfg)
+        run(cfg)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)     # --resume would not mend it
