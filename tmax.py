@@ -750,6 +750,7 @@ class GeneratorClient:
         self.done = set()       # groups that came back, by their index
         self.indices = (i for i in itertools.count() if i not in self.done)
         self.failure = self.reload_seconds = None
+        self.reloading = False
         self.received = defaultdict(deque)      # answers by kind
         context = multiprocessing.get_context("spawn")
         self.pipe, other_end = context.Pipe()
@@ -805,12 +806,13 @@ class GeneratorClient:
     def reload(self, folder, version):
         """Have the engines take over the weights in a folder; returns at once."""
         self.send("reload", folder, version)
-        self.reload_seconds = None
+        self.reloading = True
 
     def finish_reload(self):
         """Return when the engines have read the weights, which may then be written anew."""
-        if self.reload_seconds is None:
+        if self.reloading:
             self.reload_seconds = self.receive("reload")
+        self.reloading = False
 
     def close(self):
         with contextlib.suppress(ProcessLookupError):       # it had no group yet
