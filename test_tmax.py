@@ -2832,11 +2832,13 @@ def test_one_gpu_is_shared(patch, qwen3_8b):
     Qwen3Config(**QWEN3_8B | dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
                                   tie_word_embeddings=True)).save_pretrained(qwen3_8b)
     patch(torch.cuda, "device_count", lambda: 1)
-    cfg = tmax.resolve(tmax.parse_config(["--model", qwen3_8b]))
-    share = json.loads(cfg.vllm)["gpu_memory_utilization"]
-    assert (cfg.num_learners, cfg.num_engines) == (1, 1) and 0.3 < share < 0.85
-    given = tmax.resolve(tmax.parse_config(["--model", qwen3_8b, "--vllm", '{"gpu_memory_utilization": 0.5}']))
-    assert json.loads(given.vllm) == {"gpu_memory_utilization": 0.5}
+    shares = {}
+    for given in ("{}", '{"gpu_memory_utilization": 0.3}', '{"gpu_memory_utilization": 0.9}'):
+        cfg = tmax.resolve(tmax.parse_config(["--model", qwen3_8b, "--vllm", given]))
+        plan, share = tmax.plan(cfg), json.loads(cfg.vllm)["gpu_memory_utilization"]
+        assert (cfg.num_learners, cfg.num_engines) == (1, 1) and f"\n1 engine(s): {80 * share:.1f} GiB" in plan.text
+        shares[share] = plan.problems
+    assert shares[0.5] == shares[0.3] == [] and "a learner needs 10.2 GiB" in shares[0.9][0]
 
 
 def test_a_cpu_has_room_for_four_rollouts(qwen3_8b, patch):
