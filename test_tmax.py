@@ -1813,7 +1813,8 @@ def test_shell(cfg):
             for command, text, code, *timeout in steps:
                 output = await box.run(command, *timeout)
                 seen = command[:60], output.text[-200:], output.exit_code
-                assert text is None or re.fullmatch(text, output.text, re.S), seen
+                note = rf"\n\(stopped after {timeout[0]} s\)" if timeout else ""
+                assert text is None or re.fullmatch(text + note, output.text, re.S), seen
                 assert code is None or (output.exit_code, output.timed_out) == (code, bool(timeout)), seen
     rows = SHELL if cfg.sandbox == "bwrap" else SHELL | BACKGROUND
     assert side_by_side(rows, work) == {}
