@@ -2324,8 +2324,9 @@ def generator_main(cfg, memory, model, log, pipe):
 def root_cause(error):
     """One line. vLLM's own errors only point at a stack trace, which is in the log, this process's stdout."""
     log = Path("/dev/stdout").read_text(errors="replace")
-    said = re.findall(r"\b\w*(?:Error|Exception): .+", f"{type(error).__name__}: {error}\n{log}")
-    return next((line for line in said if not re.search("stack trace|root cause", line)), repr(error))
+    message, *_ = f"{type(error).__name__}: {error}".splitlines()
+    causes = [message, *re.findall(r"\b\w*(?:Error|Exception): .+", log)]
+    return next((cause for cause in causes if not re.search("stack trace|root cause", cause)), message)
 
 
 def run(cfg):
