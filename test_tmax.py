@@ -32,7 +32,7 @@ import tarfile
 import tempfile
 import time
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, nullcontext, suppress
@@ -554,7 +554,7 @@ def image():
 
 
 def in_docker(image):
-    return replace(CFG, sandbox="docker", image=image, network="none")
+    return replace(CFG, sandbox="docker", image=image)
 
 
 @pytest.fixture
@@ -572,7 +572,12 @@ def cfg(request):
     return CFG if request.param == "bwrap" else request.getfixturevalue("docker_cfg")
 
 
-NO_TASK = tmax.Task("t", Path("/nonexistent"), "")
+NO_TASK = tmax.Task("t", Path("/nonexistent"), "", network="no-network")
+
+
+def offline(folder):
+    """Its task without a network, which not every engine has."""
+    return replace(tmax.load_task(folder), network="no-network")
 
 
 def in_sandbox(work, task=NO_TASK, cfg=CFG):
@@ -597,7 +602,7 @@ def test_defaults_are_the_cards_values():
                 max_turn_tokens=16384, max_total_tokens=32768, max_steps=64, temperature=1.0, top_p=1.0, bash_timeout=120.0,
                 prompts_per_step=32, samples_per_prompt=8, advantage="centered", async_steps=4, pack_length=34816,
                 loss="dppo_tv", dppo_threshold=0.1, learning_rate=1e-6, max_grad_norm=1.0, training_steps=500,
-                dtype="bfloat16", eval_runs=3, sandbox="auto", network="auto", save_every=50,
+                dtype="bfloat16", eval_runs=3, sandbox="auto", save_every=50,
                 state_every=5, vllm="{}")
     cfg = tmax.parse_config([])
     assert {name: value for name, value in vars(cfg).items() if value} == card and cfg == tmax.Config()
@@ -650,7 +655,7 @@ def test_help_names_every_field(capsys):
     (8, 0, "--eval", (0, 8)), (1, 0, "--tiny", (1, 1)), (0, (2, 2), "--tiny --num_learners 2", (2, 1)), (1, 0, "", (1, 1)),
     (2, 0, "--num_learners 2", "num_learners.* 3 "), (8, 0, """--vllm {"kv_cache_dtype":"fp8"}""", (3, 5)),
     (0, 0, "", "needs GPUs"), (8, 0, "--num_learners 5 --num_engines 4", "num_learners.* 9 "),
-    *((8, ranks, "--num_learners 2", "torchrun started [14]") for ranks in [(4, 4), (4, 2), (2, 1)])])
+    (8, (4, 4), "", (4, 4)), (8, (16, 8), "", "num_learners.* 17 ")])
 def test_split_of_a_node(monkeypatch, qwen3_8b, gpus, ranks, flags, split):
     """Else learners and engines get wrong numbers of GPUs, alone or under torchrun."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -670,7 +675,7 @@ def test_metrics_of_a_run(tiny_run, metrics):
     keys = set("""step version reward groups_kept groups_zero_spread groups_stale groups_void groups_tried rollouts_void
                   rollouts_graded no_reward clipped touches_grader tokens loss grad_norm steps_skipped kept_fraction entropy
                   mismatch_max drift_max staleness_mean staleness_max seconds_generate seconds_train seconds_reload
-                  seconds_gather_write seconds_save seconds_wait mismatch_mean mismatch_p999 tokens_sampled""".split())
+                  seconds_gather_write seconds_save mismatch_mean mismatch_p999 tokens_sampled""".split())
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6] and all(keys <= set(m) for m in metrics)
     assert 0 < mismatch(metrics) <= 2e-5
     assert metrics[0]["mismatch_max"] == metrics[0]["drift_max"]
@@ -1011,7 +1016,7 @@ def test_pack_keeps_every_rollout(lengths, num_ranks, spare):
     filled = [p for p in packs if len(p.tokens) > 1 or len(p.targets)]  # of a rank without work: one token, no target
     assert sorted(segment for p in filled for segment in segments(p)) == wanted
     if lengths:
-        with pytest.raises(ValueError, match=f"task-{lengths.index(max(lengths))} .*{max(lengths)}"):
+        with pytest.raises(ValueError, match=f" {max(lengths)} tokens"):
             tmax.pack(rollouts, max(lengths) - 1, num_ranks)
 
 
@@ -1019,7 +1024,7 @@ def test_empty_pack_adds_exactly_nothing(process_group):
     """Else a rank without work adds to the step, or hangs collectives, which want all gradients."""
     policy = small_policy()
     seen = tmax.backward_packs(policy, [tmax.build_pack([])], 1000, CFG, scale=3)
-    assert all(len(x) == 0 for x in seen.values()) and set(tmax.step_metrics(seen, 9).values()) == {0, None}
+    assert seen.shape == (7, 0) and set(tmax.step_metrics(seen, 9).values()) == {0, None}
     assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
 
 
@@ -1203,7 +1208,7 @@ def test_step_of_packs_is_the_equations(layout, checkpointing, rollouts, referen
     num_tokens = sum(len(p.targets) for packs in ranks for p in packs)
     for packs in ranks:
         seen = tmax.backward_packs(policy, packs, num_tokens, WARM, scale=len(ranks))
-        loss += float(seen["loss"].double().sum()) / num_tokens
+        loss += float(seen[0].double().sum()) / num_tokens
     gradient, (wanted, wanted_loss) = gradient_of(policy) / len(ranks), reference
     assert len(rollouts) == 24 and (gradient - wanted).norm() <= 1e-5 * wanted.norm() and abs(loss - wanted_loss) <= 1e-6
 
@@ -1227,19 +1232,22 @@ def test_metrics_of_a_step_by_hand(policy, rollouts, process_group):
     """Else a figure is of the last pack alone, misnamed, no JSON, or 0 where there are no tokens."""
     packs = [tmax.build_pack(rollouts[:10]), tmax.build_pack(rollouts[10:])]
     of_packs = tmax.backward_packs(policy, packs, 100, CFG)
-    assert of_packs["rollout_logprobs"].tolist() == pytest.approx([x for r in rollouts for x in sampled(r, "logprobs")])
+    known = [[x for r in rollouts for x in values(r)] for values in (
+        lambda r: sampled(r, "logprobs"), lambda r: [r.advantage] * sum(r.mask), lambda r: sampled(r, "versions"))]
+    assert len(of_packs) == 7 and np.allclose(of_packs[2:5], known)
     half, quarter = math.log(0.5), math.log(0.25)
-    seen = {name: torch.tensor(values).float() for name, values in dict(
+    seen = torch.tensor(list(dict(
         loss=[1, 2, 3, 6], logprobs=[half, half, quarter, quarter], rollout_logprobs=[half, quarter, half, 0],
-        entropy=[1, 1, 1, 5], advantages=[1, 1, -1, 0], kept=[1, 0, 1, 1], versions=[5, 5, 3, 4]).items()}
-    assert set(of_packs) == set(seen)
+        advantages=[1, 1, -1, 0], versions=[5, 5, 3, 4], entropy=[1, 1, 1, 5], kept=[1, 0, 1, 1]).values()))
     wanted = dict(tokens=4, loss=3, entropy=2, kept_fraction=0.75, kept_fraction_positive=0.5, kept_fraction_negative=1,
                   mismatch_mean=-half / 2, mismatch_p999=-0.999 * half, mismatch_max=-half, drift_max=-quarter,
                   divergence_mean=1.25 / 4, divergence_max=0.75, ratio_max=2, staleness_mean=0.75, staleness_max=2)
     assert tmax.step_metrics(seen, 5) == pytest.approx(wanted)
-    later = tmax.step_metrics(seen | dict(advantages=torch.zeros(4)), 9)
+    without_advantage = seen.clone()
+    without_advantage[3] = 0
+    later = tmax.step_metrics(without_advantage, 9)
     assert later["mismatch_max"] is later["kept_fraction_positive"] is later["kept_fraction_negative"] is None
-    seen["loss"][3] = seen["logprobs"][3] = math.nan
+    seen[0, 3] = seen[1, 3] = math.nan
     broken = tmax.step_metrics(seen, 5)
     assert json.dumps(broken, allow_nan=False) and broken["loss"] is broken["drift_max"] is None
 
@@ -1247,12 +1255,12 @@ def test_metrics_of_a_step_by_hand(policy, rollouts, process_group):
 RECORDED = tmax.Config(dtype="float32", learning_rate=1e-3, pack_length=200)
 
 
-def test_update_warms_up_and_skips_what_is_not_finite(tmp_path, policy, rollouts, process_group):
+def test_update_clips_and_skips_what_is_not_finite(tmp_path, policy, rollouts, process_group):
     """Else the learning rate is wrong, gradients are not clipped, or one bad token makes all NaN."""
     policy.lm.save_pretrained(tmp_path)
-    learner = tmax.Learner(replace(RECORDED, warmup_steps=3, max_grad_norm=1e-3), tmp_path)
+    learner = tmax.Learner(replace(RECORDED, max_grad_norm=1e-3), tmp_path)
     weight, pack = learner.policy.lm.lm_head.weight, tmax.build_pack(rollouts)
-    for advantage, moves in [(math.nan, 0), (0.5, 2 / 4 * RECORDED.learning_rate)]:
+    for advantage, moves in [(math.nan, 0), (0.5, RECORDED.learning_rate)]:
         pack.advantages[7] = advantage
         before = weight.full_tensor().detach().clone()
         metrics = learner.update([pack])
@@ -1403,7 +1411,7 @@ def test_peak_memory_on_gpu_is_the_plans(process_group, tmp_path, patch):
     rollouts = [tmax.Rollout("t", [7] * n, [0] * 999 + [1] * (n - 999), [-12.0] * n, [0] * n, advantage=0.5)
                 for n in (4_816, 10_000, 20_000)]
     tmax.backward_packs(policy, [tmax.build_pack(rollouts)] * 2, 1000, cfg)
-    assert 0.85 < torch.cuda.max_memory_allocated() / sum(tmax.learner_memory(lm, cfg, 1)) <= 1
+    assert 0.85 < torch.cuda.max_memory_allocated() / tmax.learner_memory(lm, cfg, 1) <= 1
 
 
 # ---------------- Engine: a real one in this process; then whole runs whose rollouts are given
@@ -1635,8 +1643,8 @@ def test_staleness_never_exceeds_the_bound(replay, tmp_path, async_steps, second
     assert oldest == async_steps if seconds_update else oldest <= async_steps
     assert bash or not any(m["groups_stale"] for m in metrics)
     assert async_steps or all(len(line["versions"]) == 1 for line in json_lines(tmp_path / "rollouts.jsonl"))
-    parts = "generate wait train gather_write save".split()
-    waited = np.mean([(m["seconds_generate"] + m["seconds_wait"]) / sum(m[f"seconds_{part}"] for part in parts) for m in metrics[1:]])
+    parts = "generate train gather_write reload save".split()
+    waited = np.mean([m["seconds_generate"] / sum(m[f"seconds_{part}"] for part in parts) for m in metrics[1:]])
     assert waited < 0.5 if seconds_update else waited > 0.5
 
 
@@ -1658,13 +1666,27 @@ def test_a_larger_shape_needs_no_preset(replay, tmp_path):
     assert json.loads((tmp_path / "runs/e/eval.json").read_text())["void"] == []
 
 
-def test_a_reload_comes_before_what_is_asked_for_later(patch):
-    """Else groups begin under old weights, or an engine that dies in a reload is waited for."""
+def test_a_reload_comes_before_what_is_asked_for_later():
+    """Else groups begin under old weights, or a group that comes meanwhile is lost."""
+    client = object.__new__(tmax.GeneratorClient)
+    client.failure, client.received, (client.pipe, far) = None, defaultdict(deque), multiprocessing.Pipe()
+    with ThreadPoolExecutor(1) as pool:
+        reload = pool.submit(client.reload, "folder", 1)
+        assert far.recv() == ("reload", "folder", 1)
+        far.send(("group", "of old weights"))
+        time.sleep(0.1)
+        assert not reload.done()
+        far.send(("reload", 1))
+        reload.result(9)
+    assert client.receive("group") == "of old weights"
+
+
+def test_an_engine_that_dies_in_a_reload(patch):
+    """Else the run waits for it."""
     order, requests = [], [("reload", 1), ("group", 2), ("reload", 3)]
     llm = SimpleNamespace(errored=False, dead_error=KeyError(), update_weight_version=lambda version: asyncio.sleep(0))
 
     async def reload(number):
-        await asyncio.sleep(0.1)
         order.append(number)
         if number == 3:
             llm.errored = True
@@ -1883,7 +1905,7 @@ SERVER = "python3 -m http.server 8000 & until (: <>/dev/tcp/127.0.0.1/8000) 2>/d
 
 def test_containers_do_not_reach_each_other(docker_cfg):
     """Else rollouts on the public network's bridge read each other's services."""
-    client, public = tmax.docker_client(), replace(docker_cfg, network="public")
+    client, public = tmax.docker_client(), replace(NO_TASK, network="public")
     if not client.info()["BridgeNfIptables"] or not client.networks.list(names=["^bridge$"]):
         pytest.skip("this engine has no bridge network")
 
@@ -1891,10 +1913,10 @@ def test_containers_do_not_reach_each_other(docker_cfg):
         await box.run(SERVER)
         box.backend.container.reload()
         address = box.backend.container.attrs["NetworkSettings"]["Networks"]["tmax"]["IPAddress"]
-        async with tmax.Sandbox(NO_TASK, public) as other:
+        async with tmax.Sandbox(public, docker_cfg) as other:
             reach = f"timeout 3 bash -c 'exec 3<>/dev/tcp/{address}/8000'; echo $?; tail -n +3 /proc/net/dev | wc -l"
             return (await other.run(reach)).text
-    assert in_sandbox(neighbour, cfg=public) == "124\n2\n"
+    assert in_sandbox(neighbour, public, docker_cfg) == "124\n2\n"
 
 
 @pytest.fixture
@@ -2037,7 +2059,7 @@ def test_grading(cfg, request, tmp_path):
     async def work(name, row):
         _, test, wanted, agent, toml, lines = [*row, *PROBE_DEFAULTS[len(row):]]
         seeds = {"a b.txt": "ünï", "ü": ""}
-        task = tmax.load_task(make_task(tmp_path / str(list(rows).index(name)), test=test, toml=toml, seeds=seeds))
+        task = offline(make_task(tmp_path / str(list(rows).index(name)), test=test, toml=toml, seeds=seeds))
         image = await asyncio.to_thread(built, lines) if lines and built else cfg.image
         async with tmax.Sandbox(task, replace(cfg, image=image)) as box:
             for command in agent:
@@ -2051,7 +2073,7 @@ def test_grading(cfg, request, tmp_path):
 
 def test_tests_that_cannot_be_uploaded(tmp_path, cfg):
     """Else unreadable tests of ours are the agent's fault, or a sandbox that it broke is ours."""
-    task = tmax.load_task(make_task(tmp_path / "t"))
+    task = offline(make_task(tmp_path / "t"))
 
     async def grade(box):
         await box.run("rm -f $(type -p tar)")
@@ -2078,7 +2100,7 @@ def test_podman_serves_as_the_engine(tmp_path, monkeypatch):
         said = [(await box.run(command)).text for command in
                 ("cd /tmp; export A=1", "echo $PWD $A; touch done", "sleep 9 & echo one")]
         return said, (await box.grade()).reward
-    task = tmax.load_task(make_task(tmp_path / "t", test=f"[ -e /tmp/done ] && {OK}"))
+    task = offline(make_task(tmp_path / "t", test=f"[ -e /tmp/done ] && {OK}"))
     assert in_sandbox(work, task, in_docker(host_image())) == (["", "/tmp 1\n", "one\n"], 1)
 
 
@@ -2260,15 +2282,15 @@ def test_zoo_of_task_folders(tmp_path, capsys):
     for i, (holds, _) in enumerate(TAKEN + LEFT_OUT):
         make_task(tmp_path / f"{i:02}", **holds)
     wanted = [replace(tmax.Task(f"{i:02}", tmp_path / f"{i:02}", "Do it."), **fields) for i, (_, fields) in enumerate(TAKEN)]
-    assert tmax.load_tasks(str(tmp_path), DOCKER) == tmax.all_tasks([str(task.path) for task in wanted], DOCKER) == wanted
+    assert tmax.load_tasks(str(tmp_path), DOCKER) == wanted
     said = capsys.readouterr().out
     assert f"{len(TAKEN)} of {len(TAKEN + LEFT_OUT)} tasks taken, 0 left" in said and len(LEFT_OUT) + len(BROKEN) > 40
     with refused(r"test\.sh: is a file"):
         tmax.all_tasks([f"{tmp_path}/00/tests/test.sh"], DOCKER)
     for i, (_, reason) in enumerate(LEFT_OUT, len(TAKEN)):
         assert re.search(rf"left out: .*{reason}.*\(\[.*'{i:02}'.*\]\)\n", said), (reason, said)
-        with refused(f"^--tasks: {tmp_path}/{i:02}: .*{reason}.*$"):
-            tmax.all_tasks([f"{tmp_path}/{i:02}"], DOCKER)
+        with refused(f"^--tasks: {tmp_path}: .*{reason}.*$"):
+            tmax.all_tasks([str(tmp_path)], replace(DOCKER, include=[f"{i:02}"]))
 
 
 OFFERED = dict(
@@ -2353,7 +2375,7 @@ def test_datasets(hub, tmp_path, capsys):
         tasks = tmax.load_tasks(source, DOCKER)
         assert [(t.name, t.image, (t.path / "environment/seeds/s").is_file()) for t in tasks] == [
             ("t1", "image:t1", True), ("t2", "own:t2", True)]
-        assert "6 left out: its row has no folder" in capsys.readouterr().out
+        assert "6 left out: there is no tests/test.sh" in capsys.readouterr().out
     assert [t.instruction for t in tmax.all_tasks(["o/tasks@main", "o/tasks@old"], CFG)] == ["main", "old"]
     (local / "data/train.parquet").write_text("no parquet")
     for source in ("o/nothing@here", "nowhere", str(local)):
@@ -2412,7 +2434,7 @@ def asked(image, patch):
 def test_an_image_is_made_once(asked, image, tmp_path):
     """Else rollouts of a task build or pull its image again, or run in another."""
     recipe = {"environment/Dockerfile": f"FROM {image}\nCOPY f /f"}
-    built = [tmax.load_task(make_task(tmp_path / f, files=recipe | {"environment/f": str(tmp_path / f)})) for f in "ab"]
+    built = [offline(make_task(tmp_path / f, files=recipe | {"environment/f": str(tmp_path / f)})) for f in "ab"]
     tasks = [*built, tmax.Task("t", tmp_path, "", "here:1")] * 4
     with ThreadPoolExecutor(12) as pool:
         names = list(pool.map(tmax.image_of, tasks, [DOCKER] * 12))
@@ -2541,7 +2563,7 @@ def no_engines(folder):
     """What save_state and load_state need of a GeneratorClient, without engines; and a run's logs."""
     for log in tmax.LOGS:
         (folder / log).touch()
-    return SimpleNamespace(done=set(), reload=lambda *_: None, finish_reload=lambda: None)
+    return SimpleNamespace(done=set(), reload=lambda *_: None)
 
 
 def recorded_learner(folder, tiny_model, dtype="float32"):
@@ -2695,7 +2717,7 @@ def test_checkpoint_serves(made_by, parser, request, tmp_path):
 # ---------------- Evaluate
 
 def test_scores():
-    """Else a table has wrong error bars or pass@k: three tasks, three runs, by hand."""
+    """Else a table has wrong error bars: three tasks, three runs, by hand."""
     rewards = dict(a=[1, 0, 0.5], b=[1, 1, 1], c=[0, 0, 1])
     results = [[tmax.Rollout(name, [], [], [], [], reward=x, finish="submitted") for x in row]
                for name, row in rewards.items()]
@@ -2703,7 +2725,6 @@ def test_scores():
     scores, means = tmax.score(results), [2 / 3, 1 / 3, 2.5 / 3]
     assert scores["run_means"] == pytest.approx(means) and scores["mean"] == pytest.approx(5.5 / 9)
     assert scores["stderr"] == pytest.approx(np.std(means, ddof=1) / math.sqrt(3))
-    assert scores["pass_at_k"] == pytest.approx({1: 5 / 9, 2: 7 / 9, 3: 1})
     assert (scores["finish"], scores["void"]) == ({"submitted": 8, "void:start": 1}, ["c"])
     assert (scores["no_reward"], scores["clipped"]) == (1, 0)
     assert tmax.score([row[:1] for row in results])["stderr"] is None
@@ -2792,11 +2813,11 @@ def planned(qwen3_8b, patch):
 def test_plan_of_the_recipe_fits(planned):
     """Else the recipe's own node is refused, engines are left short, or figures are wrong."""
     plan = planned()
-    assert not plan.problems and "it fits\n" in plan.text and f"\nlearners that fit: 2 ({plan.seconds:.0f} s), 3 " in plan.text
+    assert not plan.problems and plan.learners == 2 and plan.text.endswith("it fits")
     size = 8_190_735_360
     tokens = int((0.92 * 80 - 4 - 2 * size / 2**30) * 2**30 / (144 * 1024))
     assert 10 <= tokens / 34816 <= 13 and f"{tokens:,} tokens, 25 rollouts at once" in plan.text
-    assert "\n2 learner(s): 61.0 GiB: " in plan.text and "6 engine(s): 73.6 GiB: " in plan.text
+    assert "\n2 learner(s): 61.0 GiB\n" in plan.text and "6 engine(s): 73.6 GiB: " in plan.text
     assert "/dev/shm 15.3 GiB" in plan.text and f", reload {4 * size / 5e9:.0f}\n" in plan.text
     assert f"moments {8 * size / 2**30:.1f} GiB" in plan.text
     assert planned("--eval").learners == 2
@@ -2812,7 +2833,7 @@ def test_plan_counts_layers_by_their_kind(planned, qwen3_8b):
     size = 2 * 248_320 * 4096 + 4096 + 24 * 218_407_104 + 8 * 209_723_904
     tokens = int((0.92 * 80 - 4 - 2 * size / 2**30) * 2**30 / (32 * 1024))
     assert not plan.problems and f"moments {8 * size / 2**30:.1f} GiB" in plan.text and f"for {tokens:,} tokens, " in plan.text
-    assert plan.learners == 3 and 1300 < plan.seconds < 1360 and "learners that fit: 3 (" in plan.text
+    assert plan.learners == 3 and 1300 < plan.seconds < 1360
     assert tmax.engine_memory(tmax.check_shape(qwen3_8b), tmax.Config())[2] == 24 * 2 * 2**20
 
 
@@ -2823,7 +2844,7 @@ def test_plan_names_what_does_not_fit(planned, qwen3_8b):
     learner, engine = plan.problems
     assert re.match("a learner needs .*--num_learners.*--pack_length", learner)
     assert re.match("an engine's KV cache has .*--max_total_tokens", engine)
-    assert f"\n{learner}; {engine}\n" in plan.text
+    assert plan.text.endswith(f"\n{learner}; {engine}")
     run = python(tmax.__file__, "--plan", "--model", qwen3_8b, *flags, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert (run.returncode, run.stdout) == (1, plan.text + "\n")
 
@@ -2917,7 +2938,7 @@ def peak_of_a_step(folder, ranks):
             for x in policy.parameters():
                 live.see(x)
             tmax.backward_packs(policy, packs, 1000, cfg)
-    return live.peak, sum(tmax.learner_memory(lm, cfg, ranks))
+    return live.peak, tmax.learner_memory(lm, cfg, ranks)
 
 
 @parametrize("config, ranks", [
@@ -3073,7 +3094,7 @@ torch.optim.AdamW(policy.parameters(), lr=cfg.learning_rate).step()
 assert norm > 0 and all(p.isfinite().all() for p in policy.parameters())
 tmax.report(pathlib.Path(), dict(step=1))
 tracked = getattr(sys.modules.get("wandb"), "tracked", [])
-print(json.dumps([len(kept), float(seen["loss"].sum()), float(norm), sorted(tmax.TOOLS), tmax.SYSTEM_PROMPT, tracked]))
+print(json.dumps([len(kept), float(seen[0].sum()), float(norm), sorted(tmax.TOOLS), tmax.SYSTEM_PROMPT, tracked]))
 """
 WANDB = """
 run, tracked = None, []
@@ -3140,7 +3161,7 @@ def test_benchmark_sandboxes(cfg, capsys):
 @pytest.mark.bench
 def test_benchmark_node(patch, capsys):
     """20 steps of the modelled node of --plan with the code's own routing and bounds."""
-    cfg, scale, draw, live = tmax.Config(num_learners=2, num_engines=6), 3000, random.Random(0), [0] * 6
+    cfg, scale, draw, live = tmax.Config(num_learners=2, num_engines=6), 600, random.Random(0), [0] * 6
 
     async def modelled_rollout(engine, task, tokenizer, cfg, rank):
         live[rank] += 1

