@@ -1318,7 +1318,7 @@ def updates_of_a_rank(folder):
     groups, rank, ranks = torch.load(folder / "groups.pt", weights_only=False), dist.get_rank(), dist.get_world_size()
     packs, counts = tmax.pack(with_advantages(groups), 200, ranks), tmax.tally(groups)
     resumed = tmax.Learner(RECORDED, folder / "model")
-    tmax.load_state(resumed, no_engines(folder) if rank == 0 else None, folder / f"memory-{ranks}", folder)
+    tmax.load_state(resumed, no_engines(folder) if rank == 0 else None, folder)
     tensors = tensors_of(resumed)
     tmax.backward_packs(resumed.policy, packs[rank], 1000, RECORDED, ranks)
     gradient = {name: p.grad.full_tensor() for name, p in resumed.policy.named_parameters()}
@@ -1978,7 +1978,7 @@ def test_a_cancelled_start_leaves_nothing(memory, cfg):
     ("silent", ["kill -STOP $PPID; sleep 9"], tmax.KilledItself, "not answer"),
     ("outside", ["echo", None, "echo"], tmax.KilledItself, "ended"),
     ("before", [None, "echo"], tmax.SandboxLost, "died"),
-    ("ENTRYPOINT", ["echo"] * 50, tmax.SandboxLost, "died|start"),
+    ("ENTRYPOINT", ["echo"], tmax.SandboxLost, "died"),
     ("unknown image", [], tmax.SandboxLost, "image"),
 ])
 def test_who_ended_a_container(docker_cfg, built, memory, patch, case, commands, error, reason):
@@ -1987,6 +1987,8 @@ def test_who_ended_a_container(docker_cfg, built, memory, patch, case, commands,
     images = {"unknown image": "127.0.0.1:1/none", "ENTRYPOINT": built('ENTRYPOINT ["true"]')}
 
     async def work(box):
+        if case == "ENTRYPOINT":
+            await asyncio.sleep(2)
         for command in commands:
             if command is None:  # not the agent
                 await asyncio.to_thread(box.backend.container.kill)
@@ -2375,7 +2377,7 @@ def test_datasets(hub, tmp_path, capsys):
         tasks = tmax.load_tasks(source, DOCKER)
         assert [(t.name, t.image, (t.path / "environment/seeds/s").is_file()) for t in tasks] == [
             ("t1", "image:t1", True), ("t2", "own:t2", True)]
-        assert "6 left out: there is no tests/test.sh" in capsys.readouterr().out
+        assert "6 left out: its row has no folder" in capsys.readouterr().out
     assert [t.instruction for t in tmax.all_tasks(["o/tasks@main", "o/tasks@old"], CFG)] == ["main", "old"]
     (local / "data/train.parquet").write_text("no parquet")
     for source in ("o/nothing@here", "nowhere", str(local)):
@@ -2511,8 +2513,7 @@ def test_a_model_that_sees_images(tokenizers, tmp_path, monkeypatch):
     whole, model = Qwen3_5ForConditionalGeneration(config), tmp_path / "whole"
     for part in (whole, tokenizers["tiny"]):
         part.save_pretrained(model)
-    tmax.check_weights(model)
-    with refused(f"^--model: {model}: it also sees images"):
+    with refused(f"^--model: {model}: .*without windows or images"):
         tmax.preflight(replace(TINY, tiny=False, model=model))
     monkeypatch.chdir(tmp_path)
     (lines,) = re.findall(r"python -c '(from transformers .*?)'", README, re.S)
@@ -2528,7 +2529,7 @@ TENSOR = "model.layers.1.mlp.up_proj.weight"
 
 @parametrize("name, damage, reason", [
     ("model.safetensors", lambda file: save_file({name: x for name, x in load_file(file).items() if name != TENSOR}, file),
-     f"lack 1 .*{TENSOR}"),
+     f"lack .*{TENSOR}"),
     ("model.safetensors", lambda file: save_file(load_file(file) | {TENSOR: torch.full((256, 128), math.nan)}, file),
      f"{TENSOR} is not finite"),
     ("model.safetensors", lambda file: file.write_bytes(file.read_bytes()[:-100]), ""),
@@ -2541,15 +2542,13 @@ def test_a_broken_model_folder_is_one_line(tiny_model, tmp_path, name, damage, r
     damage(folder / name)
     with refused(f"^--model: {folder}: .*{reason}.*$"):
         tmax.preflight(replace(TINY, model=str(folder)))
-        with tmax.reading(folder):
-            tmax.check_weights(folder)
 
 
-def test_checkpoint_keeps_dtype_and_generation_config(tiny_model, tokenizers, tmp_path, process_group):
+def test_checkpoint_keeps_dtype_and_generation_config(tiny_model, tmp_path, process_group):
     """Else weights are not the masters rounded, or an odd generation config ends the run."""
-    learner, tokenizer = tmax.Learner(replace(TINY, dtype="bfloat16"), tiny_model[0]), tokenizers["tiny"]
+    learner, tokenizer = tmax.Learner(replace(TINY, dtype="bfloat16"), tiny_model[0]), AutoTokenizer.from_pretrained(tiny_model[0])
     learner.policy.lm.generation_config.temperature = 0.6
-    tmax.save_checkpoint(learner, tokenizer, tmp_path, 1)
+    tmax.save_checkpoint(learner, tmp_path, 1)
     folder, = tmp_path.iterdir()
     saved = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     masters = AutoModelForCausalLM.from_pretrained(tiny_model[0]).bfloat16().state_dict()
@@ -2563,7 +2562,7 @@ def no_engines(folder):
     """What save_state and load_state need of a GeneratorClient, without engines; and a run's logs."""
     for log in tmax.LOGS:
         (folder / log).touch()
-    return SimpleNamespace(done=set(), reload=lambda *_: None)
+    return SimpleNamespace(done=set())
 
 
 def recorded_learner(folder, tiny_model, dtype="float32"):
@@ -2582,14 +2581,11 @@ def tensors_of(learner):
 
 @parametrize("dtype", ["float32", "bfloat16"])
 def test_resumed_steps_are_the_steps(process_group, tiny_model, tmp_path, dtype):
-    """Else --resume goes on with rounded weights, cold moments or another warm-up, or vLLM starts with FP32 of what the learner
-    rounds (Qwen3.5's A_log)."""
+    """Else --resume goes on with rounded weights or cold moments."""
     learner, packs = recorded_learner(tmp_path, tiny_model, dtype)
-    (saved, asked), log = (no_engines(tmp_path), []), tmp_path / "rollouts.jsonl"
+    saved, log = no_engines(tmp_path), tmp_path / "rollouts.jsonl"
     log.write_text("of a start that saved nothing")
-    saved.reload = lambda folder, version: asked.append((version, os.listdir(folder)))
-    assert tmax.load_state(learner, saved, tmp_path / "memory", tmp_path) == 0 and asked == [(0, ["model.safetensors"])]
-    assert log.read_text() == ""
+    assert tmax.load_state(learner, saved, tmp_path) == 0 and log.read_text() == ""
     saved.done.update([0, 3])
     for step in (1, 2, 3, 4):
         learner.update(packs)
@@ -2599,15 +2595,29 @@ def test_resumed_steps_are_the_steps(process_group, tiny_model, tmp_path, dtype)
             saved.done.add(1)
             log.write_text("12345678")
     resumed, _ = recorded_learner(tmp_path, tiny_model, dtype)
-    assert tmax.load_state(resumed, going_on := no_engines(tmp_path), tmp_path / "memory", tmp_path) == 2
+    assert tmax.load_state(resumed, going_on := no_engines(tmp_path), tmp_path) == 2
     assert going_on.done == {0, 3} and log.read_text() == "12345"
-    published = load_file(tmp_path / "memory/weights/model.safetensors")
-    for name, p in resumed.policy.lm.named_parameters():
-        assert torch.equal(published[name], p.full_tensor().to(getattr(torch, dtype)))
     for _ in range(2):
         resumed.update(packs)
     wanted, got = tensors_of(learner), tensors_of(resumed)
     assert resumed.version == 4 and wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+@parametrize("saved", [0, 2])
+def test_engines_begin_with_the_learners_weights(process_group, tiny_model, tmp_path, saved):
+    """Else vLLM starts with FP32 of what the learner rounds (Qwen3.5's A_log), or a resumed run samples from the first weights."""
+    (learner, packs), generator, published = recorded_learner(tmp_path, tiny_model), no_engines(tmp_path), []
+    for step in range(saved):
+        learner.update(packs)
+        tmax.save_state(learner, generator, tmp_path, step + 1)
+    generator.reload = lambda folder, version: published.append((version, load_file(folder / "model.safetensors")))
+    generator.collect = lambda step, version: published[step]  # there is no such step
+    with pytest.raises(IndexError):
+        tmax.train(replace(TINY, dtype="bfloat16"), tmp_path / "memory", tmp_path, tiny_model[0], generator)
+    (version, weights), = published
+    assert version == saved
+    for name, p in learner.policy.lm.named_parameters():
+        assert torch.equal(weights[name], p.full_tensor().bfloat16())
 
 
 def killed_in_a_save(folder, model, save):
@@ -2618,7 +2628,7 @@ def killed_in_a_save(folder, model, save):
     learner.update(packs)
     (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    getattr(tmax, save)(learner, no_engines(folder) if save == "save_state" else AutoTokenizer.from_pretrained(model), folder, 2)
+    tmax.save_state(learner, no_engines(folder), folder, 2) if save == "save_state" else tmax.save_checkpoint(learner, folder, 2)
 
 
 @parametrize("save", ["save_state", "save_checkpoint"])
@@ -2628,13 +2638,13 @@ def test_a_kill_inside_a_save_leaves_the_state_before(process_group, tiny_model,
         in_a_process(killed_in_a_save, tmp_path, tiny_model[0], save)
     assert list(tmp_path.glob("*-2.partial")) and not list(tmp_path.glob("*-2"))
     learner, _ = recorded_learner(tmp_path, tiny_model)
-    assert tmax.load_state(learner, no_engines(tmp_path), tmp_path / "memory", tmp_path) == 1
+    assert tmax.load_state(learner, no_engines(tmp_path), tmp_path) == 1
     assert not any(x.any() for name, x in tensors_of(learner).items() if "exp_avg" in name)
-    assert sorted(os.listdir(tmp_path)) == ["memory", *tmax.LOGS, "state-1"]
+    assert sorted(os.listdir(tmp_path)) == [*tmax.LOGS, "state-1"]
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
-def test_a_full_disk_loses_no_state(process_group, tiny_model, tokenizers, tmp_path, capsys):
+def test_a_full_disk_loses_no_state(process_group, tiny_model, tmp_path, capsys):
     """Else a write that fails ends the run, or costs the last good state."""
     (learner, _), generator = recorded_learner(tmp_path, tiny_model), no_engines(tmp_path)
     tmax.save_state(learner, generator, tmp_path, 1)
@@ -2642,9 +2652,9 @@ def test_a_full_disk_loses_no_state(process_group, tiny_model, tokenizers, tmp_p
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as on a full disk, a write ends early with an error
     try:
         tmax.save_state(learner, generator, tmp_path, 2)
-        tmax.save_checkpoint(learner, tokenizers["tiny"], tmp_path, 2)
+        tmax.save_checkpoint(learner, tmp_path, 2)
         with pytest.raises(tmax.RunFailed, match=f"^{tmp_path}/checkpoint-{TINY.training_steps} cannot be written: [^\n]+$"):
-            tmax.save_checkpoint(learner, tokenizers["tiny"], tmp_path, TINY.training_steps)
+            tmax.save_checkpoint(learner, tmp_path, TINY.training_steps)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().out
@@ -2741,8 +2751,8 @@ def test_printed_table_equals_the_transcripts(evaluation):
     assert scores["model"].endswith("checkpoint-6") and scores["void"] == ["never"]
     assert f"5 tasks / {100 * scores['mean']:.1f} ± {100 * scores['stderr']:.1f} % over 3 run" in said
     for name, values in rewards.items():
-        ends = ", ".join(line["finish"] for line in lines if line["task"] == name)
-        assert re.search(rf"^'{name}' +{np.mean([x >= 1 for x in values]):.2f}  {ends}   \(\d of 5 ", said, re.M)
+        ends = ", ".join(f"{line['finish']} {line['reward']:.2f}" for line in lines if line["task"] == name)
+        assert re.search(rf"^'{name}' +{ends}   \(\d of 5 ", said, re.M)
     for line in lines:
         assert line["finish"].startswith("void") or line["transcript"][-1]["role"] == "verifier"
         assert line["versions"] in ([0], []) and "no_call" not in line["finish"]
@@ -2977,7 +2987,7 @@ def test_errors_are_one_line(tmp_path, tiny_model):
     table = {"--lerning_rate 1": "--lerning_rate", "--tiny --tasks untested": "--tasks: untested: .*tests/test.sh",
              "--tiny --num_learners 2 --model hybrid": "--model: hybrid: ",
              "--tiny --eval --model cut --tasks good": "--model: cut: ",
-             "--sandbox bwrap --oracle --tasks good --name taken": "--name: runs/taken",
+             "--sandbox bwrap --oracle --tasks good --name taken": "--name: taken: .*exists",
              "--resume none": "--resume: none: .*config.json", "--resume ended --seed 2": "--seed: .* keeps its own: 1",
              "--resume ended --name other": "--name: .* keeps its own: ended"}
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

