@@ -2061,7 +2061,7 @@ def parse_config(argv):
             parser.set_defaults(**asdict(Config(**saved)))
     cfg, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False)
-    require(not unknown, f"{unknown}: no such flag; --help lists them")
+    require(not unknown, f"{' '.join(unknown)}: no such flag; --help lists them")
     for name, before in saved.items():
         now = getattr(cfg, name)
         require(now == before or name not in FIXED, f"--{name}: a resumed run keeps its own: {before}")
