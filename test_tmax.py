@@ -2808,7 +2808,7 @@ def test_a_demonstration_is_what_a_rollout_would_be(tiny_model, tokenizers):
 def test_a_warm_start_that_fails_says_so(tiny_model, patch):
     """Else RL begins with a model that solves nothing."""
     patch(tmax, "tqdm", lambda steps, **options: range(2))
-    with pytest.raises(tmax.RunFailed, match="warm start: .*--seed"):
+    with pytest.raises(tmax.UserError, match="warm start: .*--seed"):
         tmax.warm_start(tiny_model[0], tiny_model[2], TINY)
 
 

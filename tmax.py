@@ -170,7 +170,7 @@ def train(cfg, memory, run_dir, model, generator):
     clock = [time.monotonic()]
     for step in range(done + 1, cfg.training_steps + 1):
         clock = [clock[-1], time.monotonic()]  # between them the last step was saved
-        # Version 0 too: vLLM keeps FP32 tensors of a model, which the learner rounds to --dtype.
+        # Version 0 too: vLLM would keep a file's FP32 tensors, which the learner rounds to --dtype.
         learner.save_weights(memory / "weights")
         clock.append(time.monotonic())
         packs, counts = [[]] * ranks, {}
@@ -337,7 +337,7 @@ class Tool(NamedTuple):
 
 async def bash(box, command):
     """Run a command. It submits if its text ends in `echo MARKER`, it exits with 0, and its output ends in
-    the marker: to print a file that holds it submits nothing."""
+    the marker: to print a file with it submits nothing."""
     output = await box.run(command)
     last_line = output.text.rstrip().rpartition("\n")[2]
     succeeded = output.exit_code == 0 and last_line == MARKER
@@ -810,7 +810,7 @@ class Generator:
         self.first_come = asyncio.Lock()
 
     async def serve(self, model):
-        """Start what the pipe asks for, for ever. Raises what an engine died of, as no request may notice."""
+        """Start what the pipe asks for, for ever. Raises what killed an engine: maybe no request notices."""
         self.tokenizer, self.engine = AutoTokenizer.from_pretrained(model), Engine(model, self.cfg)
         await self.engine.llm.update_weight_version("0")
         kv_tokens, engines = self.engine.kv_tokens, len(self.load)
@@ -1033,8 +1033,8 @@ GRACE = 60  # seconds that it may be silent beyond a command's own limit
 DOCKER_ERRORS = OSError, docker.errors.DockerException  # those of requests are OSErrors
 
 # One line, so that bash's messages number the agent's lines. The command, of $1 bytes, comes on stdin:
-# arguments have a limit, and `pkill -f` would find its own shell. The EXIT trap saves the state, or the
-# line's end where the command has its own; `timeout` leaves it 5 s. `builtin`: functions may have any name.
+# arguments have a limit, and `pkill -f` would find its own shell. The EXIT trap saves the state; where the
+# command sets its own, the line's end does. `timeout` leaves it 5 s. `builtin`: functions may have any name.
 SAVE_STATE = """{ builtin set +ex -- "$?"; builtin trap '' TERM; builtin unset __command; { \
 builtin umask -p; builtin printf 'builtin cd -- %q\\n' "$PWD"; builtin declare -p; builtin declare -f; \
 } >|/tmp/.shell; } >/dev/null 2>&1; builtin exit "$1" """
@@ -1095,6 +1095,7 @@ class Sandbox:
             seeds = self.task.path / "environment/seeds"
             if os.path.lexists(seeds):
                 await self.upload(seeds, "/workspace")
+                self.seconds = 0.0
             return self
         except BaseException as error:
             await self.__aexit__()
@@ -1243,8 +1244,8 @@ class Docker:
         return code, output
 
     def running(self):
-        """Raises SandboxLost where the engine ended, even if it is back: the request that waits for the
-        container's end broke off."""
+        """Raises SandboxLost if the engine ended, even if it is back: the request that waited for the
+        container broke off."""
         try:
             if self.ended.done():
                 self.ended.result()
@@ -1458,6 +1459,8 @@ def load_tasks(source, cfg):
         images = {row["task_id"]: row["image"] or "" for row in rows}
         root = unpacked(root / "task-data.tar.gz")
     folders = {path.name for path in root.glob("[!.]*/")}
+    if "tests" in folders:  # a task
+        root, folders = root.parent, {root.name}
     names = images or folders
 
     def matching(patterns):
@@ -1484,7 +1487,7 @@ def load_tasks(source, cfg):
 
 
 def all_tasks(sources, cfg):
-    """The tasks of all sources, at least one. Raises UserError."""
+    """The tasks of all sources. Raises UserError."""
     tasks = []
     for source in sources:
         with reading(source, "--tasks: "):
@@ -1855,7 +1858,7 @@ def warm_start(folder, demonstrations, cfg, target=0.25, noise=0.08):
         optimizer.step()
         optimizer.zero_grad()
     else:
-        raise RunFailed(f"warm start: solves {solved:.3f} of held-out tasks; try another --seed")
+        raise UserError(f"warm start: solves {solved:.3f} of held-out tasks; try another --seed")
     print(f"warm start: {step} steps, solves {solved:.2f} of held-out tasks")
     policy.lm.save_pretrained(folder)
 
@@ -1904,15 +1907,14 @@ def engine_devices(cfg):
 
 
 def learner_memory(lm, cfg, ranks):
-    """Bytes at a learner's peak: in the backward pass of a full pack weights, gradients, gathered layers and
-    activations (a multiple, fitted to Qwen3 and 3.5, of what a layer's products take and give); or in the
-    optimizer's step."""
+    """Bytes in the backward pass of a full pack: weights, gradients, gathered layers and activations (a
+    multiple, fitted to Qwen3 and 3.5, of what a layer's products take and give)."""
     width, layers, size = getattr(torch, cfg.dtype).itemsize, lm.base_model.layers, lm.num_parameters()
     sides = sum(sum(p.shape) for p in layers.parameters() if p.ndim == 2)
     activations = 2.35 * sides / len(layers) + lm.config.hidden_size * len(layers)
     in_layers = sum(p.numel() for p in layers.parameters())
     gathered = 2 * in_layers / len(layers) + 1.5 * (size - in_layers)  # two; embedding, head, its gradient
-    return max(8 * size / ranks + width * (gathered + cfg.pack_length * activations), 16 * size / ranks)
+    return 8 * size / ranks + width * (gathered + cfg.pack_length * activations)
 
 
 def engine_memory(lm, cfg):
@@ -1968,7 +1970,7 @@ def plan_split(lm, cfg):
     for activations and CUDA graphs."""
     gpu = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 80 * 2**30
     size, learners, engines = lm.num_parameters(), cfg.num_learners, cfg.num_engines
-    learner = learner_memory(lm, cfg, learners)
+    learner = max(learner_memory(lm, cfg, learners), 16 * size / learners)  # the step has moments
     share = json.loads(cfg.vllm).get("gpu_memory_utilization", 0.92)
     vllm, for_learner = share * gpu, 0.95 * gpu
     if torch.cuda.device_count() == 1:
@@ -2111,7 +2113,6 @@ def show_void(rollouts):
 
 
 def write_rollouts(run_dir, rollouts, cfg, **extra):
-    """Append to rollouts.jsonl, one object each."""
     with (run_dir / "rollouts.jsonl").open("a") as file:
         for r in rollouts:
             line = extra | vars(r) | dict(tokens=len(r.tokens), sampled=sum(r.mask))
@@ -2148,7 +2149,6 @@ def step_metrics(seen, version):
 
 
 def report(run_dir, metrics):
-    """Append a step to metrics.jsonl and print its line."""
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(metrics) + "\n")
     known = {key: x for key, x in metrics.items() if x is not None}
@@ -2320,7 +2320,8 @@ def main():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)  # --resume would not mend it
     except RunFailed as error:
-        sys.exit(f"error: {error}; to go on: --resume {cfg.name}")
+        hint = "" if cfg.eval else f"; to go on: --resume {cfg.name}"
+        sys.exit(f"error: {error}{hint}")
     except KeyboardInterrupt:
         sys.exit("stopped")
 
