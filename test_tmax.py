@@ -2287,7 +2287,7 @@ def test_zoo_of_task_folders(tmp_path, capsys):
     for i, (holds, _) in enumerate(TAKEN + LEFT_OUT):
         make_task(tmp_path / f"{i:02}", **holds)
     wanted = [replace(tmax.Task(f"{i:02}", tmp_path / f"{i:02}", "Do it."), **fields) for i, (_, fields) in enumerate(TAKEN)]
-    assert tmax.load_tasks(str(tmp_path), DOCKER) == wanted
+    assert tmax.load_tasks(str(tmp_path), DOCKER) == tmax.all_tasks([str(task.path) for task in wanted], DOCKER) == wanted
     said = capsys.readouterr().out
     assert f"{len(TAKEN)} of {len(TAKEN + LEFT_OUT)} tasks taken, 0 left" in said and len(LEFT_OUT) + len(BROKEN) > 40
     with refused(r"test\.sh: is a file"):
@@ -2976,6 +2976,17 @@ def test_what_a_machine_lacks_is_named(tiny_model, tmp_path, monkeypatch):
 
 
 # ---------------- Main
+
+@parametrize("flags, hint", [("--tiny", "; to go on: --resume n"), ("--tiny --eval", "")])
+def test_how_to_go_on_is_said_where_it_can_be(monkeypatch, patch, flags, hint):
+    """Else nobody knows how a run goes on, or an evaluation writes its rollouts twice."""
+    def fail(cfg):
+        raise tmax.RunFailed("it died")
+    patch(tmax, "run", fail)
+    monkeypatch.setattr(sys, "argv", ["tmax.py", *flags.split(), "--name", "n"])
+    with pytest.raises(SystemExit, match=f"^error: it died{hint}$"):
+        tmax.main()
+
 
 def test_errors_are_one_line(tmp_path, tiny_model):
     """Else what the user can mend is a traceback, or leaves a folder that bars its name."""

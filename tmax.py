@@ -2059,7 +2059,7 @@ def parse_config(argv):
     if given.resume:
         with reading(given.resume, "--resume: "):
             saved = json.loads(Path("runs", given.resume, "config.json").read_text())
-            saved |= dict(name=given.resume, resume=given.resume)
+            saved |= dict(name=given.resume, resume=given.resume)  # perhaps renamed
             parser.set_defaults(**asdict(Config(**saved)))
     cfg, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False)
